@@ -1,0 +1,50 @@
+# Every target does its own set-up: it makes .venv, and nothing has to be activated. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint report clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+TEACHER := data/teachers/tiny.dvc
+REPORT := results/tiny/report/index.html
+ARGS ?=
+
+# The rules of the workflow call vpae, snakemake and dvc by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and write the report
+	$(BIN)/dvc pull --quiet $(TEACHER)
+	$(BIN)/snakemake all
+	@test -f $(REPORT)
+	@echo $(REPORT)
+
+test: $(READY) ## Run the tests; more arguments for pytest in ARGS="..."
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(READY) ## Check style and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/codespell
+
+report: $(READY) ## Say where the tiny experiment's report is; open it where there is a display
+	@test -f $(REPORT) || { echo "$(REPORT) does not exist yet: run \`make demo\`" >&2; exit 1; }
+	@test -z "$${DISPLAY:-}$${WAYLAND_DISPLAY:-}" || $(BIN)/python -m webbrowser -t "file://$(CURDIR)/$(REPORT)" >/dev/null
+	@echo $(REPORT)
+
+clean: ## Remove the results of the tiny and micro experiments; data/ and DVC's cache stay
+	rm -rf results/tiny results/micro
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up .venv: once, a few minutes"
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+# torch first and alone, so that a CPU build already configured in pip wins over the default CUDA build.
+	$(BIN)/pip install -qq -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,168 @@
+"""Folders that are either complete or absent, and the provenance that stands in each of them.
+
+A stage writes into a temporary sibling, `provenance.json` goes in last, and one rename makes the folder appear. A
+finished folder is recognised by its settings and by the hashes of its inputs, never by its date.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import vpae
+
+PROVENANCE = "provenance.json"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "decord", "av")
+
+
+class ArtifactError(RuntimeError):
+    """An input that is missing or is not what it says; the message names the path and the remedy."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: object) -> str:
+    """Hex digest of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON by way of a temporary file and a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file of a folder, without hidden files and the provenance itself."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != PROVENANCE)
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in files if not p.name.startswith(".")}
+
+
+def read_provenance(folder: Path) -> dict | None:
+    """The provenance of a finished folder; None where there is no finished folder.
+
+    Raises:
+        ArtifactError: the provenance cannot be read.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete {folder} and run its stage again") from error
+
+
+def identity(folder: Path) -> str:
+    """What a finished folder holds, as one digest: that of all its files' hashes.
+
+    Raises:
+        ArtifactError: the folder is not a finished artefact.
+    """
+    provenance = read_provenance(folder)
+    if provenance is None:
+        raise ArtifactError(f"{folder} is missing or unfinished; run its stage ({folder.name}) first")
+    return digest(provenance["outputs"])
+
+
+def is_finished(folder: Path, settings: dict, inputs: dict[str, str]) -> bool:
+    """Whether a folder was made from just these settings and inputs."""
+    provenance = read_provenance(folder)
+    return provenance is not None and (provenance["settings"], provenance["inputs"]) == (settings, inputs)
+
+
+@contextmanager
+def building(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tuple[Path, dict]]:
+    """Build a folder all or nothing.
+
+    Args:
+        folder: where the result will stand; an older result there is replaced at the end, in one rename.
+        settings: the resolved sections that determine the result.
+        inputs: name -> digest of everything read.
+
+    Yields:
+        a temporary folder to write into, and a dict of counts to fill in.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    counts: dict = {}
+    start = time.monotonic()
+    yield temporary, counts
+    provenance = {
+        "settings": settings,
+        "inputs": inputs,
+        "outputs": file_hashes(temporary),
+        "counts": counts,
+        "code": code_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "command": " ".join(["vpae", *sys.argv[1:]]),
+        "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    write_json(temporary / PROVENANCE, provenance)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def code_version() -> dict:
+    """Version of the package, commit of its repository, and whether tracked files were changed."""
+    root = Path(vpae.__file__).parents[2]
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"version": vpae.__version__, "commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def device_name() -> str:
+    """The accelerator, or the processor where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({torch.get_num_threads()} threads)" if names else platform.machine()
+
+
+def link_tree(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
+    """Copy a folder without copying bytes where the file system allows hard links; `skip` names top-level entries."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        relative = path.relative_to(source)
+        if relative.parts[0] in skip or path.name == PROVENANCE:
+            continue
+        destination = target / relative
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), destination)
+        except OSError:
+            shutil.copy2(path, destination)

@@ -1,0 +1,358 @@
+"""Every setting of an experiment: one tree of validated sections, one section a stage.
+
+The tree is the source of the JSON schema in `configs/schema.json`. How a YAML file becomes a tree (`extends:`,
+`--set`, environment) is in `experiment.py`. Paper numbers are the defaults where the paper gives them; what it leaves
+open is marked [choice].
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+VAE_STRIDE = (4, 8, 8)  # Wan2.1: 4x in time, 8x in height and width
+PATCH = (1, 2, 2)  # of WanTransformer3DModel
+
+
+class Section(BaseModel):
+    """A part of the tree; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Geometry(Section):
+    """The shape of every clip."""
+
+    frames: Positive = Field(81, description="Frames per clip; 4k + 1, because the VAE keeps the first frame apart.")
+    height: Positive = Field(480, description="Pixels; a multiple of 16 (VAE stride 8 x patch 2).")
+    width: Positive = Field(832, description="Pixels; a multiple of 16 (VAE stride 8 x patch 2).")
+    fps: float = Field(16.0, gt=0, description="Frames per second; Wan2.1 was trained at 16.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Geometry":
+        if self.frames % VAE_STRIDE[0] != 1:
+            below = (self.frames - 1) // 4 * 4 + 1
+            raise ValueError(f"frames = {self.frames} is not 4k + 1; the nearest are {below} and {below + 4}")
+        for key in ("height", "width"):
+            value, unit = getattr(self, key), VAE_STRIDE[1] * PATCH[1]
+            if value % unit:
+                below = value // unit * unit
+                raise ValueError(
+                    f"{key} = {value} is not a multiple of {unit}; the nearest are {below} and {below + unit}"
+                )
+        return self
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Latent frames, height and width (F, h, w)."""
+        return (self.frames - 1) // VAE_STRIDE[0] + 1, self.height // VAE_STRIDE[1], self.width // VAE_STRIDE[2]
+
+
+class World(Section):
+    """The procedural world."""
+
+    hidden_direction: Share = Field(0.4, description="Share of moving clips whose caption hides the direction.")
+    bystander_share: Share = Field(0.25, description="Share of clips with a second, still sprite.")
+    crf: int = Field(12, ge=0, le=51, description="x264's constant rate factor of the rendered clips.")
+
+
+class Clips(Section):
+    """Stage `clips`: which videos there are."""
+
+    source: Literal["world", "folder", "table"] = Field(
+        "folder", description="The procedural world; a folder of videos with captions; or a CSV/JSONL table."
+    )
+    path: str = Field("", description="The folder, or the table with columns path and caption. Unused by the world.")
+    train: Positive = Field(1024, description="Clips to train on (the world), or at most so many (others).")
+    held_out: Positive = Field(256, description="Clips kept for evaluation, never trained on.")
+    workers: int = Field(2, ge=1, description="Processes that decode or render.")
+    world: World = World()
+
+    @model_validator(mode="after")
+    def _has_path(self) -> "Clips":
+        if self.source != "world" and not self.path:
+            raise ValueError(f"source = {self.source} needs path: name the {self.source} of videos")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's averages of gradient and squared gradient.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    cosine: bool = Field(False, description="After the warm-up, fall to 2% along half a cosine; otherwise constant.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this total norm.")
+
+
+class Training(Section):
+    """One run of the training loop."""
+
+    steps: Positive = Field(500, description="Optimiser steps of the main role.")
+    batch_size: Positive = Field(1, description="Clips per process and micro-batch.")
+    accumulate: Positive = Field(1, description="Micro-batches per optimiser step.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="Autocast of the forward passes.")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
+    checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
+    log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+
+
+class Times(Section):
+    """From which times t in [0, 1] (1 = noise) a loss draws. Bounds are named, because [0.9T, T] is ambiguous."""
+
+    low: Share = Field(0.02, description="Lower bound at the first step.")
+    high: Share = Field(0.98, description="Upper bound at the first step.")
+    last_low: Share | None = Field(None, description="Lower bound at the last step (linear in between); empty: low.")
+    last_high: Share | None = Field(None, description="Upper bound at the last step; empty: high.")
+    t_space: Literal["pre_shift", "post_shift"] = Field(
+        "post_shift", description="Whether the bounds are meant before or after the timestep shift."
+    )
+    distribution: Literal["uniform", "shifted_uniform"] = Field(
+        "shifted_uniform", description="Uniform in t itself, or uniform before the shift."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Times":
+        for low, high in ((self.low, self.high), self.last_bounds):
+            if low > high:
+                raise ValueError(f"the interval [{low}, {high}] is empty; the lower bound comes first")
+        return self
+
+    @property
+    def last_bounds(self) -> tuple[float, float]:
+        """The interval at the last step."""
+        return (
+            self.low if self.last_low is None else self.last_low,
+            self.high if self.last_high is None else self.last_high,
+        )
+
+
+class TinyVae(Section):
+    """A small `AutoencoderKLWan` with Wan2.1's geometry (16 channels, 4x8x8) and its training."""
+
+    base_dim: Positive = Field(16, description="Channels at full resolution.")
+    dim_mult: tuple[int, int, int, int] = Field((1, 1, 2, 4), description="Channel multiples at the four resolutions.")
+    crop: Positive = Field(32, description="Training crops, pixels; a multiple of 8.")
+    crop_frames: Positive = Field(9, description="Training crops, frames; 4k + 1.")
+    kl_weight: NonNegative = Field(1e-6, description="Weight of the KL term, summed per latent value.")
+    training: Training = Training(steps=2000, batch_size=8, ema_decay=0.99)
+    optimizer: Optimizer = Optimizer(learning_rate=2e-3, warmup_steps=50, cosine=True)
+
+
+class TinyEncoders(Section):
+    """Small UMT5 and CLIP encoders, trained together contrastively (caption against first and last frame)."""
+
+    text_dim: Positive = Field(64, description="Width of the UMT5 encoder.")
+    text_layers: Positive = Field(2, description="Layers of the UMT5 encoder.")
+    vocabulary: Positive = Field(384, description="Byte-level BPE tokens, so that any prompt can be encoded.")
+    image_dim: Positive = Field(64, description="Width of the CLIP vision encoder.")
+    image_layers: int = Field(3, ge=2, description="Layers of the CLIP encoder; the last but one gives the features.")
+    image_patch: Positive = Field(16, description="Pixels per patch of the CLIP encoder.")
+    training: Training = Training(steps=600, batch_size=64, ema_decay=0.99)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True)
+
+
+class TinyTransformer(Section):
+    """A small `WanTransformer3DModel` and its training by flow matching."""
+
+    heads: Positive = Field(5, description="Attention heads.")
+    head_dim: Positive = Field(32, description="Width of a head; the model's width is heads x head_dim.")
+    ffn_multiple: Positive = Field(4, description="Feed-forward width / model width.")
+    layers: Positive = Field(6, description="Transformer blocks.")
+    freq_dim: Positive = Field(128, description="Sinusoidal timestep features.")
+    drop_text: Share = Field(0.1, description="Share of captions replaced by the empty one, for guidance.")
+    times: Times = Times(low=0.0, high=1.0)
+    training: Training = Training(steps=4000, batch_size=32, ema_decay=0.998)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=200, cosine=True)
+
+
+class Teacher(Section):
+    """Stage `teacher`: the model to distil, a diffusers `WanImageToVideoPipeline` folder."""
+
+    source: Literal["train", "folder", "hub"] = Field(
+        "hub", description="Train a tiny one, take a local folder, or fetch a hub id at a pinned revision."
+    )
+    path: str = Field("", description="The folder, or the hub id.")
+    revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
+    shift: float = Field(3.0, gt=0, description="Timestep shift s; Wan2.1: 3 at 480p, 5 at 720p.")
+    vae: TinyVae = TinyVae()
+    encoders: TinyEncoders = TinyEncoders()
+    transformer: TinyTransformer = TinyTransformer()
+
+    @model_validator(mode="after")
+    def _named(self) -> "Teacher":
+        if self.source != "train" and not self.path:
+            raise ValueError(f"source = {self.source} needs path")
+        if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
+            raise ValueError("source = hub needs revision: the 40 hex digits of a commit, so that weights cannot move")
+        return self
+
+
+class Latents(Section):
+    """Stage `latents`: clips encoded once by the teacher's VAE, text and image encoders."""
+
+    shard_size: Positive = Field(128, description="Clips per WebDataset shard.")
+    batch_size: Positive = Field(8, description="Clips encoded together.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Stored floating-point type.")
+    negative_prompt: str = Field("", description="What guidance puts in the caption's place.")
+
+
+class Lora(Section):
+    """A low-rank adapter on every linear layer of attention and feed-forward."""
+
+    rank: Positive = Field(64, description="Rank r.")
+    alpha: float = Field(64.0, gt=0, description="The update is scaled by alpha / r.")
+
+
+class Priming(Section):
+    """Stage `priming`: phase I, stability priming by variational score distillation."""
+
+    training: Training = Training(steps=500)
+    generator: Optimizer = Optimizer(learning_rate=1e-6)
+    fake: Optimizer = Optimizer(learning_rate=1e-5)
+    fake_lora: Lora = Lora()
+    fake_steps_per_generator_step: Positive = Field(
+        5, description="Fake-model updates for each generator update [choice: DMD2's 5]."
+    )
+    guidance_scale: float = Field(5.0, description="Teacher's guidance w in u + w (c - u); 1 = off.")
+    generator_times: Times = Field(
+        Times(low=0.9, high=1.0, distribution="uniform"), description="t of the generator's input (paper: [0.9T, T])."
+    )
+    score_times: Times = Field(Times(), description="t' at which the scores are compared [choice].")
+
+
+class Head(Section):
+    """The discriminator's semantic head."""
+
+    dim: Positive = Field(512, description="Width.")
+    heads: Positive = Field(8, description="Attention heads.")
+    queries: Positive = Field(8, description="Learnable queries.")
+    semantics: bool = Field(True, description="Join image and text embeddings to the queries (ablation: False).")
+    taps: tuple[int, ...] = Field(
+        (), description="Indices of the blocks whose outputs are features; empty: 1/2, 3/4 and the end of the depth."
+    )
+
+
+class R1(Section):
+    """Spatio-temporal differential R1."""
+
+    weight: NonNegative = Field(100.0, description="Weight w [choice; APT's 100].")
+    sigma_spatial: float = Field(0.01, gt=0, description="sigma_s: varies over space, equal in every frame (paper).")
+    sigma_temporal: float = Field(0.1, gt=0, description="sigma_t: varies over frames, equal over space (paper).")
+
+
+class Equilibrium(Section):
+    """Stage `equilibrium`: phase II, unified adversarial equilibrium."""
+
+    training: Training = Training(steps=1000)
+    generator: Optimizer = Optimizer(learning_rate=2e-6)
+    discriminator: Optimizer = Optimizer(learning_rate=2e-5)
+    discriminator_steps_per_generator_step: Positive = Field(1, description="Head updates per generator update.")
+    discriminator_warmup_steps: int = Field(0, ge=0, description="Head updates before the first generator update.")
+    backbone: Literal["ema", "teacher"] = Field(
+        "ema", description="Features from the generator's EMA (the paper) or the frozen teacher (its ablation)."
+    )
+    head: Head = Head()
+    r1: R1 = R1()
+    g_loss: Literal["hinge_linear", "hinge_clipped"] = Field(
+        "hinge_linear", description="-D(xh), or relu(1 - D(xh)) [choice]."
+    )
+    adversarial_weight: NonNegative = Field(1.0, description="Weight of the generator's adversarial term; 0 = off.")
+    csds_weight: NonNegative = Field(10.0, description="lambda of the conditional SDS term (paper: 10).")
+    csds_guidance_scale: float = Field(1.0, description="Guidance of the teacher in C-SDS; 1 = off [choice].")
+    discriminator_times: Times = Field(Times(), description="t' at which the discriminator looks [choice].")
+    csds_times: Times = Field(Times(), description="t' of the conditional SDS term [choice].")
+
+
+class Sampler(Section):
+    """How one row of the tables makes its videos."""
+
+    model: Literal["teacher", "priming", "equilibrium"] = Field(description="Whose weights.")
+    steps: Positive = Field(description="Network steps; guidance doubles the NFE.")
+    guidance_scale: float = Field(1.0, description="w in u + w (c - u); 1 = off.")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per video; guidance counts twice."""
+        return self.steps * (1 if self.guidance_scale == 1.0 else 2)
+
+
+class Samples(Section):
+    """Stage `samples`: the held-out first frames and captions, animated by every row's model."""
+
+    rows: dict[str, Sampler] = Field(
+        {
+            "teacher-100nfe": Sampler(model="teacher", steps=50, guidance_scale=5.0),
+            "teacher-1nfe": Sampler(model="teacher", steps=1),
+            "priming-1nfe": Sampler(model="priming", steps=1),
+            "vpae-1nfe": Sampler(model="equilibrium", steps=1),
+            "vpae-2nfe": Sampler(model="equilibrium", steps=2),
+            "vpae-4nfe": Sampler(model="equilibrium", steps=4),
+        },
+        description="Name of the row -> how its videos are made. A name ending in -Nnfe must tell the truth.",
+    )
+    count: Positive = Field(256, description="Held-out clips to animate.")
+    decode: Positive = Field(64, description="How many of them are decoded to mp4.")
+    batch_size: Positive = Field(16, description="Clips sampled together; the result does not depend on it.")
+    crf: int = Field(10, ge=0, le=51, description="x264's constant rate factor (VBench-I2V: 10).")
+
+    @model_validator(mode="after")
+    def _honest_names(self) -> "Samples":
+        for name, row in self.rows.items():
+            if name.endswith("nfe") and not name.endswith(f"-{row.nfe}nfe"):
+                raise ValueError(f"row {name} takes {row.nfe} NFE; name it {name.rsplit('-', 1)[0]}-{row.nfe}nfe")
+        if self.decode > self.count:
+            raise ValueError(f"decode = {self.decode} is more than count = {self.count}")
+        return self
+
+
+class Evaluation(Section):
+    """Stage `evaluation`: truth metrics, Frechet distance, latency."""
+
+    bootstrap: Positive = Field(500, description="Resamples for the 95% confidence intervals.")
+    latency_repeats: Positive = Field(5, description="Timed runs per row; the median counts.")
+    latency_warmup: int = Field(1, ge=0, description="Untimed runs before them.")
+
+
+class Report(Section):
+    """Stage `report`: one HTML page."""
+
+    clips: Positive = Field(6, description="First frames shown side by side.")
+
+
+class Experiment(BaseSettings):
+    """One experiment: everything that determines its results."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="VPAE_", env_nested_delimiter="__", env_file=None
+    )
+
+    extends: str = Field("", description="Name of the experiment beside this file whose keys this one overlays.")
+    seed: int = Field(0, ge=0, description="Every random number follows from it.")
+    geometry: Geometry = Geometry()
+    clips: Clips
+    teacher: Teacher
+    latents: Latents = Latents()
+    priming: Priming = Priming()
+    equilibrium: Equilibrium = Equilibrium()
+    samples: Samples = Samples()
+    evaluation: Evaluation = Evaluation()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if self.samples.count > self.clips.held_out:
+            raise ValueError(
+                f"samples.count = {self.samples.count} is more than clips.held_out = {self.clips.held_out}; "
+                "keep more clips or animate fewer"
+            )
+        for phase in ("priming", "equilibrium"):
+            size = getattr(self, phase).training.batch_size
+            if size > self.clips.train:
+                raise ValueError(f"{phase}.training.batch_size = {size} is more than clips.train = {self.clips.train}")
+        return self

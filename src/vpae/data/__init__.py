@@ -1,0 +1,1 @@
+"""Clips, their decoding, their encoding into latents, and the procedural world that stands in for a corpus."""

@@ -1,0 +1,200 @@
+"""Stage `clips`: which videos there are, each one checked by decoding it.
+
+Writes `manifest.jsonl` (one row a clip), `quarantine.jsonl` (one row, with its reason, for each clip left out) and,
+for the procedural world, `videos/*.mp4` and `truth.jsonl`. Videos of your own stay where they are: the manifest points
+to them, and names the sha256 that later stages check.
+"""
+
+import csv
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vpae.artifacts import ArtifactError, sha256
+from vpae.config import Experiment, Geometry
+from vpae.data.video import VideoError, probe, read_clip, write_video
+from vpae.data.world import Truth, draw_truth, render
+from vpae.progress import track
+
+SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of the manifest: a usable clip. `width`, `height` and `fps` are the file's own."""
+
+    key: str
+    path: str
+    split: str
+    caption: str
+    width: int
+    height: int
+    fps: float
+    sha256: str
+
+    def frames(self, geometry: Geometry, folder: Path) -> np.ndarray:
+        """Decode in the experiment's geometry, uint8 (T, H, W, 3); relative paths start at the manifest's folder.
+
+        Raises:
+            ArtifactError: the file is not the one that was catalogued.
+        """
+        path = folder / self.path
+        if not path.is_file() or sha256(path) != self.sha256:
+            raise ArtifactError(f"{path} is missing or has changed since it was catalogued; run the clips stage again")
+        return read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps)
+
+
+def read_manifest(folder: Path, split: str | None = None) -> list[Clip]:
+    """The clips of a finished clips folder, in the order of their keys."""
+    clips = [Clip(**json.loads(line)) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return [clip for clip in clips if split in (None, clip.split)]
+
+
+def read_truth(folder: Path) -> dict[str, Truth]:
+    """Key -> truth of the procedural world's clips; empty for other corpora."""
+    path = folder / "truth.jsonl"
+    if not path.is_file():
+        return {}
+    records = (json.loads(line) for line in path.read_text().splitlines())
+    return {record.pop("key"): Truth.from_json(record) for record in records}
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Build the catalogue; returns the number of clips per split and in quarantine."""
+    if settings.clips.source == "world":
+        return _render_world(settings, out)
+    return _catalogue(settings, out)
+
+
+def external_inputs(settings: Experiment) -> dict[str, str]:
+    """Digest of what lies outside the experiment: the names, sizes and dates of the videos, or the table."""
+    if settings.clips.source == "world":
+        return {}
+    from vpae.artifacts import digest
+
+    files = [(row["path"], Path(row["path"])) for row in _candidates(settings)]
+    listing = [(name, p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else (name, 0, 0) for name, p in files]
+    return {settings.clips.path: digest(listing)}
+
+
+def _render_world(settings: Experiment, out: Path) -> dict:
+    (out / "videos").mkdir()
+    jobs = [("train", i) for i in range(settings.clips.train)] + [("held_out", i) for i in range(settings.clips.held_out)]
+    clips, truths = [], []
+    work = partial(_render_one, settings=settings, out=out)
+    for clip, truth in track(_in_processes(work, jobs, settings.clips.workers), len(jobs), "clips"):
+        clips.append(clip)
+        truths.append({"key": clip.key, **truth.to_json()})
+    _write_lines(out / "truth.jsonl", truths)
+    return _write_tables(out, clips, [])
+
+
+def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[Clip, Truth]:
+    split, index = job
+    geometry, world = settings.geometry, settings.clips.world
+    truth = draw_truth(
+        (settings.seed, SPLITS.index(split), index),
+        geometry.frames,
+        geometry.width / geometry.height,
+        world.hidden_direction,
+        world.bystander_share,
+    )
+    key = f"{split}-{index:06d}"
+    path = Path("videos") / f"{key}.mp4"
+    write_video(out / path, render(truth, geometry.height, geometry.width), geometry.fps, world.crf)
+    size = (geometry.width, geometry.height, geometry.fps)
+    return Clip(key, str(path), split, truth.caption, *size, sha256(out / path)), truth
+
+
+def _catalogue(settings: Experiment, out: Path) -> dict:
+    rows = _candidates(settings)
+    if not rows:
+        raise ArtifactError(f"clips.path = {settings.clips.path}: no videos there ({', '.join(SUFFIXES)})")
+    good, bad, seen = [], [], {}
+    work = partial(_check_one, geometry=settings.geometry)
+    for row, found in track(_in_processes(work, rows, settings.clips.workers), len(rows), "clips"):
+        if isinstance(found, str):
+            bad.append({"path": row["path"], "reason": found})
+        elif found["sha256"] in seen:
+            bad.append({"path": row["path"], "reason": f"same content as {seen[found['sha256']]}"})
+        else:
+            seen[found["sha256"]] = row["path"]
+            good.append({"path": str(Path(row["path"]).resolve()), "caption": row["caption"], **found})
+    wanted = settings.clips.held_out
+    if len(good) <= wanted:
+        _write_lines(out / "quarantine.jsonl", bad)
+        reasons = "; ".join(f"{b['path']}: {b['reason']}" for b in bad[:5])
+        raise ArtifactError(
+            f"clips.path = {settings.clips.path}: {len(good)} usable clips cannot give clips.held_out = {wanted} and "
+            f"leave some to train on; add videos or hold out fewer. Left out: {len(bad)}{': ' + reasons if bad else ''}"
+        )
+    # By content, so that adding or renaming files moves no clip from one split to the other by its place in a list.
+    good.sort(key=lambda record: record["sha256"])
+    splits = ["held_out"] * wanted + ["train"] * (len(good) - wanted)
+    clips = [Clip(key=f"{split}-{g['sha256'][:16]}", split=split, **g) for split, g in zip(splits, good, strict=True)]
+    train = [c for c in clips if c.split == "train"]
+    bad += [{"path": c.path, "reason": f"beyond clips.train = {settings.clips.train}"} for c in train[settings.clips.train :]]
+    return _write_tables(out, [c for c in clips if c.split == "held_out"] + train[: settings.clips.train], bad)
+
+
+def _candidates(settings: Experiment) -> list[dict]:
+    """Rows {path, caption} of a folder (captions from X.txt beside X.mp4, else the file's name) or a table."""
+    root = Path(settings.clips.path)
+    if settings.clips.source == "folder":
+        if not root.is_dir():
+            raise ArtifactError(f"clips.path = {root}: no such folder")
+        videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        return [{"path": str(p), "caption": _caption_beside(p)} for p in videos]
+    if not root.is_file():
+        raise ArtifactError(f"clips.path = {root}: no such table")
+    if root.suffix == ".jsonl":
+        rows = [json.loads(line) for line in root.read_text().splitlines() if line.strip()]
+    else:
+        with root.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 1):
+        if not row.get("path") or row.get("caption") is None:
+            raise ArtifactError(f"{root}: row {number}: needs the columns path and caption")
+    return [{"path": str(root.parent / row["path"]), "caption": row["caption"]} for row in rows]
+
+
+def _caption_beside(video: Path) -> str:
+    text = video.with_suffix(".txt")
+    return text.read_text().strip() if text.is_file() else video.stem.replace("_", " ").replace("-", " ")
+
+
+def _check_one(row: dict, geometry: Geometry) -> tuple[dict, dict | str]:
+    """Decode a clip in the experiment's geometry: its measures, or the reason why it cannot be used."""
+    path = Path(row["path"])
+    try:
+        info = probe(path)
+        read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps)
+    except VideoError as error:
+        return row, str(error)
+    return row, {"width": info.width, "height": info.height, "fps": info.fps, "sha256": sha256(path)}
+
+
+def _in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """Map in order over processes; spawned, because forking a process with threads can deadlock."""
+    if workers == 1:
+        yield from map(work, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(work, jobs, chunksize=8)
+
+
+def _write_tables(out: Path, clips: list[Clip], bad: list[dict]) -> dict:
+    _write_lines(out / "manifest.jsonl", (asdict(c) for c in clips))
+    _write_lines(out / "quarantine.jsonl", bad)
+    return {**{split: sum(c.split == split for c in clips) for split in SPLITS}, "quarantine": len(bad)}
+
+
+def _write_lines(path: Path, records: Iterable[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,59 @@
+"""From clips to what a network trains on: latents, condition, text and image embeddings.
+
+Each encoder is the teacher's own, called as `WanImageToVideoPipeline` calls it.
+Axes: B batch, C channels, F latent frames, H/W height and width, T frames, L text tokens, N image tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from torch import Tensor
+
+from vpae.models.wan import TEXT_TOKENS, encode_condition, encode_video
+
+
+@dataclass
+class Encoders:
+    """The encoding half of a pipeline (its transformer may be absent)."""
+
+    pipeline: WanImageToVideoPipeline
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> list[Tensor]:
+        """UMT5 embeddings of each caption without padding, [(L_i, D)]."""
+        lengths = self.pipeline.tokenizer(list(captions), truncation=True, max_length=TEXT_TOKENS).input_ids
+        padded, _ = self.pipeline.encode_prompt(
+            list(captions), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+        )
+        return [text[: len(ids)].cpu() for text, ids in zip(padded, lengths, strict=True)]
+
+    @torch.no_grad()
+    def images(self, first_frames: Sequence[np.ndarray]) -> Tensor:
+        """CLIP's last but one hidden states of uint8 frames (H, W, 3), as (B, N, D)."""
+        images = [Image.fromarray(f) for f in first_frames]
+        return self.pipeline.encode_image(images, self.pipeline.image_encoder.device).cpu()
+
+    @torch.no_grad()
+    def videos(self, frames_BTHW3: np.ndarray) -> Tensor:
+        """Normalised latents (B, 16, F, H, W) of uint8 frames (B, T, H, W, 3)."""
+        return encode_video(self.pipeline.vae, to_signed(frames_BTHW3)).cpu()
+
+    @torch.no_grad()
+    def conditions(self, first_frames: Sequence[np.ndarray], frames: int) -> Tensor:
+        """Normalised latents (B, 16, F, H, W) of "first frame, then grey"."""
+        first = to_signed(np.stack(first_frames)[:, None])[:, :, 0]
+        return encode_condition(self.pipeline.vae, first, frames).cpu()
+
+
+def to_signed(frames_BTHW3: np.ndarray) -> Tensor:
+    """uint8 frames (B, T, H, W, 3) -> float32 (B, 3, T, H, W) in [-1, 1], rounded as diffusers does."""
+    return 2.0 * (torch.from_numpy(frames_BTHW3.astype(np.float32) / 255.0).permute(0, 4, 1, 2, 3)) - 1.0
+
+
+def pad_text(text_LD: Tensor) -> Tensor:
+    """Zeros after the caption's end, up to Wan's 512 tokens."""
+    return torch.nn.functional.pad(text_LD, (0, 0, 0, TEXT_TOKENS - len(text_LD)))

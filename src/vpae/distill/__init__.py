@@ -1,0 +1,1 @@
+"""The losses, one small file each, and the phases that compose them."""

@@ -1,0 +1,85 @@
+"""Stage `priming`: Phase I, stability priming by variational score distillation.
+
+Brings the distribution of one-step videos to that of real ones before any adversary sees them. Writes `student/` (a
+pipeline folder with the EMA weights), `generator.safetensors`, `fake_lora.safetensors` and `metrics.jsonl`.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vpae.config import Experiment, Priming
+from vpae.distill.common import accelerator_for, batches_of, finish, noise_like
+from vpae.distill.vsd import flow_matching_loss, vsd_direction, vsd_loss
+from vpae.flow import add_noise, sample_times
+from vpae.models.adapters import SharedBase, adapter_state
+from vpae.models.wan import Condition, guided_velocity, load_transformer, predict_x0, velocity
+from vpae.training.ema import make_ema
+from vpae.training.loop import Role, train
+from vpae.training.randomness import derived_seed
+
+
+class PrimingPhase:
+    """Roles: generator (starts as the teacher; trained; has the EMA), and teacher + fake on one base (fake trained)."""
+
+    name = "priming"
+    main = "generator"
+
+    def __init__(self, config: Priming, shift: float, generator: WanTransformer3DModel, shared: SharedBase):
+        self.config, self.shift, self.generator, self.shared = config, shift, generator, shared
+        self.roles = {"generator": Role(generator, config.generator), "fake": Role(shared, config.fake)}
+        self.ema = make_ema(generator)
+
+    def turns(self, step: int) -> list[str]:
+        """Two time scales: the fake model first follows the generator, then the generator moves once."""
+        return ["fake"] * self.config.fake_steps_per_generator_step + ["generator"]
+
+    def loss(
+        self, turn: str, batch: tuple[Tensor, Condition], rng: torch.Generator, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
+        x, c = batch
+        progress = step / self.config.training.steps
+        t = sample_times(self.config.generator_times, self.shift, progress, len(x), rng)
+        with torch.set_grad_enabled(turn == "generator"):
+            xh = predict_x0(self.generator, add_noise(x, noise_like(x, rng), t), t, c)
+        t_ = sample_times(self.config.score_times, self.shift, progress, len(x), rng)
+        noise = noise_like(x, rng)
+        xh_t = add_noise(xh.detach(), noise, t_)
+        if turn == "fake":
+            with self.shared.as_fake() as fake:
+                return flow_matching_loss(velocity(fake, xh_t, t_, c), xh, noise), {}
+        with self.shared.as_teacher() as teacher:
+            v_real = guided_velocity(teacher, xh_t, t_, c, self.config.guidance_scale)
+        with torch.no_grad(), self.shared.as_fake() as fake:
+            v_fake = velocity(fake, xh_t, t_, c)
+        t5 = t_.reshape(-1, 1, 1, 1, 1)
+        g = vsd_direction(xh, xh_t - t5 * v_real, xh_t - t5 * v_fake)
+        return vsd_loss(xh, g), {"vsd_direction": g.abs().mean(), **motion_monitors(xh, x)}
+
+
+def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
+    """Early signs of collapse: movement and mean of generated latents relative to real ones (1 and 0 are healthy)."""
+    with torch.no_grad():
+        moves, real_moves = (v.diff(dim=2).abs().mean() for v in (xh_BCFHW, x_BCFHW))
+        drift = (xh_BCFHW.mean(dim=(0, 2, 3, 4)) - x_BCFHW.mean(dim=(0, 2, 3, 4))).abs().mean()
+        return {"motion_ratio": moves / real_moves.clamp_min(1e-8), "colour_drift": drift}
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Train phase I; returns counts."""
+    config = settings.priming
+    accelerator = accelerator_for(config.training)
+    generator = load_transformer(inputs["teacher"]).to(accelerator.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(settings.seed, "priming", "fake"))
+        shared = SharedBase(load_transformer(inputs["teacher"]), config.fake_lora).to(accelerator.device)
+    phase = PrimingPhase(config, settings.teacher.shift, generator, shared)
+    batches = batches_of(inputs["latents"], config.training, settings.seed, "priming", accelerator)
+    metrics = train(phase, batches, config.training, settings.seed, state, accelerator)
+    save_file({k: v.contiguous() for k, v in generator.state_dict().items()}, out / "generator.safetensors")
+    save_file(adapter_state(shared.transformer), out / "fake_lora.safetensors")
+    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, config.training)

@@ -1,0 +1,119 @@
+"""Stage `evaluation`: one record per video and row, `scores.json` with means and confidence intervals, `table.md`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vpae.artifacts import write_json
+from vpae.config import Experiment, Sampler
+from vpae.data.catalog import read_truth
+from vpae.data.latents import LatentDataset
+from vpae.data.video import read_frames
+from vpae.evaluation import latency, truth
+from vpae.evaluation.frechet import RandomFeatures, frechet
+from vpae.evaluation.statistics import bootstrap
+from vpae.models.wan import load_pipeline
+from vpae.progress import track
+from vpae.sampling import animate, draw, model_folder
+
+METRICS = ("frechet", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Score every row of the samples stage; returns the number of rows and scored videos."""
+    rows = ["real", *settings.samples.rows]
+    suite = [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
+    truths = read_truth(inputs["clips"])
+    scores: dict[str, dict] = {}
+    records = []
+    features = {row: _features(inputs["samples"] / row) for row in rows}
+    reference = features["real"]
+    # What the distance between two samples of reality is: the floor for every method.
+    floor = RandomFeatures()(_training_latents(inputs["latents"], len(reference))).numpy()
+    for row in track(rows, len(rows), "evaluation"):
+        scores[row] = {"frechet": _frechet_interval(floor if row == "real" else features[row], reference, settings)}
+        videos = suite[: settings.samples.decode] if truths else []
+        measured = []
+        for item in videos:
+            frames, _ = read_frames(inputs["samples"] / row / item["file"])
+            measured.append(truth.measure(frames, truths[item["key"]]))
+            records.append({"row": row, "key": item["key"], "file": item["file"], **measured[-1]})
+        for metric in truth.METRICS if measured else ():
+            values = np.array([m[metric] for m in measured])
+            scores[row][metric] = bootstrap(
+                len(values), lambda i, v=values: v[i].mean(), settings.evaluation.bootstrap, settings.seed
+            )
+    for row, timing in _latencies(settings, inputs).items():
+        scores[row] |= timing
+    (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    nfe = {name: row.nfe for name, row in settings.samples.rows.items()}
+    write_json(out / "scores.json", {"rows": scores, "nfe": nfe, "videos": len(suite), "decoded": settings.samples.decode})
+    (out / "table.md").write_text(table(scores, nfe))
+    return {"rows": len(rows), "videos_scored": len(records)}
+
+
+def _features(folder: Path) -> np.ndarray:
+    return RandomFeatures()(load_file(folder / "latents.safetensors")["x0"]).numpy()
+
+
+def _training_latents(folder: Path, count: int) -> Tensor:
+    dataset = LatentDataset(folder, "train")
+    return torch.stack([dataset.tensors(i)["x0"].float() for i in range(min(count, len(dataset)))])
+
+
+def _frechet_interval(generated: np.ndarray, reference: np.ndarray, settings: Experiment) -> dict[str, float]:
+    n = min(len(generated), len(reference))
+    return bootstrap(
+        n, lambda i: frechet(generated[i], reference[i]), min(100, settings.evaluation.bootstrap), settings.seed
+    )
+
+
+@torch.no_grad()
+def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]:
+    """Seconds per video at batch size 1: the network steps alone, and from image and prompt to frames."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dataset = LatentDataset(inputs["latents"], "held_out")
+    _, condition = dataset.batch([0], device)
+    picture: Image.Image = dataset.first_frame(0)
+    prompt, geometry, config = dataset.entries[0].caption, settings.geometry, settings.evaluation
+    shape = (16, *geometry.latent_shape)
+    found = {}
+    for name, row in settings.samples.rows.items():
+        pipeline = load_pipeline(model_folder(inputs, row.model)).to(device)
+
+        def diffuse(pipeline=pipeline, row: Sampler = row) -> None:
+            draw(pipeline.transformer, row, settings.teacher.shift, condition, shape, [0])
+
+        def everything(pipeline=pipeline, row: Sampler = row) -> None:
+            animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames)
+
+        # A hundred network evaluations are their own average; a single one is not.
+        repeats = config.latency_repeats if row.nfe >= 50 else 5 * config.latency_repeats
+        found[name] = {
+            "latency_diffusion_s": latency.measure(diffuse, repeats, config.latency_warmup),
+            "latency_total_s": latency.measure(everything, config.latency_repeats, config.latency_warmup),
+        }
+    return found
+
+
+def table(scores: dict[str, dict], nfe: dict[str, int]) -> str:
+    """The scores as a Markdown table, with half-widths of the 95% intervals."""
+    head = ["row", "NFE", *METRICS]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, metrics in scores.items():
+        cells = [_cell(metrics.get(metric), metric) for metric in METRICS]
+        lines.append("| " + " | ".join([row, str(nfe.get(row, "")), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict[str, float] | None, metric: str) -> str:
+    if value is None:
+        return ""
+    if metric.startswith("latency"):
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} ± {(value['high'] - value['low']) / 2:.3f}"

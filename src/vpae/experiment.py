@@ -1,0 +1,232 @@
+"""From a YAML file to an experiment, and from an experiment to the folders of its stages.
+
+Keys come, in rising order of precedence, from the defaults, the experiments named by `extends:`, the file itself,
+environment variables (`VPAE_PRIMING__TRAINING__STEPS=10`) and `--set priming.training.steps=10`.
+
+A stage whose settings, and whose upstream's settings, equal the base experiment's is the base's stage: an overlay
+re-runs only what it changes.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import InitSettingsSource
+
+from vpae.artifacts import digest
+from vpae.config import Experiment
+
+RESULTS = Path("results")
+SECTIONS = {
+    "clips": ("geometry", "clips"),
+    "teacher": ("geometry", "teacher"),
+    "latents": ("geometry", "latents"),
+    "priming": ("priming",),
+    "equilibrium": ("equilibrium",),
+    "samples": ("samples", "geometry"),
+    "evaluation": ("evaluation",),
+    "report": ("report",),
+}
+STAGES = tuple(SECTIONS)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded experiment: its settings, its name (the file's stem), its file and its base, if it extends one."""
+
+    name: str
+    path: Path
+    settings: Experiment
+    base: "Source | None"
+
+
+def upstream(settings: Experiment, stage: str) -> tuple[str, ...]:
+    """The stages whose folders a stage reads."""
+    trained_here = settings.teacher.source == "train"
+    return {
+        "clips": (),
+        "teacher": ("clips",) if trained_here else (),
+        "latents": ("clips", "teacher"),
+        "priming": ("latents", "teacher"),
+        "equilibrium": ("latents", "teacher", "priming"),
+        "samples": ("clips", "latents", *sorted({"teacher", *(row.model for row in settings.samples.rows.values())})),
+        "evaluation": ("clips", "latents", "samples"),
+        "report": ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation"),
+    }[stage]
+
+
+def stage_settings(settings: Experiment, stage: str) -> dict:
+    """Plain values of the sections a stage reads, and the seed."""
+    values = settings.model_dump(mode="json", include={"seed", *SECTIONS[stage]})
+    if stage == "teacher" and settings.teacher.source != "train":
+        # The sizes of a network that is not trained here change nothing.
+        for unused in ("vae", "encoders", "transformer"):
+            del values["teacher"][unused]
+    if stage == "clips":
+        del values["clips"]["workers"]
+    return values
+
+
+def fingerprint(settings: Experiment, stage: str) -> str:
+    """Digest of everything in the configuration that determines a stage's result."""
+    above = {name: fingerprint(settings, name) for name in upstream(settings, stage)}
+    return digest([stage, stage_settings(settings, stage), above])
+
+
+def owner(source: Source, stage: str) -> Source:
+    """The experiment in whose folder a stage's result stands: the furthest base with the same fingerprint."""
+    wanted, found, base = fingerprint(source.settings, stage), source, source.base
+    while base is not None:
+        if fingerprint(base.settings, stage) == wanted:
+            found = base
+        base = base.base
+    return found
+
+
+def stage_folder(source: Source, stage: str, results: Path = RESULTS) -> Path:
+    """Where the result of a stage stands."""
+    return results / owner(source, stage).name / stage
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = True) -> Source:
+    """Load and validate an experiment.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` pairs; values are YAML.
+        environment: whether VPAE_... variables count.
+
+    Raises:
+        ConfigError: naming the file, the key and the remedy.
+    """
+    path = Path(path)
+    layers = _read_chain(path, ())
+    tree: dict = {}
+    for layer in layers:
+        _merge(tree, layer)
+    set_tree: dict = {}
+    for override in overrides:
+        _merge(set_tree, _parse_override(override))
+    if environment:
+        _refuse_unknown_variables()
+    base = None
+    if tree.get("extends"):
+        # The base stands by itself: overrides and environment are this experiment's, not its base's.
+        base = load(path.parent / f"{layers[-1]['extends']}.yaml", environment=False)
+    return Source(path.stem, path, _validate(path, tree, set_tree, environment), base)
+
+
+def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Experiment:
+    class Loaded(Experiment):
+        @classmethod
+        def settings_customise_sources(cls, settings_cls, init_settings, env_settings, **_):  # noqa: ANN206
+            file = InitSettingsSource(settings_cls, init_kwargs=tree)
+            return (init_settings, env_settings, file) if environment else (init_settings, file)
+
+    try:
+        loaded = Loaded(**overrides)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, problem) for problem in error.errors())) from error
+    return Experiment.model_construct(**{key: getattr(loaded, key) for key in Experiment.model_fields})
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict]:
+    """The file's tree preceded by those it extends."""
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.stem for p in seen)}; break the circle")
+    if not path.is_file():
+        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        wanted_by = f"{seen[-1]}: extends: {path.stem}: " if seen else ""
+        raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the file must hold sections (key: value), not a {type(tree).__name__}")
+    if tree.get("extends"):
+        return [*_read_chain(path.parent / f"{tree['extends']}.yaml", (*seen, path)), tree]
+    return [tree]
+
+
+def _merge(target: dict, layer: dict) -> None:
+    for key, value in layer.items():
+        # The rows of `samples` are merged like sections: an overlay adds or changes one row.
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
+
+
+def _parse_override(text: str) -> dict:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: write section.key=value, for instance priming.training.steps=100")
+    tree: Any = yaml.safe_load(value)
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _explain(path: Path, problem: dict) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "(the experiment)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]), n=1)
+        message = f"unknown key; did you mean {near[0]}?" if near else "unknown key; see `vpae config schema`"
+    elif problem["type"] == "missing":
+        message = "is required; add it, or `extends:` an experiment that has it"
+    else:
+        message += f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+    return f"{path}: {key}: {message}"
+
+
+def _keys_at(location: Sequence) -> list[str]:
+    model: Any = Experiment
+    for part in location:
+        found = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if found is None:
+            return []
+        kinds = [found.annotation, *get_args(found.annotation)]
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt VPAE_ variable must not be ignored."""
+    for name in os.environ:
+        if not name.upper().startswith("VPAE_"):
+            continue
+        parts = name[len("VPAE_") :].lower().split("__")
+        for depth, part in enumerate(parts):
+            known = _keys_at(parts[:depth])
+            if part not in known:
+                if depth and not known:  # inside a free mapping such as samples.rows
+                    break
+                near = difflib.get_close_matches(part, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"environment: {name}: unknown key {'.'.join(parts)}{hint}")
+
+
+def schema() -> dict:
+    """The JSON schema of an experiment's file (nothing required: a file may be an overlay)."""
+    generated = Experiment.model_json_schema()
+    generated.pop("required", None)
+    return generated
+
+
+def shipped(folder: Path = Path("configs")) -> Iterator[Path]:
+    """Every experiment in a folder."""
+    yield from sorted(folder.glob("*.yaml"))

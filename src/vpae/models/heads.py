@@ -1,0 +1,62 @@
+"""The discriminator's semantic head (Phase II, step 3): tokens of several blocks and the condition -> one logit.
+
+One logit for the whole video, because frame-wise logits reward still videos.
+Axes: B batch, N video tokens, M image tokens, L text tokens, Q queries, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vpae.config import Head
+from vpae.models.wan import Condition
+
+
+class SemanticHead(nn.Module):
+    """Learnable queries, informed by image and text, that look at each tapped layer.
+
+    Args:
+        config: width, attention heads, queries, and whether semantics are joined in.
+        feature_dim: width of the backbone's tokens.
+        taps: number of tapped layers.
+        text_dim, image_dim: widths of the condition's embeddings.
+    """
+
+    def __init__(self, config: Head, feature_dim: int, taps: int, text_dim: int, image_dim: int):
+        super().__init__()
+        d = config.dim
+        self.semantics = config.semantics
+        self.queries_QD = nn.Parameter(torch.randn(config.queries, d) * d**-0.5)
+        self.text_in = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, d))
+        self.image_in = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, d))
+        self.self_norm = nn.LayerNorm(d)
+        self.self_attention = nn.MultiheadAttention(d, config.heads, batch_first=True)
+        # Wan's residual stream has a few very large channels; without a norm they would be all the head sees.
+        self.layer_in = nn.ModuleList(nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, d)) for _ in range(taps))
+        self.query_norm = nn.LayerNorm(d)
+        self.cross_attention = nn.ModuleList(nn.MultiheadAttention(d, config.heads, batch_first=True) for _ in range(taps))
+        joined = taps * config.queries * d
+        self.to_logit = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, d), nn.SiLU(), nn.Linear(d, 1))
+
+    def forward(self, layers_BND: list[Tensor], condition: Condition) -> Tensor:
+        """Logits (B,), high for real; the same dtype as the head's weights."""
+        dtype = self.queries_QD.dtype
+        queries = self.queries_QD.expand(len(condition.text_BLD), -1, -1)
+        tokens, padding = queries, None
+        if self.semantics:
+            image = self.image_in(condition.image_BND.to(dtype))
+            text = self.text_in(condition.text_BLD.to(dtype))
+            tokens = torch.cat([queries, image, text], dim=1)
+            # The caption's end is followed by zeros, which say nothing.
+            empty = (condition.text_BLD == 0).all(dim=-1)
+            padding = torch.cat([empty.new_zeros(empty.shape[0], queries.shape[1] + image.shape[1]), empty], dim=1)
+        normed = self.self_norm(tokens)
+        q = queries.shape[1]
+        attended, _ = self.self_attention(
+            normed[:, :q], normed, normed, key_padding_mask=padding, need_weights=False
+        )
+        queries = queries + attended
+        seen = []
+        for project, attention, layer in zip(self.layer_in, self.cross_attention, layers_BND, strict=True):
+            keys = project(layer.to(dtype))
+            seen.append(attention(self.query_norm(queries), keys, keys, need_weights=False)[0])
+        return self.to_logit(torch.cat(seen, dim=1).flatten(1)).squeeze(-1)

@@ -1,0 +1,166 @@
+"""Wan image-to-video models: loading, conditioning, velocity, and features of inner blocks.
+
+Nothing of Wan is rewritten: `WanTransformer3DModel`, `AutoencoderKLWan` and the pipeline are diffusers'.
+Axes: B batch, C channels, F latent frames, H/W latent height and width, T frames, N tokens, L text tokens, D width.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+
+from vpae.flow import x0_from_velocity
+
+GEOMETRY = "geometry.json"  # beside model_index.json: frames, height, width and fps a model was made for
+TEXT_TOKENS = 512  # Wan's cross-attention finds the image tokens by counting 512 from the end
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network knows of a clip besides its noise.
+
+    Attributes:
+        frame_BCFHW: 20 channels: 4 of mask (1 on the first latent frame), 16 of the VAE's encoding of "first frame,
+            then grey", normalised.
+        image_BND: CLIP's last but one hidden states of the first frame.
+        text_BLD: UMT5 embeddings, zeros after the caption's end, L = 512.
+        empty_text_LD: the same of the negative prompt; guidance drops only the text.
+    """
+
+    frame_BCFHW: Tensor
+    image_BND: Tensor
+    text_BLD: Tensor
+    empty_text_LD: Tensor
+
+    def without_text(self) -> "Condition":
+        """The unconditional branch of guidance: first frame, mask and image embeddings stay."""
+        return replace(self, text_BLD=self.empty_text_LD.expand_as(self.text_BLD))
+
+
+def velocity(model: nn.Module, xt_BCFHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    """The network's velocity v(x_t, t, c), (B, 16, F, H, W) in the dtype of x_t."""
+    return model(
+        hidden_states=torch.cat([xt_BCFHW, condition.frame_BCFHW], dim=1),
+        timestep=1000 * t_B,
+        encoder_hidden_states=condition.text_BLD,
+        encoder_hidden_states_image=condition.image_BND,
+        return_dict=False,
+    )[0].to(xt_BCFHW.dtype)
+
+
+def guided_velocity(model: nn.Module, xt_BCFHW: Tensor, t_B: Tensor, condition: Condition, w: float) -> Tensor:
+    """Velocity with classifier-free guidance in the standard form u + w (c - u); w = 1 needs one pass only."""
+    v_cond = velocity(model, xt_BCFHW, t_B, condition)
+    if w == 1.0:
+        return v_cond
+    v_uncond = velocity(model, xt_BCFHW, t_B, condition.without_text())
+    return v_uncond + w * (v_cond - v_uncond)
+
+
+def predict_x0(model: nn.Module, xt_BCFHW: Tensor, t_B: Tensor, condition: Condition, w: float = 1.0) -> Tensor:
+    """The one-step prediction f(x_t, t, c) = x_t - t v, with guidance w."""
+    return x0_from_velocity(xt_BCFHW, guided_velocity(model, xt_BCFHW, t_B, condition, w), t_B)
+
+
+def default_taps(layers: int) -> tuple[int, ...]:
+    """Blocks whose outputs are features: half, three quarters and the end of the depth (15, 22, 29 of 30)."""
+    return (layers // 2, 3 * layers // 4, layers - 1)
+
+
+@contextmanager
+def tapped_blocks(model: WanTransformer3DModel, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs (B, N, D) of the named transformer blocks of every forward pass inside the block."""
+    found: dict[int, Tensor] = {}
+
+    def keep(index: int):
+        def hook(_module, _inputs, output: Tensor) -> None:
+            found[index] = output
+
+        return hook
+
+    handles = [model.blocks[i].register_forward_hook(keep(i)) for i in taps]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def features(
+    model: WanTransformer3DModel, xt_BCFHW: Tensor, t_B: Tensor, condition: Condition, taps: Sequence[int]
+) -> list[Tensor]:
+    """Outputs (B, N, D) of the tapped blocks, in the order of `taps`."""
+    with tapped_blocks(model, taps) as found:
+        velocity(model, xt_BCFHW, t_B, condition)
+    return [found[i] for i in taps]
+
+
+def first_frame_mask(batch: int, frames: int, height: int, width: int) -> Tensor:
+    """The condition's mask channels (B, 4, F, H, W): 1 on the first latent frame."""
+    mask = torch.zeros(batch, 4, frames, height, width)
+    mask[:, :, 0] = 1
+    return mask
+
+
+def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=like.device, dtype=like.dtype).view(shape)
+    std = torch.tensor(vae.config.latents_std, device=like.device, dtype=like.dtype).view(shape)
+    return mean, std
+
+
+def encode_video(vae: AutoencoderKLWan, video_B3THW: Tensor) -> Tensor:
+    """Encode pixels in [-1, 1] to normalised latents (B, 16, F, H, W), float32: the mode of the posterior."""
+    z = vae.encode(video_B3THW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = _latent_statistics(vae, z)
+    return (z - mean) * (1.0 / std)
+
+
+def encode_condition(vae: AutoencoderKLWan, first_B3HW: Tensor, frames: int) -> Tensor:
+    """Encode "first frame, then grey" together, as Wan-I2V's condition needs it.
+
+    Args:
+        vae: the teacher's VAE.
+        first_B3HW: first frames in [-1, 1].
+        frames: frames T of the video to come.
+
+    Returns:
+        normalised latents (B, 16, F, H, W); those after the first are not zero, since the VAE looks back.
+    """
+    grey = first_B3HW.new_zeros(*first_B3HW.shape[:2], frames - 1, *first_B3HW.shape[2:])
+    return encode_video(vae, torch.cat([first_B3HW.unsqueeze(2), grey], dim=2))
+
+
+def decode_latents(vae: AutoencoderKLWan, x_BCFHW: Tensor) -> Tensor:
+    """Decode normalised latents to uint8 frames (B, T, H, W, 3), as the pipeline does."""
+    mean, std = _latent_statistics(vae, x_BCFHW)
+    video = vae.decode((x_BCFHW / (1.0 / std) + mean).to(vae.device, vae.dtype), return_dict=False)[0]
+    scaled = (video.float() * 0.5 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **components) -> WanImageToVideoPipeline:
+    """Load a pipeline folder; `components` replace parts of it (None leaves a part out).
+
+    Raises:
+        FileNotFoundError: the folder is not a pipeline.
+    """
+    if not (Path(folder) / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model_index.json: it is not a diffusers pipeline folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = WanImageToVideoPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_transformer(folder: Path | str, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
+    """Load only the transformer of a pipeline folder."""
+    if not (Path(folder) / "transformer" / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no transformer/config.json: it is not a Wan pipeline folder")
+    return WanTransformer3DModel.from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype)

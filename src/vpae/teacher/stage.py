@@ -1,0 +1,169 @@
+"""Stage `teacher`: writes a complete diffusers `WanImageToVideoPipeline` folder.
+
+A tiny teacher is trained in three runs of the one training loop: VAE, encoders, transformer. A folder or hub id is
+checked and linked, never trained.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from torch import Tensor
+
+from vpae.artifacts import ArtifactError, link_tree, sha256, write_json
+from vpae.config import Experiment, Training
+from vpae.data.catalog import Clip, read_manifest
+from vpae.data.encoding import Encoders, pad_text, to_signed
+from vpae.models.wan import GEOMETRY, Condition, first_frame_mask
+from vpae.progress import track
+from vpae.teacher import encoders, flow_matching, vae
+from vpae.training.loop import train
+from vpae.training.randomness import Shuffled, derived_seed
+
+NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
+COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
+
+
+def external_inputs(settings: Experiment) -> dict[str, str]:
+    """Digest of a teacher folder that is not trained here, by its index and the sizes of its weights."""
+    if settings.teacher.source != "folder":
+        return {}
+    folder = _checked(Path(settings.teacher.path))
+    return {str(folder): sha256(folder / "model_index.json") + str(sum(f.stat().st_size for f in folder.rglob("*.*")))}
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Make the pipeline folder; returns parameter counts."""
+    teacher = settings.teacher
+    write_json(out / GEOMETRY, settings.geometry.model_dump())
+    if teacher.source == "train":
+        return _train(settings, inputs["clips"], out, state)
+    if teacher.source == "hub":
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(teacher.path, revision=teacher.revision))
+    else:
+        folder = Path(teacher.path)
+    link_tree(_checked(folder), out, skip=(GEOMETRY,))
+    return {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())}
+
+
+def _checked(folder: Path) -> Path:
+    missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
+    if missing:
+        raise ArtifactError(
+            f"teacher.path = {folder}: not a WanImageToVideoPipeline folder, it lacks {', '.join(missing)}; "
+            "download the model in diffusers format, or run `dvc pull` if the folder is versioned with DVC"
+        )
+    return folder
+
+
+def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> dict:
+    config, geometry = settings.teacher, settings.geometry
+    clips = read_manifest(clips_folder, "train")
+    frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
+
+    accelerator = _accelerator(config.vae.training)
+    phase = vae.VaePhase(config.vae, _seeded(settings, "vae", lambda: vae.build(config.vae)).to(accelerator.device))
+    _fit(phase, _videos(frames_NTHW3, config.vae.training, settings.seed), config.vae.training, settings, state, accelerator)
+    trained_vae: AutoencoderKLWan = phase.ema
+    sample = [to_signed(frames_NTHW3[i : i + 8]).to(accelerator.device) for i in range(0, min(len(clips), 256), 8)]
+    vae.normalise(trained_vae, sample)
+
+    tokenizer = encoders.build_tokenizer([c.caption for c in clips], config.encoders.vocabulary)
+    image_encoder, processor = _seeded(
+        settings, "image", lambda: encoders.build_image_encoder(config.encoders, min(geometry.height, geometry.width))
+    )
+    text_encoder = _seeded(settings, "text", lambda: encoders.build_text_encoder(config.encoders, len(tokenizer)))
+    towers = _seeded(settings, "towers", lambda: encoders.Towers(text_encoder, image_encoder)).to(accelerator.device)
+    phase = encoders.EncoderPhase(config.encoders, towers)
+    pairs = _pairs(frames_NTHW3, clips, tokenizer, processor, config.encoders.training, settings.seed)
+    _fit(phase, pairs, config.encoders.training, settings, state, accelerator)
+
+    build = lambda: flow_matching.build(config.transformer, config.encoders.text_dim, config.encoders.image_dim)  # noqa: E731
+    phase_transformer = flow_matching.FlowMatchingPhase(
+        config.transformer, config.shift, _seeded(settings, "transformer", build).to(accelerator.device)
+    )
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=phase.ema.text,
+        vae=trained_vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
+        image_processor=processor,
+        image_encoder=phase.ema.image,
+        transformer=phase_transformer.ema,
+    )
+    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings)
+    _fit(phase_transformer, encoded, config.transformer.training, settings, state, accelerator)
+    pipeline.to("cpu")
+    pipeline.save_pretrained(out)
+    return {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in NETWORKS}
+
+
+def _accelerator(training: Training) -> Accelerator:
+    return Accelerator(mixed_precision=training.mixed_precision)
+
+
+def _seeded(settings: Experiment, name: str, build):
+    """Initialise a network from the experiment's seed, leaving the global generator alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(settings.seed, "teacher", name))
+        return build()
+
+
+def _fit(phase, batches, training: Training, settings: Experiment, state: Path, accelerator: Accelerator) -> None:
+    train(phase, batches, training, settings.seed, state / phase.name.replace("/", "-"), accelerator)
+
+
+def _numbers(clips: int, batch_size: int, seed: int, name: str):
+    order = Shuffled(clips, seed, name)
+    return lambda drawn: [order(drawn * batch_size + i) for i in range(batch_size)]
+
+
+def _videos(frames_NTHW3: np.ndarray, training: Training, seed: int):
+    numbers = _numbers(len(frames_NTHW3), training.batch_size, seed, "vae")
+    return lambda drawn: to_signed(frames_NTHW3[numbers(drawn)])
+
+
+def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, training: Training, seed: int):
+    numbers = _numbers(len(clips), training.batch_size, seed, "encoders")
+    longest = max(len(ids) for ids in tokenizer([c.caption for c in clips]).input_ids)
+
+    def batch(drawn: int) -> dict[str, Tensor]:
+        chosen = numbers(drawn)
+        captions = [clips[n].caption for n in chosen]
+        text = tokenizer(captions, padding="max_length", max_length=longest, return_tensors="pt")
+        pixels = [
+            processor(images=list(frames_NTHW3[chosen, at]), return_tensors="pt").pixel_values for at in (0, -1)
+        ]
+        return {"ids": text.input_ids, "mask": text.attention_mask, "first": pixels[0], "last": pixels[1]}
+
+    return batch
+
+
+def _encoded(frames_NTHW3: np.ndarray, clips: list[Clip], encode: Encoders, training: Training, settings: Experiment):
+    """All clips' latents and conditions, held in memory: a tiny corpus is some hundred megabytes."""
+    step, chunks = 16, []
+    for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
+        frames = frames_NTHW3[start : start + step]
+        first = list(frames[:, 0])
+        chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
+    x0, condition, image = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    captions = sorted({c.caption for c in clips})
+    text = dict(zip(captions, encode.texts(captions), strict=True))
+    empty = pad_text(encode.texts([""])[0])
+    numbers = _numbers(len(clips), training.batch_size, settings.seed, "transformer")
+    device = encode.pipeline.vae.device
+
+    def batch(drawn: int) -> tuple[Tensor, Condition]:
+        chosen = numbers(drawn)
+        x = x0[chosen]
+        mask = first_frame_mask(len(x), *x.shape[2:])
+        text_BLD = torch.stack([pad_text(text[clips[n].caption]) for n in chosen])
+        frame = torch.cat([mask, condition[chosen]], dim=1)
+        found = Condition(frame.to(device), image[chosen].to(device), text_BLD.to(device), empty.to(device))
+        return x.to(device), found
+
+    return batch

@@ -1,0 +1,68 @@
+"""Training of the tiny `AutoencoderKLWan`: reconstruction of random crops and a small KL term.
+
+Axes: B batch, T frames, H height, W width.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from vpae.config import TinyVae
+from vpae.training.ema import make_ema
+from vpae.training.loop import Role
+
+
+def build(config: TinyVae) -> AutoencoderKLWan:
+    """A VAE with Wan2.1's geometry: 16 channels, 4x in time, 8x in space."""
+    return AutoencoderKLWan(
+        base_dim=config.base_dim,
+        z_dim=16,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+
+
+class VaePhase:
+    """L1 + L2 reconstruction of crops, and KL to the unit Gaussian."""
+
+    name = "teacher/vae"
+    main = "vae"
+
+    def __init__(self, config: TinyVae, vae: nn.Module):
+        self.config = config
+        self.roles = {"vae": Role(vae, config.optimizer)}
+        self.ema = make_ema(vae)
+
+    def turns(self, step: int) -> list[str]:
+        return ["vae"]
+
+    def loss(self, turn: str, video_B3THW: Tensor, rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
+        """Reconstruction loss of crops of `video_B3THW`, uint8 scaled to [-1, 1]."""
+        vae = self.roles["vae"].module
+        crop = self._crop(video_B3THW, rng)
+        posterior = vae.encode(crop).latent_dist
+        rebuilt = vae.decode(posterior.sample(rng)).sample.float()
+        l1, l2 = F.l1_loss(rebuilt, crop), F.mse_loss(rebuilt, crop)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return l1 + l2 + self.config.kl_weight * kl, {"l1": l1, "kl": kl, "psnr": -10 * torch.log10(l2.detach() / 4)}
+
+    def _crop(self, video: Tensor, rng: torch.Generator) -> Tensor:
+        sizes = (self.config.crop_frames, self.config.crop, self.config.crop)
+        for axis, size in zip((2, 3, 4), sizes, strict=True):
+            room = video.shape[axis] - size
+            if room > 0:
+                start = int(torch.randint(0, room + 1, (1,), generator=rng, device=rng.device))
+                video = video.narrow(axis, start, size)
+        return video
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKLWan, videos: list[Tensor]) -> None:
+    """Write the latents' mean and standard deviation per channel into the VAE's config, as Wan2.1's carries them."""
+    z = torch.cat([vae.encode(v).latent_dist.mode() for v in videos])
+    mean, std = z.mean(dim=(0, 2, 3, 4)), z.std(dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -1,0 +1,68 @@
+"""Resumable states of a phase, by torch.distributed.checkpoint: whole or absent, sharded or not.
+
+A state holds, for every role, the trained parameters and the optimiser, and the EMA. Frozen weights (the teacher's)
+are not in it: they are an input.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+KEEP = 2
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save(folder: Path, phase, position: dict) -> None:
+    """Write `step-N` beside the older states and delete all but the newest two."""
+    final = folder / f"step-{position['step']:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(_state(phase), checkpoint_id=temporary)
+    (temporary / "position.json").write_text(json.dumps(position))
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def load_latest(folder: Path, phase) -> dict | None:
+    """Restore the newest state into the phase's modules and optimisers.
+
+    Returns:
+        the position it was saved with; None where there is no state.
+    """
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return None
+    state = _state(phase)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=found[-1])
+    for name, role in phase.roles.items():
+        set_model_state_dict(role.module, state[f"{name}.model"], options=_TRAINED)
+        set_optimizer_state_dict(role.module, role.optimizer, state[f"{name}.optimizer"], options=_TRAINED)
+    if phase.ema is not None:
+        set_model_state_dict(phase.ema, state["ema"])
+    return json.loads((found[-1] / "position.json").read_text())
+
+
+def _state(phase) -> dict:
+    state = {}
+    for name, role in phase.roles.items():
+        state[f"{name}.model"] = get_model_state_dict(role.module, options=_TRAINED)
+        state[f"{name}.optimizer"] = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)
+    if phase.ema is not None:
+        state["ema"] = get_model_state_dict(phase.ema)
+    return state

@@ -1,0 +1,21 @@
+"""Exponential moving average of weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def make_ema(module: nn.Module) -> nn.Module:
+    """A frozen copy that will follow `module`."""
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
+    """theta- <- decay theta- + (1 - decay) theta, on each process's own shard, without communication."""
+    torch._foreach_lerp_(_local(ema), _local(module), 1.0 - decay)
+
+
+def _local(module: nn.Module) -> list[torch.Tensor]:
+    return [p.to_local() if hasattr(p, "to_local") else p.data for p in module.parameters()]

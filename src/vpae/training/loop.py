@@ -1,0 +1,168 @@
+"""The one training loop.
+
+A phase owns its roles and says what one update of each costs (`loss`); the loop owns steps, accumulation, precision,
+clipping, EMA, metrics, checkpoints and signals. Nothing random is carried along: the noise of a micro-batch and the
+clips in it follow from (seed, step, turn, micro-batch, rank), so a resumed run continues bit for bit from the last
+state, whichever step that was.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vpae.config import Optimizer, Training
+from vpae.progress import Progress
+from vpae.training import checkpoint
+from vpae.training.ema import update_ema
+from vpae.training.preemption import Interruption
+from vpae.training.randomness import generator_for
+
+Batch = Any
+
+
+@dataclass
+class Role:
+    """A module some of whose parameters are trained (those that require gradients), with its own optimiser."""
+
+    module: nn.Module
+    settings: Optimizer
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.optimizer = torch.optim.AdamW(
+            self.parameters(), lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+class Phase(Protocol):
+    """What the loop asks of a phase."""
+
+    name: str
+    roles: dict[str, Role]
+    main: str  # the role whose updates are the steps
+    ema: nn.Module | None  # follows the main role
+
+    def turns(self, step: int) -> Iterable[str]:
+        """Which roles are updated in this step, in order, with repetitions."""
+
+    def loss(self, turn: str, batch: Batch, rng: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch for one role, and named values to log."""
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to 2%."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if not settings.cosine:
+        return settings.learning_rate
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(
+    phase: Phase,
+    batches: Callable[[int], Batch],
+    training: Training,
+    seed: int,
+    state: Path,
+    accelerator: Accelerator,
+) -> Path:
+    """Run a phase to its end, from the last saved state if there is one.
+
+    Args:
+        phase: roles and losses; its modules are on the accelerator's device already.
+        batches: number of a micro-batch -> this process's batch, on the device.
+        training: steps, accumulation, EMA, how often to save and log.
+        seed: of all randomness.
+        state: folder for resumable states and metrics.jsonl; outside every declared output.
+        accelerator: device, precision and processes.
+
+    Returns:
+        the path of metrics.jsonl.
+
+    Raises:
+        Interruption: a signal asked for an end; the state is saved.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    metrics = state / "metrics.jsonl"
+    position = checkpoint.load_latest(state, phase)
+    start, drawn = (position["step"], position["drawn"]) if position else (0, 0)
+    _keep_lines_before(metrics, start)
+    progress = Progress(training.steps, phase.name, initial=start)
+    with Interruption.watch() as interruption:
+        for step in range(start, training.steps):
+            logs: dict[str, Tensor] = {}
+            for number, turn in enumerate(phase.turns(step)):
+                turn_logs, drawn = _update(phase, turn, number, batches, drawn, training, seed, step, accelerator)
+                logs.update(turn_logs)
+            if phase.ema is not None:
+                update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
+            done = step + 1
+            values = {key: float(value) for key, value in logs.items()}
+            if accelerator.is_main_process and (done % training.log_every == 0 or done == training.steps):
+                with metrics.open("a") as file:
+                    file.write(json.dumps({"step": done, **values}) + "\n")
+            progress.update(text=_brief(values))
+            wanted = interruption.requested
+            if done % training.checkpoint_every == 0 or done == training.steps or wanted:
+                checkpoint.save(state, phase, {"step": done, "drawn": drawn})
+            if wanted and done < training.steps:
+                raise Interruption(f"{phase.name}: stopped by a signal after step {done}; the state is in {state}")
+    progress.close()
+    return metrics
+
+
+def _update(phase, turn, number, batches, drawn, training, seed, step, accelerator) -> tuple[dict[str, Tensor], int]:
+    """One optimiser step of one role; returns its logs and the number of micro-batches drawn so far."""
+    role = phase.roles[turn]
+    logs: dict[str, Tensor] = {}
+    for micro in range(training.accumulate):
+        rng = generator_for(accelerator.device, seed, phase.name, step, number, micro, accelerator.process_index)
+        with accelerator.autocast():
+            loss, values = phase.loss(turn, batches(drawn), rng, step)
+        (loss / training.accumulate).backward()
+        drawn += 1
+        for key, value in {f"{turn}_loss": loss, **values}.items():
+            logs[key] = logs.get(key, 0) + value.detach().float() / training.accumulate
+    parameters = role.parameters()
+    if accelerator.num_processes > 1:
+        # Averaged once per update and by hand, so that any number of roles may share modules.
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, role.settings.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"{phase.name}: the gradient of {turn} is {norm.item()} at step {step + 1}; lower "
+            f"{phase.name}'s learning_rate or look at the last lines of its metrics.jsonl"
+        )
+    logs[f"{turn}_grad_norm"] = norm
+    for group in role.optimizer.param_groups:
+        group["lr"] = learning_rate(role.settings, step, training.steps)
+    role.optimizer.step()
+    for other in phase.roles.values():
+        other.optimizer.zero_grad(set_to_none=True)
+    return logs, drawn
+
+
+def _keep_lines_before(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def _brief(values: dict[str, float]) -> str:
+    return " ".join(f"{key} {value:.3g}" for key, value in values.items() if key.endswith("loss"))

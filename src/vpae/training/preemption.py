@@ -1,0 +1,31 @@
+"""Ending a long job in good order: SLURM warns with SIGTERM or SIGUSR1 before it kills."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_CODE = 3  # "saved, not finished": a workflow may run the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption(Exception):
+    """A run that stopped because it was asked to; its state is saved."""
+
+    @staticmethod
+    @contextmanager
+    def watch() -> Iterator["_Request"]:
+        """Turn the signals into a flag while the block runs."""
+        request = _Request()
+        old = {number: signal.signal(number, request.note) for number in SIGNALS}
+        try:
+            yield request
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class _Request:
+    requested = False
+
+    def note(self, _number, _frame) -> None:
+        self.requested = True
