@@ -139,7 +139,11 @@ def code_version() -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    return {"version": vpae.__version__, "commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    return {
+        "version": vpae.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
 
 
 def device_name() -> str:

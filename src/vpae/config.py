@@ -138,10 +138,11 @@ class TinyVae(Section):
     base_dim: Positive = Field(16, description="Channels at full resolution.")
     dim_mult: tuple[int, int, int, int] = Field((1, 1, 2, 4), description="Channel multiples at the four resolutions.")
     crop: Positive = Field(32, description="Training crops, pixels; a multiple of 8.")
-    crop_frames: Positive = Field(9, description="Training crops, frames; 4k + 1.")
+    crop_frames: Positive = Field(5, description="Training crops, frames; 4k + 1.")
+    image_steps: int = Field(3000, ge=0, description="First so many steps on single frames, which cost far less.")
     kl_weight: NonNegative = Field(1e-6, description="Weight of the KL term, summed per latent value.")
-    training: Training = Training(steps=2000, batch_size=8, ema_decay=0.99)
-    optimizer: Optimizer = Optimizer(learning_rate=2e-3, warmup_steps=50, cosine=True)
+    training: Training = Training(steps=4500, batch_size=16, ema_decay=0.99)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True)
 
 
 class TinyEncoders(Section):

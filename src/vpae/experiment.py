@@ -129,7 +129,7 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
 def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Experiment:
     class Loaded(Experiment):
         @classmethod
-        def settings_customise_sources(cls, settings_cls, init_settings, env_settings, **_):  # noqa: ANN206
+        def settings_customise_sources(cls, settings_cls, init_settings, env_settings, **_):
             file = InitSettingsSource(settings_cls, init_kwargs=tree)
             return (init_settings, env_settings, file) if environment else (init_settings, file)
 

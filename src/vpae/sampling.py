@@ -7,6 +7,7 @@ the next smaller time. With one step and no guidance the two are the same.
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def euler(
 ) -> Tensor:
     """Integrate dx/dt = v from t = 1 to 0 over the shifted schedule; returns x0 like `noise_BCFHW`."""
     x, times = noise_BCFHW, schedule(steps, shift).tolist()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         v = guided_velocity(model, x, x.new_full((len(x),), t), condition, guidance_scale)
         x = x + (t_next - t) * v
     return x
@@ -70,12 +71,13 @@ def few_step(
     """
     times = schedule(steps, shift).tolist()
     x = noise_BCFHW
-    for i, t in enumerate(times[:-1]):
-        if i > 0:
-            x = add_noise(x0, noise_of(rngs, x.shape[1:], x.device), x.new_full((len(x),), t))
-        v = guided_velocity(model, x, x.new_full((len(x),), t), condition, guidance_scale)
-        x0 = x0_from_velocity(x, v, x.new_full((len(x),), t))
-    return x0
+    for t, t_next in pairwise(times):
+        t_B = x.new_full((len(x),), t)
+        x0 = x0_from_velocity(x, guided_velocity(model, x, t_B, condition, guidance_scale), t_B)
+        if t_next == 0:
+            return x0
+        x = add_noise(x0, noise_of(rngs, x.shape[1:], x.device), x.new_full((len(x),), t_next))
+    raise ValueError(f"steps = {steps}: at least one step is needed")
 
 
 def noise_of(rngs: list[torch.Generator], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -133,7 +135,9 @@ def make_suite(dataset: LatentDataset, count: int, seed: int) -> list[dict]:
         seen[entry.caption] += 1
         name = f"{file_stem(entry.caption)}-{index}"
         noise_seed = derived_seed(seed, "samples", entry.caption, index) % 2**31
-        suite.append({"key": entry.key, "prompt": entry.caption, "index": index, "file": f"{name}.mp4", "seed": noise_seed})
+        suite.append(
+            {"key": entry.key, "prompt": entry.caption, "index": index, "file": f"{name}.mp4", "seed": noise_seed}
+        )
     return suite
 
 
@@ -222,6 +226,7 @@ def animate(
     )
     student = bool(pipeline.scheduler.config.get("stochastic_sampling", False))
     row = Sampler(model="equilibrium" if student else "teacher", steps=steps, guidance_scale=guidance_scale)
-    shift = pipeline.scheduler.config.get("shift", 1.0)
+    scheduler = pipeline.scheduler.config
+    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))  # the second is UniPC's, of released Wan pipelines
     latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])
     return decode_latents(pipeline.vae, latents)[0].cpu().numpy()

@@ -86,7 +86,9 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
 
 def _render_world(settings: Experiment, out: Path) -> dict:
     (out / "videos").mkdir()
-    jobs = [("train", i) for i in range(settings.clips.train)] + [("held_out", i) for i in range(settings.clips.held_out)]
+    jobs = [("train", i) for i in range(settings.clips.train)] + [
+        ("held_out", i) for i in range(settings.clips.held_out)
+    ]
     clips, truths = [], []
     work = partial(_render_one, settings=settings, out=out)
     for clip, truth in track(_in_processes(work, jobs, settings.clips.workers), len(jobs), "clips"):
@@ -140,7 +142,10 @@ def _catalogue(settings: Experiment, out: Path) -> dict:
     splits = ["held_out"] * wanted + ["train"] * (len(good) - wanted)
     clips = [Clip(key=f"{split}-{g['sha256'][:16]}", split=split, **g) for split, g in zip(splits, good, strict=True)]
     train = [c for c in clips if c.split == "train"]
-    bad += [{"path": c.path, "reason": f"beyond clips.train = {settings.clips.train}"} for c in train[settings.clips.train :]]
+    bad += [
+        {"path": c.path, "reason": f"beyond clips.train = {settings.clips.train}"}
+        for c in train[settings.clips.train :]
+    ]
     return _write_tables(out, [c for c in clips if c.split == "held_out"] + train[: settings.clips.train], bad)
 
 

@@ -1,5 +1,6 @@
 """What the phases share: data, noise, and the student's pipeline folder."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
 
-from vpae.artifacts import link_tree
+from vpae.artifacts import link_tree, write_json
 from vpae.config import Training
 from vpae.data.latents import LatentDataset
 from vpae.models.wan import Condition
@@ -48,9 +49,13 @@ def student_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
 
 def save_student(teacher: Path, transformer: WanTransformer3DModel, shift: float, folder: Path) -> None:
     """Write a pipeline folder: the teacher's, with another transformer and the one-step scheduler."""
-    link_tree(teacher, folder, skip=("transformer", "scheduler"))
+    link_tree(teacher, folder, skip=("transformer", "scheduler", "model_index.json"))
     transformer.save_pretrained(folder / "transformer")
-    student_scheduler(shift).save_pretrained(folder / "scheduler")
+    scheduler = student_scheduler(shift)
+    scheduler.save_pretrained(folder / "scheduler")
+    # The index names the scheduler's class, and released Wan pipelines have another one.
+    index = json.loads((teacher / "model_index.json").read_text())
+    write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", type(scheduler).__name__]})
 
 
 def finish(

@@ -52,7 +52,9 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         scores[row] |= timing
     (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     nfe = {name: row.nfe for name, row in settings.samples.rows.items()}
-    write_json(out / "scores.json", {"rows": scores, "nfe": nfe, "videos": len(suite), "decoded": settings.samples.decode})
+    write_json(
+        out / "scores.json", {"rows": scores, "nfe": nfe, "videos": len(suite), "decoded": settings.samples.decode}
+    )
     (out / "table.md").write_text(table(scores, nfe))
     return {"rows": len(rows), "videos_scored": len(records)}
 

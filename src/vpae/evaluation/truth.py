@@ -26,7 +26,7 @@ METRICS = ("single_sprite", "caption_following", "identity", "path_smoothness")
 SOLID, GHOST = 0.6, 0.2
 HUE_SLACK = 0.25  # tangent of the hue error (14 degrees) that costs no coverage; at 45 degrees nothing is left
 # Areas, as shares of the area in the first frame.
-AREA = (0.6, 1.4)  # plausible solid area: a blurred small triangle has 0.75, two sprites have 2
+AREA = (0.6, 1.4)  # plausible solid area: a small triangle, blurred and compressed, has 0.7, two sprites have 2
 GHOST_AREA = 0.1  # largest mass outside the sprite
 SEEN_AREA = 0.25  # a smaller solid component is no sprite to track
 # Rims around the solid component, as shares of the height. Within the inner one (2 pixels at least) is the sprite's own
@@ -41,9 +41,10 @@ ONE_AXIS = 0.5  # largest extent across / extent along the axis of motion
 MISSING = 0.25  # share of frames without a sprite above which there is no track to judge
 # Identity.
 COLOUR_ERROR = 60.0  # in RGB; half the least distance between two colours of the world
-ELONGATION = 0.25  # |second harmonic|; an ellipse with axes 1.65 : 1
+ELONGATION = 0.25  # |second harmonic|; an ellipse with axes 1.62 : 1
 _FOLD = {"square": 4, "triangle": 3}  # rotational symmetry; a circle's rotation cannot be seen
-# Mean of |z|^n over each shape with the area of the unit disc (z = x + iy): what tells a shape from the other two.
+# |mean of z^n|, z = x + iy, over the square (n = 4) and the triangle (n = 3) with the area of the unit disc. The mean
+# is 0 for the other shapes, and an isotropic blur leaves it as it is, because z^n is harmonic.
 _HARMONIC = {4: np.pi**2 / 60, 3: (4 * np.pi / (3 * np.sqrt(3))) ** 1.5 / 10}
 
 
@@ -98,34 +99,27 @@ def track(frames_THWC: np.ndarray, truth: Truth) -> Track:
         raise ValueError(f"need uint8 frames (T >= 3, H, W, 3), got {frames_THWC.dtype} {frames_THWC.shape}")
     frames, height = len(frames_THWC), frames_THWC.shape[1]
     soft_THW = coverage(frames_THWC, truth)
-    found = Track(
-        seen_T=np.zeros(frames, bool),
-        centre_T2=np.zeros((frames, 2)),
-        area_T=np.zeros(frames),
-        solid_T=np.zeros(frames),
-        ghost_T=np.zeros(frames),
-        harmonics_TN=np.zeros((frames, 3), complex),
-        colour_TC=np.zeros((frames, 3)),
-        mask_THW=np.zeros(soft_THW.shape, bool),
-    )
+    seen_T, mask_THW = np.zeros(frames, bool), np.zeros(soft_THW.shape, bool)
+    area_T, solid_T, ghost_T = np.zeros((3, frames))
+    centre_T2, harmonics_TN, colour_TC = np.zeros((frames, 2)), np.zeros((frames, 3), complex), np.zeros((frames, 3))
     last = np.array(truth.sprite.centres_T2[0]) * height
     for t, soft in enumerate(soft_THW):
         mask = _component(soft, last, SEEN_AREA * _first_area(truth, height))
-        found.ghost_T[t] = _largest_mass(np.where(_grown(mask, EDGE), 0.0, soft))
+        ghost_T[t] = _largest_mass(np.where(_grown(mask, EDGE), 0.0, soft))
         if not mask.any():
             continue
-        found.seen_T[t], found.mask_THW[t], found.solid_T[t] = True, mask, mask.sum()
+        seen_T[t], mask_THW[t], solid_T[t] = True, mask, mask.sum()
         y, x = np.nonzero(_grown(mask, REACH))
         weight, z = soft[y, x], (x + 0.5) + 1j * (y + 0.5)
         area = weight.sum()
         centre = (weight * z).sum() / area
-        found.area_T[t] = area
-        found.centre_T2[t] = last = np.array([centre.real, centre.imag])
+        area_T[t] = area
+        centre_T2[t] = last = np.array([centre.real, centre.imag])
         unit = (z - centre) / np.sqrt(area / np.pi)
-        found.harmonics_TN[t] = [(weight * unit**n).sum() / area for n in (2, 3, 4)]
+        harmonics_TN[t] = [(weight * unit**n).sum() / area for n in (2, 3, 4)]
         inner = ndimage.binary_erosion(mask)
-        found.colour_TC[t] = np.median(frames_THWC[t][inner if inner.any() else mask], axis=0)
-    return found
+        colour_TC[t] = np.median(frames_THWC[t][inner if inner.any() else mask], axis=0)
+    return Track(seen_T, centre_T2, area_T, solid_T, ghost_T, harmonics_TN, colour_TC, mask_THW)
 
 
 def measure(frames_THWC: np.ndarray, truth: Truth) -> dict[str, float]:
@@ -137,10 +131,10 @@ def measure(frames_THWC: np.ndarray, truth: Truth) -> dict[str, float]:
 
     Returns:
         METRICS, each in [0, 1], more is better. `single_sprite`: share of frames with one whole sprite of the right
-        colour and no ghost. `caption_following`: 1 if the motion is what the caption says, else 0. `identity`: share of
-        frames after the first with the right shape and colour. `path_smoothness`: 1 / (1 + median length of the
-        centroid's second difference, in pixels of a 64-pixel-high frame). The two about motion are 0 where the sprite is
-        missing in more than a quarter of the frames.
+        colour and no ghost. `caption_following`: 1 if the motion is what the caption says, else 0. `identity`: share
+        of frames after the first with the right shape and colour. `path_smoothness`: 1 / (1 + median length of the
+        centroid's second difference, in pixels of a 64-pixel-high frame). The two about motion are 0 where the sprite
+        is missing in more than a quarter of the frames.
 
     Raises:
         ValueError: the frames are not uint8 of shape (T >= 3, H, W, 3).
@@ -206,22 +200,20 @@ def _follows(found: Track, truth: Truth, height: int) -> bool:
     way = (found.centre_T2[seen] - found.centre_T2[seen[0]]) / height
     gone = np.hypot(*way.T) >= MOVED
     if truth.motion == "moves":
-        if not gone.any():
-            return False
-        if truth.direction_told:
+        if truth.direction_told and gone.any():
             # The first frames that are surely away from the start lie before the first bounce.
             ahead = np.array(DIRECTIONS[truth.direction])
             start = way[np.argmax(gone)]
             return start @ ahead > np.linalg.norm(start - (start @ ahead) * ahead)
         extent = np.sort(np.ptp(way, axis=0))
-        return extent[0] <= ONE_AXIS * extent[1]
+        return gone.any() and extent[0] <= ONE_AXIS * extent[1]
     first, last = _trend(seen, found.area_T[seen])
     growth = last / max(first, 1e-9)
     if truth.motion == "grows":
         return not gone.any() and growth >= GREW
-    fold = _FOLD.get(truth.sprite.shape)
-    if fold is None:
+    if truth.sprite.shape not in _FOLD:
         return False
+    fold = _FOLD[truth.sprite.shape]
     angle = np.unwrap(np.angle(found.harmonics_TN[seen, fold - 2])) / fold
     first, last = _trend(seen, angle)
     return not gone.any() and 1 / GREW < growth < GREW and abs(last - first) >= TURNED

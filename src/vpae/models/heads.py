@@ -31,9 +31,13 @@ class SemanticHead(nn.Module):
         self.self_norm = nn.LayerNorm(d)
         self.self_attention = nn.MultiheadAttention(d, config.heads, batch_first=True)
         # Wan's residual stream has a few very large channels; without a norm they would be all the head sees.
-        self.layer_in = nn.ModuleList(nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, d)) for _ in range(taps))
+        self.layer_in = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, d)) for _ in range(taps)
+        )
         self.query_norm = nn.LayerNorm(d)
-        self.cross_attention = nn.ModuleList(nn.MultiheadAttention(d, config.heads, batch_first=True) for _ in range(taps))
+        self.cross_attention = nn.ModuleList(
+            nn.MultiheadAttention(d, config.heads, batch_first=True) for _ in range(taps)
+        )
         joined = taps * config.queries * d
         self.to_logit = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, d), nn.SiLU(), nn.Linear(d, 1))
 
@@ -51,9 +55,7 @@ class SemanticHead(nn.Module):
             padding = torch.cat([empty.new_zeros(empty.shape[0], queries.shape[1] + image.shape[1]), empty], dim=1)
         normed = self.self_norm(tokens)
         q = queries.shape[1]
-        attended, _ = self.self_attention(
-            normed[:, :q], normed, normed, key_padding_mask=padding, need_weights=False
-        )
+        attended, _ = self.self_attention(normed[:, :q], normed, normed, key_padding_mask=padding, need_weights=False)
         queries = queries + attended
         seen = []
         for project, attention, layer in zip(self.layer_in, self.cross_attention, layers_BND, strict=True):

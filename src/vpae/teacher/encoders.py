@@ -80,7 +80,9 @@ class Towers(nn.Module):
         text_dim, image_dim, shared = text.config.d_model, image.config.hidden_size, 64
         self.text, self.image = text, image
         self.text_head = nn.Linear(text_dim, shared)
-        self.image_head = nn.Sequential(nn.Linear(2 * image_dim, 2 * image_dim), nn.GELU(), nn.Linear(2 * image_dim, shared))
+        self.image_head = nn.Sequential(
+            nn.Linear(2 * image_dim, 2 * image_dim), nn.GELU(), nn.Linear(2 * image_dim, shared)
+        )
         self.log_scale = nn.Parameter(torch.tensor(2.0))
 
     def text_embedding(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:

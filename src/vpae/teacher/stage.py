@@ -67,7 +67,14 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
 
     accelerator = _accelerator(config.vae.training)
     phase = vae.VaePhase(config.vae, _seeded(settings, "vae", lambda: vae.build(config.vae)).to(accelerator.device))
-    _fit(phase, _videos(frames_NTHW3, config.vae.training, settings.seed), config.vae.training, settings, state, accelerator)
+    _fit(
+        phase,
+        _videos(frames_NTHW3, config.vae.training, settings.seed),
+        config.vae.training,
+        settings,
+        state,
+        accelerator,
+    )
     trained_vae: AutoencoderKLWan = phase.ema
     sample = [to_signed(frames_NTHW3[i : i + 8]).to(accelerator.device) for i in range(0, min(len(clips), 256), 8)]
     vae.normalise(trained_vae, sample)
@@ -135,9 +142,7 @@ def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, tr
         chosen = numbers(drawn)
         captions = [clips[n].caption for n in chosen]
         text = tokenizer(captions, padding="max_length", max_length=longest, return_tensors="pt")
-        pixels = [
-            processor(images=list(frames_NTHW3[chosen, at]), return_tensors="pt").pixel_values for at in (0, -1)
-        ]
+        pixels = [processor(images=list(frames_NTHW3[chosen, at]), return_tensors="pt").pixel_values for at in (0, -1)]
         return {"ids": text.input_ids, "mask": text.attention_mask, "first": pixels[0], "last": pixels[1]}
 
     return batch

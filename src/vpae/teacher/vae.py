@@ -12,10 +12,12 @@ from vpae.config import TinyVae
 from vpae.training.ema import make_ema
 from vpae.training.loop import Role
 
+INITIAL_LOG_VARIANCE = -6.0
+
 
 def build(config: TinyVae) -> AutoencoderKLWan:
     """A VAE with Wan2.1's geometry: 16 channels, 4x in time, 8x in space."""
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=config.base_dim,
         z_dim=16,
         dim_mult=list(config.dim_mult),
@@ -24,6 +26,11 @@ def build(config: TinyVae) -> AutoencoderKLWan:
         latents_mean=[0.0] * 16,
         latents_std=[1.0] * 16,
     )
+    with torch.no_grad():
+        # Posteriors as wide as the unit Gaussian would drown the small signals of an untrained encoder.
+        vae.quant_conv.weight[16:] = 0
+        vae.quant_conv.bias[16:] = INITIAL_LOG_VARIANCE
+    return vae
 
 
 class VaePhase:
@@ -43,15 +50,15 @@ class VaePhase:
     def loss(self, turn: str, video_B3THW: Tensor, rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
         """Reconstruction loss of crops of `video_B3THW`, uint8 scaled to [-1, 1]."""
         vae = self.roles["vae"].module
-        crop = self._crop(video_B3THW, rng)
+        frames = 1 if step < self.config.image_steps else self.config.crop_frames
+        crop = self._crop(video_B3THW, (frames, self.config.crop, self.config.crop), rng)
         posterior = vae.encode(crop).latent_dist
         rebuilt = vae.decode(posterior.sample(rng)).sample.float()
         l1, l2 = F.l1_loss(rebuilt, crop), F.mse_loss(rebuilt, crop)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return l1 + l2 + self.config.kl_weight * kl, {"l1": l1, "kl": kl, "psnr": -10 * torch.log10(l2.detach() / 4)}
 
-    def _crop(self, video: Tensor, rng: torch.Generator) -> Tensor:
-        sizes = (self.config.crop_frames, self.config.crop, self.config.crop)
+    def _crop(self, video: Tensor, sizes: tuple[int, int, int], rng: torch.Generator) -> Tensor:
         for axis, size in zip((2, 3, 4), sizes, strict=True):
             room = video.shape[axis] - size
             if room > 0:

@@ -1,0 +1,245 @@
+"""Stage `report`: `index.html`, one self-contained page about an experiment, and `strip.png`, a picture of its videos.
+
+Every number is read from the results of other stages; nothing is computed here but ratios. The page needs no
+JavaScript and requests nothing: style, curves and videos are inside it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from vpae import __version__
+from vpae.artifacts import identity, read_provenance
+from vpae.config import Experiment, Sampler
+from vpae.data.video import read_frames
+from vpae.experiment import STAGES
+from vpae.report import plots
+
+REAL = "real"
+PAPER = "https://arxiv.org/abs/2508.21019"
+MODELS = {"teacher": "teacher", "priming": "student after phase I", "equilibrium": "V-PAE"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table: its heading, which way is better, and what it says."""
+
+    title: str
+    better: str
+    meaning: str
+
+
+METRICS = {
+    "frechet": Metric(
+        "Fréchet distance",
+        "↓",
+        "between the latents of generated and of held-out real clips, in the features of a fixed random network. The row "
+        f"“{REAL}” holds training clips against held-out ones: the floor. Small samples raise this distance, and a "
+        "bootstrap sample repeats videos: an interval may lie above its value.",
+    ),
+    "single_sprite": Metric(
+        "Single sprite", "↑", "share of frames with exactly one whole sprite of the right colour; blends and ghosts fail."
+    ),
+    "caption_following": Metric(
+        "Caption followed", "↑", "share of videos that move, grow or turn as the caption says, in the direction if told."
+    ),
+    "identity": Metric("Identity", "↑", "share of later frames whose sprite has the shape and colour of the first frame."),
+    "path_smoothness": Metric("Smooth path", "↑", "1 / (1 + median change of the sprite's speed, in pixels per frame²)."),
+    "latency_diffusion_s": Metric(
+        "Network time", "↓", "seconds per video of the network evaluations alone, batch size 1; median, fastest to slowest."
+    ),
+    "latency_total_s": Metric("End to end", "↓", "the same from an image and a prompt to decoded frames."),
+}
+HEADLINES = ("frechet", "single_sprite", "caption_following")
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Write the page and the strip; returns the number of rows and clips shown, and the size of the page."""
+    scores = json.loads((inputs["evaluation"] / "scores.json").read_text())
+    lines = (inputs["samples"] / "suite.jsonl").read_text().splitlines()
+    # The first ones, whatever they look like: nothing is picked.
+    suite = [json.loads(line) for line in lines[: min(settings.report.clips, settings.samples.decode)]]
+    notes = {name: describe(name, settings.samples.rows.get(name)) for name in scores["rows"]}
+    parts = named_rows(settings.samples.rows)
+    videos = {
+        name: [read_frames(inputs["samples"] / name / item["file"])[0] for item in suite]
+        for name in notes
+        if (inputs["samples"] / name).is_dir()
+    }
+    prompts = [item["prompt"] for item in suite]
+    shown = [name for name in (REAL, *parts.values()) if name in videos]
+    plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts).save(out / "strip.png", optimize=True)
+    phases = {name: read_lines(inputs[name] / "metrics.jsonl") for name in ("priming", "equilibrium")}
+    experiment = out.parent.name  # a stage's folder stands in its experiment's
+    page = render(
+        experiment=experiment,
+        settings=settings,
+        version=__version__,
+        paper=PAPER,
+        headlines=headlines(scores["rows"], parts),
+        parts=parts,
+        table=table(scores, notes, parts),
+        counts={"scored": scores["videos"], "measured": scores["decoded"]},
+        notes=notes,
+        reel=plots.reel(videos, settings.geometry.fps),
+        prompts=prompts,
+        curves={name: plots.curves(plots.PANELS[name], lines) for name, lines in phases.items()},
+        provenance=[provenance(name, inputs[name]) for name in STAGES if name in inputs],
+        student=f"results/{inputs['equilibrium'].parent.name}/equilibrium/student",
+        stages=STAGES,
+        resolved=as_yaml(settings.model_dump(mode="json", exclude={"extends"})),
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return {"rows": len(notes), "clips": len(suite), "bytes": len(page.encode())}
+
+
+def render(**content: object) -> str:
+    """Fill the template; a name it does not know is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vpae.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(**content)
+
+
+def named_rows(rows: dict[str, Sampler]) -> dict[str, str]:
+    """Which rows play the parts of the comparison, as far as they exist.
+
+    Returns:
+        teacher -> the teacher's row with most network evaluations, naive -> the teacher in one, vpae -> the student in
+        fewest.
+    """
+    by_cost = sorted(rows, key=lambda name: rows[name].nfe)
+    teachers = [name for name in by_cost if rows[name].model == "teacher"]
+    students = [name for name in by_cost if rows[name].model == "equilibrium"]
+    parts = {}
+    if teachers and rows[teachers[-1]].nfe > 1:
+        parts["teacher"] = teachers[-1]
+    if teachers and rows[teachers[0]].nfe == 1:
+        parts["naive"] = teachers[0]
+    if students:
+        parts["vpae"] = students[0]
+    return parts
+
+
+def describe(name: str, row: Sampler | None) -> str:
+    """A few words on how a row's videos were made."""
+    if row is None:
+        return "held-out clips through the VAE" if name == REAL else ""
+    if row.model == "teacher" and row.nfe == 1:
+        return "naive: the teacher in one step"
+    steps = "1 step" if row.steps == 1 else f"{row.steps} steps"
+    guidance = "" if row.guidance_scale == 1.0 else f", guidance {row.guidance_scale:g}"
+    return f"{MODELS.get(row.model, row.model)}, {steps}{guidance}"
+
+
+def headlines(rows: dict[str, dict], parts: dict[str, str]) -> list[dict]:
+    """V-PAE's main numbers beside those of the teacher and the naive step; empty without a V-PAE row."""
+    if parts.get("vpae") not in rows:
+        return []
+    ours = rows[parts["vpae"]]
+    others = [name for name in (parts.get("teacher"), parts.get("naive")) if name in rows]
+    found = [
+        {
+            "title": f"{METRICS[metric].title} {METRICS[metric].better}",
+            **cell(metric, ours[metric]),
+            "others": [(name, cell(metric, rows[name][metric])["value"]) for name in others if metric in rows[name]],
+        }
+        for metric in HEADLINES
+        if metric in ours
+    ]
+    reference = rows.get(parts.get("teacher", ""), {})
+    ratios = {key: ratio(reference.get(key), ours.get(key)) for key in ("latency_diffusion_s", "latency_total_s")}
+    if ratios["latency_diffusion_s"]:
+        times = [(name, cell("latency_diffusion_s", rows[name]["latency_diffusion_s"])["value"]) for name in others[:1]]
+        whole = f"network; end to end {ratios['latency_total_s']}" if ratios["latency_total_s"] else "network"
+        mine = (parts["vpae"], cell("latency_diffusion_s", ours["latency_diffusion_s"])["value"])
+        speed = {"title": "Speed-up", "value": ratios["latency_diffusion_s"], "interval": whole, "others": [mine, *times]}
+        found.append(speed)
+    return found
+
+
+def table(scores: dict, notes: dict[str, str], parts: dict[str, str]) -> dict:
+    """The table of all rows: metrics this module knows first, then any others under their own names."""
+    rows = scores["rows"]
+    present = {metric for row in rows.values() for metric in row}
+    metrics = [m for m in METRICS if m in present] + sorted(present - set(METRICS))
+    columns = [METRICS.get(metric, Metric(metric, "", "")) for metric in metrics]
+    reference = rows.get(parts.get("teacher", ""), {})
+    body = [
+        {
+            "name": name,
+            "note": notes[name],
+            "ours": name == parts.get("vpae"),
+            "nfe": scores["nfe"].get(name, ""),
+            "cells": [cell(metric, row.get(metric)) for metric in metrics],
+            "speedup": ratio(reference.get("latency_diffusion_s"), row.get("latency_diffusion_s")),
+            "speedup_total": ratio(reference.get("latency_total_s"), row.get("latency_total_s")),
+        }
+        for name, row in rows.items()
+    ]
+    return {"columns": columns, "rows": body, "speedup": any(row["speedup"] for row in body)}
+
+
+def cell(metric: str, value: dict[str, float] | None) -> dict[str, str]:
+    """A value and its interval as texts, in a unit of their own for latencies."""
+    if value is None:
+        return {"value": "", "interval": ""}
+    scale, unit, form = 1.0, "", ".3f"
+    if metric.endswith("_s"):
+        scale, unit = (1.0, " s") if value["mean"] >= 1 else (1e3, " ms")
+        form = ".0f" if scale * value["mean"] >= 100 else ".1f" if scale * value["mean"] >= 10 else ".2f"
+    mean, low, high = (format(scale * value[key], form) for key in ("mean", "low", "high"))
+    return {"value": mean + unit, "interval": f"{low}–{high}"}
+
+
+def ratio(reference: dict | None, value: dict | None) -> str:
+    """How many times faster than the reference; empty if either is missing."""
+    if not reference or not value:
+        return ""
+    times = reference["mean"] / value["mean"]
+    return f"{times:.0f}×" if times >= 10 else f"{times:.1f}×"
+
+
+def provenance(name: str, folder: Path) -> dict:
+    """What a stage's folder says about how it came to be, ready to print."""
+    found = read_provenance(folder)
+    outputs = identity(folder)  # refuses a folder that is not finished
+    commit = found["code"]["commit"] or "commit unknown"
+    return {
+        **found,
+        "stage": name,
+        "folder": f"{folder.parent.name}/{folder.name}",
+        "date": found["finished"].replace("T", " ").replace("+00:00", " UTC"),
+        "duration": duration(found["seconds"]),
+        "memory": f"{found['peak_memory_bytes'] / 1e9:.2f} GB",
+        "commit": commit[:12] if found["code"]["commit"] else commit,
+        "changed": {True: "changed", False: "clean", None: "state unknown"}[found["code"]["dirty"]],
+        "identity": outputs,
+        "files": len(found["outputs"]),
+        "settings": as_yaml(found["settings"]),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that matter."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def as_yaml(settings: dict) -> str:
+    """Settings as one would write them."""
+    return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
