@@ -4,6 +4,7 @@ A stage writes into a temporary sibling, `provenance.json` goes in last, and one
 finished folder is recognised by its settings and by the hashes of its inputs, never by its date.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -100,7 +101,27 @@ def building(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[t
 
     Yields:
         a temporary folder to write into, and a dict of counts to fill in.
+
+    Raises:
+        ArtifactError: another process is building the same folder.
     """
+    with _alone(folder):
+        yield from _build(folder, settings, inputs)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system lets go of it when the process ends, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(f"{folder} is being built by another process; wait for it, or end it") from error
+        yield
+
+
+def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tuple[Path, dict]]:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -166,7 +187,12 @@ def link_tree(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path.resolve(), destination)
-        except OSError:
-            shutil.copy2(path, destination)
+        link(path.resolve(), destination)
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard link a file, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

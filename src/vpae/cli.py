@@ -88,10 +88,18 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(arguments.out)
 
 
-def _config_check(arguments: argparse.Namespace) -> None:
-    for path in arguments.paths or list(shipped()):
-        load(path)
-        print(f"{path}: ok")
+def _config_check(arguments: argparse.Namespace) -> int:
+    paths, failed = arguments.paths or list(shipped()), False
+    if not paths:
+        raise ConfigError("configs/*.yaml: no experiments here; name files, or change to the project's root")
+    for path in paths:
+        try:
+            load(path)
+            print(f"{path}: ok")
+        except ConfigError as error:
+            print(f"vpae: {error}", file=sys.stderr)
+            failed = True
+    return 2 if failed else 0
 
 
 def _config_show(arguments: argparse.Namespace) -> None:

@@ -5,9 +5,9 @@ The tree is the source of the JSON schema in `configs/schema.json`. How a YAML f
 open is marked [choice].
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Positive = Annotated[int, Field(gt=0)]
@@ -22,6 +22,27 @@ class Section(BaseModel):
     """A part of the tree; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_other_defaults(cls, values: Any) -> Any:
+        """Who sets `fake.weight_decay` keeps the learning rate that `fake` has by default."""
+        return fill_defaults(cls, values)
+
+
+def fill_defaults(model: type[BaseModel], values: Any) -> Any:
+    """Complete the given parts of a section from the defaults of that section, not from those of its class."""
+    if not isinstance(values, dict):
+        return values
+    defaults = {name: field.default for name, field in model.model_fields.items()}
+    return {name: _completed(defaults.get(name), value) for name, value in values.items()}
+
+
+def _completed(default: Any, given: Any) -> Any:
+    if not (isinstance(default, Section) and isinstance(given, dict)):
+        return given
+    values = dict(default)
+    return values | {name: _completed(values.get(name), value) for name, value in given.items()}
 
 
 class Geometry(Section):
@@ -70,7 +91,7 @@ class Clips(Section):
     train: Positive = Field(1024, description="Clips to train on (the world), or at most so many (others).")
     held_out: Positive = Field(256, description="Clips kept for evaluation, never trained on.")
     workers: int = Field(2, ge=1, description="Processes that decode or render.")
-    world: World = World()
+    world: World = Field(World(), description="What the procedural world shows.")
 
     @model_validator(mode="after")
     def _has_path(self) -> "Clips":
@@ -90,13 +111,19 @@ class Optimizer(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this total norm.")
 
 
+def _no_is_a_word(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare no as False
+
+
 class Training(Section):
     """One run of the training loop."""
 
     steps: Positive = Field(500, description="Optimiser steps of the main role.")
     batch_size: Positive = Field(1, description="Clips per process and micro-batch.")
     accumulate: Positive = Field(1, description="Micro-batches per optimiser step.")
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="Autocast of the forward passes.")
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
+        "no", description="Autocast of the forward passes."
+    )
     ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
@@ -143,33 +170,48 @@ class TinyVae(Section):
     kl_weight: NonNegative = Field(1e-6, description="Weight of the KL term, summed per latent value.")
     training: Training = Training(steps=4500, batch_size=16, ema_decay=0.99)
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True)
+    whole_training: Training = Field(
+        Training(steps=600, batch_size=8, ema_decay=0.99),
+        description="A second run on crops as long as the clips: the causal VAE does not extrapolate in time.",
+    )
+    whole_optimizer: Optimizer = Optimizer(learning_rate=5e-4, warmup_steps=20, cosine=True)
 
 
 class TinyEncoders(Section):
     """Small UMT5 and CLIP encoders, trained together contrastively (caption against first and last frame)."""
 
-    text_dim: Positive = Field(64, description="Width of the UMT5 encoder.")
+    text_dim: Positive = Field(64, multiple_of=4, description="Width of the UMT5 encoder, which has four heads.")
     text_layers: Positive = Field(2, description="Layers of the UMT5 encoder.")
     vocabulary: Positive = Field(384, description="Byte-level BPE tokens, so that any prompt can be encoded.")
-    image_dim: Positive = Field(64, description="Width of the CLIP vision encoder.")
+    image_dim: Positive = Field(64, multiple_of=4, description="Width of the CLIP encoder, which has four heads.")
     image_layers: int = Field(3, ge=2, description="Layers of the CLIP encoder; the last but one gives the features.")
     image_patch: Positive = Field(16, description="Pixels per patch of the CLIP encoder.")
-    training: Training = Training(steps=600, batch_size=64, ema_decay=0.99)
-    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True)
+    training: Training = Field(
+        Training(steps=600, batch_size=64, ema_decay=0.99), description="Their run of the training loop."
+    )
+    optimizer: Optimizer = Field(
+        Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True), description="Of both encoders together."
+    )
 
 
 class TinyTransformer(Section):
     """A small `WanTransformer3DModel` and its training by flow matching."""
 
     heads: Positive = Field(5, description="Attention heads.")
-    head_dim: Positive = Field(32, description="Width of a head; the model's width is heads x head_dim.")
+    head_dim: Positive = Field(
+        32, multiple_of=2, description="Width of a head, even; the model's width is heads x head_dim."
+    )
     ffn_multiple: Positive = Field(4, description="Feed-forward width / model width.")
     layers: Positive = Field(6, description="Transformer blocks.")
     freq_dim: Positive = Field(128, description="Sinusoidal timestep features.")
     drop_text: Share = Field(0.1, description="Share of captions replaced by the empty one, for guidance.")
-    times: Times = Times(low=0.0, high=1.0)
-    training: Training = Training(steps=4000, batch_size=32, ema_decay=0.998)
-    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=200, cosine=True)
+    times: Times = Field(Times(low=0.0, high=1.0), description="t of the noised latents.")
+    training: Training = Field(
+        Training(steps=4000, batch_size=32, ema_decay=0.998), description="Its run of the training loop."
+    )
+    optimizer: Optimizer = Field(
+        Optimizer(learning_rate=1e-3, warmup_steps=200, cosine=True), description="Of the transformer."
+    )
 
 
 class Teacher(Section):
@@ -181,9 +223,11 @@ class Teacher(Section):
     path: str = Field("", description="The folder, or the hub id.")
     revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
     shift: float = Field(3.0, gt=0, description="Timestep shift s; Wan2.1: 3 at 480p, 5 at 720p.")
-    vae: TinyVae = TinyVae()
-    encoders: TinyEncoders = TinyEncoders()
-    transformer: TinyTransformer = TinyTransformer()
+    vae: TinyVae = Field(TinyVae(), description="The VAE to train; only with source = train.")
+    encoders: TinyEncoders = Field(TinyEncoders(), description="The encoders to train; only with source = train.")
+    transformer: TinyTransformer = Field(
+        TinyTransformer(), description="The transformer to train; only with source = train."
+    )
 
     @model_validator(mode="after")
     def _named(self) -> "Teacher":
@@ -213,10 +257,10 @@ class Lora(Section):
 class Priming(Section):
     """Stage `priming`: phase I, stability priming by variational score distillation."""
 
-    training: Training = Training(steps=500)
-    generator: Optimizer = Optimizer(learning_rate=1e-6)
-    fake: Optimizer = Optimizer(learning_rate=1e-5)
-    fake_lora: Lora = Lora()
+    training: Training = Field(Training(steps=500), description="Its run of the training loop.")
+    generator: Optimizer = Field(Optimizer(learning_rate=1e-6), description="Of the generator.")
+    fake: Optimizer = Field(Optimizer(learning_rate=1e-5), description="Of the fake model's adapter.")
+    fake_lora: Lora = Field(Lora(), description="The fake model: an adapter on the teacher's own weights.")
     fake_steps_per_generator_step: Positive = Field(
         5, description="Fake-model updates for each generator update [choice: DMD2's 5]."
     )
@@ -238,6 +282,12 @@ class Head(Section):
         (), description="Indices of the blocks whose outputs are features; empty: 1/2, 3/4 and the end of the depth."
     )
 
+    @model_validator(mode="after")
+    def _divisible(self) -> "Head":
+        if self.dim % self.heads:
+            raise ValueError(f"dim = {self.dim} is not a multiple of heads = {self.heads}")
+        return self
+
 
 class R1(Section):
     """Spatio-temporal differential R1."""
@@ -250,16 +300,16 @@ class R1(Section):
 class Equilibrium(Section):
     """Stage `equilibrium`: phase II, unified adversarial equilibrium."""
 
-    training: Training = Training(steps=1000)
-    generator: Optimizer = Optimizer(learning_rate=2e-6)
-    discriminator: Optimizer = Optimizer(learning_rate=2e-5)
+    training: Training = Field(Training(steps=1000), description="Its run of the training loop.")
+    generator: Optimizer = Field(Optimizer(learning_rate=2e-6), description="Of the generator.")
+    discriminator: Optimizer = Field(Optimizer(learning_rate=2e-5), description="Of the discriminator's head.")
     discriminator_steps_per_generator_step: Positive = Field(1, description="Head updates per generator update.")
     discriminator_warmup_steps: int = Field(0, ge=0, description="Head updates before the first generator update.")
     backbone: Literal["ema", "teacher"] = Field(
         "ema", description="Features from the generator's EMA (the paper) or the frozen teacher (its ablation)."
     )
-    head: Head = Head()
-    r1: R1 = R1()
+    head: Head = Field(Head(), description="The part of the discriminator that learns.")
+    r1: R1 = Field(R1(), description="Its regularisation.")
     g_loss: Literal["hinge_linear", "hinge_clipped"] = Field(
         "hinge_linear", description="-D(xh), or relu(1 - D(xh)) [choice]."
     )
@@ -335,15 +385,20 @@ class Experiment(BaseSettings):
 
     extends: str = Field("", description="Name of the experiment beside this file whose keys this one overlays.")
     seed: int = Field(0, ge=0, description="Every random number follows from it.")
-    geometry: Geometry = Geometry()
-    clips: Clips
-    teacher: Teacher
-    latents: Latents = Latents()
-    priming: Priming = Priming()
-    equilibrium: Equilibrium = Equilibrium()
-    samples: Samples = Samples()
-    evaluation: Evaluation = Evaluation()
-    report: Report = Report()
+    geometry: Geometry = Field(Geometry(), description="The shape of every clip.")
+    clips: Clips = Field(description="Which videos there are.")
+    teacher: Teacher = Field(description="The model to distil.")
+    latents: Latents = Field(Latents(), description="How clips are encoded and stored.")
+    priming: Priming = Field(Priming(), description="Phase I.")
+    equilibrium: Equilibrium = Field(Equilibrium(), description="Phase II.")
+    samples: Samples = Field(Samples(), description="Whose videos are made, and how many.")
+    evaluation: Evaluation = Field(Evaluation(), description="How they are measured.")
+    report: Report = Field(Report(), description="What the report shows.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_other_defaults(cls, values: Any) -> Any:
+        return fill_defaults(cls, values)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import InitSettingsSource
+from pydantic_settings import InitSettingsSource, SettingsError
 
 from vpae.artifacts import digest
 from vpae.config import Experiment
@@ -136,7 +136,10 @@ def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Exp
     try:
         loaded = Loaded(**overrides)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, problem) for problem in error.errors())) from error
+        lines = (f"{_origin(path, overrides, problem['loc'])}: {_explain(problem)}" for problem in error.errors())
+        raise ConfigError("\n".join(lines)) from error
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; write JSON, or VPAE_SECTION__KEY=value") from error
     return Experiment.model_construct(**{key: getattr(loaded, key) for key in Experiment.model_fields})
 
 
@@ -172,13 +175,30 @@ def _parse_override(text: str) -> dict:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text}: write section.key=value, for instance priming.training.steps=100")
-    tree: Any = yaml.safe_load(value)
+    if key == "extends":
+        raise ConfigError(f"--set {text}: the base experiment can only stand in the file")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
     for part in reversed(key.split(".")):
         tree = {part: tree}
     return tree
 
 
-def _explain(path: Path, problem: dict) -> str:
+def _origin(path: Path, overrides: dict, location: Sequence) -> str:
+    """Where a wrong value comes from: --set, the environment, or the file."""
+    found: Any = overrides
+    for part in location:
+        found = found.get(part) if isinstance(found, dict) else None
+    if found is not None:
+        return f"{path} with --set"
+    wanted = "__".join(["VPAE", *(str(part) for part in location)]).upper().replace("VPAE__", "VPAE_", 1)
+    names = [name for name in os.environ if location and f"{name.upper()}__".startswith(f"{wanted}__")]
+    return f"{path} with {' and '.join(names)} from the environment" if names else str(path)
+
+
+def _explain(problem: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(the experiment)"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -188,7 +208,7 @@ def _explain(path: Path, problem: dict) -> str:
         message = "is required; add it, or `extends:` an experiment that has it"
     else:
         message += f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
-    return f"{path}: {key}: {message}"
+    return f"{key}: {message}"
 
 
 def _keys_at(location: Sequence) -> list[str]:
@@ -210,10 +230,12 @@ def _refuse_unknown_variables() -> None:
         if not name.upper().startswith("VPAE_"):
             continue
         parts = name[len("VPAE_") :].lower().split("__")
+        if parts == ["extends"]:
+            raise ConfigError(f"environment: {name}: the base experiment can only stand in the file")
         for depth, part in enumerate(parts):
             known = _keys_at(parts[:depth])
             if part not in known:
-                if depth and not known:  # inside a free mapping such as samples.rows
+                if parts[:2] == ["samples", "rows"]:  # its keys are free
                     break
                 near = difflib.get_close_matches(part, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
@@ -223,7 +245,8 @@ def _refuse_unknown_variables() -> None:
 def schema() -> dict:
     """The JSON schema of an experiment's file (nothing required: a file may be an overlay)."""
     generated = Experiment.model_json_schema()
-    generated.pop("required", None)
+    for section in (generated, *generated["$defs"].values()):
+        section.pop("required", None)
     return generated
 
 

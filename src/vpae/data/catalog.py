@@ -6,6 +6,7 @@ to them, and names the sha256 that later stages check.
 """
 
 import csv
+import io
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae.artifacts import ArtifactError, sha256
+from vpae.artifacts import ArtifactError, digest, sha256
 from vpae.config import Experiment, Geometry
 from vpae.data.video import VideoError, probe, read_clip, write_video
 from vpae.data.world import Truth, draw_truth, render
@@ -74,13 +75,14 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
-    """Digest of what lies outside the experiment: the names, sizes and dates of the videos, or the table."""
+    """Digest of what lies outside the experiment: each video's name, caption, size and date."""
     if settings.clips.source == "world":
         return {}
-    from vpae.artifacts import digest
-
-    files = [(row["path"], Path(row["path"])) for row in _candidates(settings)]
-    listing = [(name, p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else (name, 0, 0) for name, p in files]
+    listing = []
+    for row in _candidates(settings):
+        path = Path(row["path"])
+        stat = path.stat() if path.is_file() else None
+        listing.append([row["path"], row["caption"], *((stat.st_size, stat.st_mtime_ns) if stat else ())])
     return {settings.clips.path: digest(listing)}
 
 
@@ -159,20 +161,29 @@ def _candidates(settings: Experiment) -> list[dict]:
         return [{"path": str(p), "caption": _caption_beside(p)} for p in videos]
     if not root.is_file():
         raise ArtifactError(f"clips.path = {root}: no such table")
-    if root.suffix == ".jsonl":
-        rows = [json.loads(line) for line in root.read_text().splitlines() if line.strip()]
-    else:
-        with root.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    try:
+        if root.suffix == ".jsonl":
+            rows = [json.loads(line) for line in _text(root).split("\n") if line.strip()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(_text(root), newline="")))
+    except (json.JSONDecodeError, csv.Error) as error:
+        raise ArtifactError(f"{root}: not a CSV or JSONL table: {error}") from error
     for number, row in enumerate(rows, 1):
-        if not row.get("path") or row.get("caption") is None:
-            raise ArtifactError(f"{root}: row {number}: needs the columns path and caption")
+        if not isinstance(row, dict) or not row.get("path") or not isinstance(row.get("caption"), str):
+            raise ArtifactError(f"{root}: row {number}: needs the columns path and caption, both text")
     return [{"path": str(root.parent / row["path"]), "caption": row["caption"]} for row in rows]
 
 
 def _caption_beside(video: Path) -> str:
     text = video.with_suffix(".txt")
-    return text.read_text().strip() if text.is_file() else video.stem.replace("_", " ").replace("-", " ")
+    return _text(text).strip() if text.is_file() else video.stem.replace("_", " ").replace("-", " ")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: not UTF-8 text ({error}); convert it") from error
 
 
 def _check_one(row: dict, geometry: Geometry) -> tuple[dict, dict | str]:

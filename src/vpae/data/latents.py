@@ -10,7 +10,6 @@ A shard whose clips and encoders are unchanged is taken over from the last run, 
 
 import io
 import json
-import os
 import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import digest, file_hashes, write_json
+from vpae.artifacts import digest, file_hashes, link, read_provenance, write_json
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS, Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text
@@ -30,6 +29,7 @@ from vpae.models.wan import Condition, first_frame_mask, load_pipeline
 from vpae.progress import Progress
 
 INDEX = "index.json"
+ENCODERS = ("vae/", "text_encoder/", "tokenizer/", "image_encoder/", "image_processor/")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(inputs["teacher"], transformer=None).to(device)
     encoders = Encoders(pipeline)
-    encoder_hash = digest({k: v for k, v in file_hashes(inputs["teacher"]).items() if not k.startswith("transformer/")})
+    encoder_hash = _encoder_hash(inputs["teacher"])
     state.mkdir(parents=True, exist_ok=True)
     previous = [state, out.parent / "latents"]
     progress, entries, reused = Progress(len(clips), "latents"), [], 0
@@ -65,7 +65,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
             reused += 1
         else:
             _encode_shard(part, settings, inputs["clips"], encoders, state / name)
-            os.link(state / name, out / name)
+            link(state / name, out / name)
             (state / f"{name}.recipe").write_text(recipe)
         (out / f"{name}.recipe").write_text(recipe)
         entries += _entries(out / name, split, part)
@@ -76,9 +76,26 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     return {"clips": len(clips), "shards": len(shards), "shards_taken_over": reused}
 
 
+def _encoder_hash(teacher: Path) -> str:
+    """Digest of the parts of the teacher's folder that encode."""
+    provenance = read_provenance(teacher)
+    hashes = provenance["outputs"] if provenance else file_hashes(teacher)
+    return digest({name: value for name, value in hashes.items() if name.startswith(ENCODERS)})
+
+
 def _parts(clips: list[Clip], split: str, size: int) -> list[list[Clip]]:
-    chosen = [c for c in clips if c.split == split]
-    return [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    """Cut one split into shards of at most `size` clips.
+
+    About one clip in `size` starts a shard because of its key: after a clip that came or went, the cuts soon fall where
+    they fell before, and all later shards stay as they are.
+    """
+    parts: list[list[Clip]] = []
+    for clip in (c for c in clips if c.split == split):
+        starts = int(digest(clip.key)[:8], 16) % size == 0
+        if not parts or starts or len(parts[-1]) == size:
+            parts.append([])
+        parts[-1].append(clip)
+    return parts
 
 
 def _take_over(folders: list[Path], recipe: str, target: Path) -> bool:
@@ -87,7 +104,7 @@ def _take_over(folders: list[Path], recipe: str, target: Path) -> bool:
         for path in folder.glob("*.recipe"):
             shard = path.with_suffix("")
             if path.read_text() == recipe and shard.is_file():
-                os.link(shard, target)
+                link(shard, target)
                 return True
     return False
 

@@ -3,7 +3,10 @@
 Axes: T frames, H height, W width, 3 colours (RGB, uint8).
 """
 
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,16 +20,18 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The first video stream of a file: width and height in pixels, frames per second, number of video streams."""
+    """The first video stream of a file: width and height in pixels and frames per second as shown, the clockwise
+    quarter turns that show it upright, and the number of video streams."""
 
     width: int
     height: int
     fps: float
+    turns: int
     streams: int
 
 
 def probe(path: Path) -> VideoInfo:
-    """Read the header of a file's first video stream.
+    """Read the header and the first frame of a file's first video stream.
 
     Raises:
         VideoError: the file is missing, unreadable or holds no video.
@@ -41,20 +46,26 @@ def probe(path: Path) -> VideoInfo:
             rate = stream.average_rate or stream.guessed_rate
             if not rate or not stream.width or not stream.height:
                 raise VideoError("the header gives no size or frame rate")
-            return VideoInfo(stream.width, stream.height, float(rate), len(container.streams.video))
+            turns = _turns(next(container.decode(video=0)))
+            size = (stream.width, stream.height) if turns % 2 == 0 else (stream.height, stream.width)
+            return VideoInfo(*size, float(rate), turns, len(container.streams.video))
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"unreadable header: {error}") from error
+        raise VideoError(f"unreadable header: {error.strerror}") from error
+    except StopIteration:
+        raise VideoError("no frames") from None
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    """Clockwise quarter turns, 0 to 3, that a phone's display matrix asks for; FFmpeg counts against the clock."""
+    return round(-frame.rotation / 90) % 4
 
 
 def read_frames(path: Path, decoder: str = "auto") -> tuple[np.ndarray, float]:
-    """Decode every frame of the first video stream at its own size.
-
-    decord is used where it can be trusted to take the first stream: it picks the "best" one of several, and offers no
-    choice. PyAV takes over then, and where decord fails.
+    """Decode every frame of the first video stream, upright and at its own size.
 
     Args:
         path: a video file.
-        decoder: "auto", "decord" or "pyav".
+        decoder: "auto", "decord" or "pyav"; see `_decode`.
 
     Returns:
         uint8 frames (T, H, W, 3) and the frame rate in frames per second.
@@ -63,53 +74,69 @@ def read_frames(path: Path, decoder: str = "auto") -> tuple[np.ndarray, float]:
         VideoError: nothing could be decoded.
     """
     info = probe(path)
-    if decoder == "decord" or (decoder == "auto" and info.streams == 1):
+    return _decode(path, info, decoder, list), info.fps
+
+
+def _decode(path: Path, info: VideoInfo, decoder: str, choose: Callable[[Iterator], list]) -> np.ndarray:
+    """Stack the frames that `choose` takes from the decoded ones.
+
+    "auto" is decord where it can be trusted, and PyAV elsewhere and where decord fails. Of several streams decord
+    takes the "best" one and offers no choice; turned videos it returns broken (4 instead of 3 bytes a pixel).
+    Otherwise both give the same bytes, also for full-range and BT.709 colour.
+    """
+    if decoder == "decord" or (decoder == "auto" and info.streams == 1 and info.turns == 0):
         try:
-            return _read_decord(path), info.fps
+            return _stacked(choose(_decord_frames(path)))
         except VideoError:
             if decoder == "decord":
                 raise
-    return _read_pyav(path), info.fps
+    return _stacked(choose(_pyav_frames(path)))
 
 
-def _read_decord(path: Path) -> np.ndarray:
-    import decord  # slow to import, and absent on platforms without a wheel
-
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        frames = reader.get_batch(range(len(reader))).asnumpy()
-    except (decord.DECORDError, RuntimeError) as error:
-        raise VideoError(f"decord: {str(error).strip().splitlines()[0]}") from error
-    if len(frames) == 0:
-        raise VideoError("decord: no frames")
-    return frames
-
-
-def _read_pyav(path: Path) -> np.ndarray:
-    try:
-        with av.open(str(path)) as container:
-            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"PyAV: {error}") from error
+def _stacked(frames: list[np.ndarray]) -> np.ndarray:
     if not frames:
-        raise VideoError("PyAV: no frames")
+        raise VideoError("no frames")
     if len({f.shape for f in frames}) > 1:
         raise VideoError("the frame size changes within the clip")
     return np.stack(frames)
 
 
-def resample_indices(available: int, fps_in: float, frames: int, fps_out: float) -> np.ndarray:
-    """Indices of the nearest source frames at times 0, 1/fps_out, 2/fps_out, ...
+def _decord_frames(path: Path) -> Iterator[np.ndarray]:
+    try:
+        import decord  # slow to import
+    except ImportError as error:  # there are no wheels for some platforms
+        raise VideoError("decord is not installed") from error
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        # One after the other from the start: decord's seeking is fast, but not exact in every file.
+        for _ in range(len(reader)):
+            yield reader.next().asnumpy()
+    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        raise VideoError(f"decord: {str(error).strip().splitlines()[0]}") from error
 
-    Raises:
-        VideoError: the source ends before the last wanted time.
-    """
-    indices = np.rint(np.arange(frames) * fps_in / fps_out).astype(int)
-    if indices[-1] >= available:
-        raise VideoError(
-            f"too short: {available} frames at {fps_in:g} fps, but {frames} frames at {fps_out:g} fps need {indices[-1] + 1}"
-        )
-    return indices
+
+def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                yield np.rot90(frame.to_ndarray(format="rgb24"), -_turns(frame))
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"damaged: {error.strerror}") from error
+
+
+def resample_indices(fps_in: float, frames: int, fps_out: float) -> np.ndarray:
+    """Indices of the nearest source frames at times 0, 1/fps_out, 2/fps_out, ...; the earlier of two equally near."""
+    return np.ceil(np.arange(frames) * fps_in / fps_out - 0.5).astype(int)
+
+
+def _pick(frames: Iterator[np.ndarray], indices: np.ndarray) -> list[np.ndarray]:
+    """Frames at rising indices, as far as there are any; decodes no further than the last of them."""
+    repeats, found = Counter(indices.tolist()), []
+    for number, frame in enumerate(frames):
+        found += [frame] * repeats[number]
+        if number == indices[-1]:
+            break
+    return found
 
 
 def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -124,13 +151,22 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> np.ndarray:
-    """Decode a clip in an experiment's geometry: resampled in time, scaled and cropped, uint8 (T, H, W, 3).
+    """Decode the beginning of a video in an experiment's geometry: resampled in time, scaled and cropped.
+
+    A constant frame rate is taken for granted.
+
+    Returns:
+        uint8 frames (T, H, W, 3).
 
     Raises:
         VideoError: unreadable, or too short.
     """
-    source, fps_in = read_frames(path)
-    return resize_and_crop(source[resample_indices(len(source), fps_in, frames, fps)], height, width)
+    info = probe(path)
+    indices = resample_indices(info.fps, frames, fps)
+    found = _decode(path, info, "auto", lambda source: _pick(source, indices))
+    if len(found) < frames:
+        raise VideoError(f"too short: {frames} frames at {fps:g} fps need {indices[-1] + 1} at its {info.fps:g} fps")
+    return resize_and_crop(found, height, width)
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
@@ -143,7 +179,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
         crf: x264's constant rate factor, 0 (lossless) to 51; VBench-I2V uses 10.
     """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=round(fps))
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "threads": "1"}

@@ -4,8 +4,8 @@ A clip is drawn from `(seed, split, index)` alone. Its first frame and caption n
 growth and rotation are always hidden, the direction of motion in a settable share of the captions. Without that
 ambiguity the mean of all futures would be a sharp video, and there would be nothing to distil.
 
-Lengths are fractions of the frame's height, motion is given over the whole clip, so that a world looks alike at every
-geometry. Axes: T frames, H height, W width, C colour.
+Lengths are fractions of the frame's height, or of what fits where it is narrower than high; motion is given over the
+whole clip, so that a world looks alike at every geometry. Axes: T frames, H height, W width, C colour.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -161,16 +161,17 @@ def draw_truth(
 
 
 def _draw_sprite(rng, shape, colour, size, motion, direction, frames, aspect) -> Sprite:
-    radius = rng.uniform(*RADII[size])
+    unit = min(1.0, aspect)
+    radius = rng.uniform(*RADII[size]) * unit
     growth = rng.uniform(*GROWTH) if motion == "grows" else 1.0
     if growth > 1.0 and size == "large":
         growth = 1.0 + (growth - 1.0) * 0.6  # a large sprite must still fit the frame
     radii = radius * np.linspace(1.0, growth, frames)
-    reach = _reach(shape) * radii[-1] + MARGIN
+    reach = _reach(shape) * radii[-1] + MARGIN * unit
     low, high = np.array([reach, reach]), np.array([aspect - reach, 1.0 - reach])
     centres = np.repeat(rng.uniform(low, np.maximum(high, low))[None], frames, axis=0)
     if direction:
-        travel = np.exp(rng.uniform(*np.log(TRAVEL))) * np.array(DIRECTIONS[direction])
+        travel = unit * np.exp(rng.uniform(*np.log(TRAVEL))) * np.array(DIRECTIONS[direction])
         # Room for the first steps, so that the direction can be seen before the first bounce.
         room = UNTIL_BOUNCE * travel
         centres = np.clip(centres, np.maximum(low, low - room), np.minimum(high, high - room))
@@ -184,7 +185,7 @@ def _draw_sprite(rng, shape, colour, size, motion, direction, frames, aspect) ->
 def _draw_bystander(rng, colour, sprite: Sprite, frames: int, aspect: float) -> Sprite | None:
     """Place a still sprite where the moving one never goes; None when there is no such place."""
     shape = str(rng.choice(SHAPES))
-    radius = rng.uniform(*RADII["small"])
+    radius = rng.uniform(*RADII["small"]) * min(1.0, aspect)
     reach = _reach(shape) * radius + MARGIN
     path = np.array(sprite.centres_T2)
     for _ in range(50):

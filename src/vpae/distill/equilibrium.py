@@ -21,7 +21,7 @@ from vpae.flow import add_noise, sample_times
 from vpae.models.heads import SemanticHead
 from vpae.models.wan import Condition, default_taps, features, load_transformer, predict_x0
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role, train
+from vpae.training.loop import Role, progress_at, train
 from vpae.training.randomness import derived_seed
 
 
@@ -56,7 +56,7 @@ class EquilibriumPhase:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
         x, c = batch
-        progress = step / self.config.training.steps
+        progress = progress_at(step, self.config.training)
         one = torch.ones(len(x), device=x.device)
         with torch.set_grad_enabled(turn == "generator"):
             xh = predict_x0(self.generator, noise_like(x, rng), one, c)  # one step from pure noise

@@ -18,7 +18,7 @@ from vpae.flow import add_noise, sample_times
 from vpae.models.adapters import SharedBase, adapter_state
 from vpae.models.wan import Condition, guided_velocity, load_transformer, predict_x0, velocity
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role, train
+from vpae.training.loop import Role, progress_at, train
 from vpae.training.randomness import derived_seed
 
 
@@ -42,7 +42,7 @@ class PrimingPhase:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
         x, c = batch
-        progress = step / self.config.training.steps
+        progress = progress_at(step, self.config.training)
         t = sample_times(self.config.generator_times, self.shift, progress, len(x), rng)
         with torch.set_grad_enabled(turn == "generator"):
             xh = predict_x0(self.generator, add_noise(x, noise_like(x, rng), t), t, c)

@@ -36,20 +36,20 @@ METRICS = {
     "frechet": Metric(
         "Fréchet distance",
         "↓",
-        "between the latents of generated and of held-out real clips, in the features of a fixed random network. The row "
-        f"“{REAL}” holds training clips against held-out ones: the floor. Small samples raise this distance, and a "
+        "between the latents of generated and of held-out real clips, in the features of a fixed random network. The "
+        "first row holds training clips against held-out ones: the floor. Small samples raise this distance, and a "
         "bootstrap sample repeats videos: an interval may lie above its value.",
     ),
     "single_sprite": Metric(
-        "Single sprite", "↑", "share of frames with exactly one whole sprite of the right colour; blends and ghosts fail."
+        "Single sprite", "↑", "share of frames with one whole sprite of the right colour, no ghost."
     ),
     "caption_following": Metric(
-        "Caption followed", "↑", "share of videos that move, grow or turn as the caption says, in the direction if told."
+        "Caption followed", "↑", "share of videos that move, grow or turn as the caption says."
     ),
-    "identity": Metric("Identity", "↑", "share of later frames whose sprite has the shape and colour of the first frame."),
-    "path_smoothness": Metric("Smooth path", "↑", "1 / (1 + median change of the sprite's speed, in pixels per frame²)."),
+    "identity": Metric("Identity", "↑", "share of later frames whose sprite has the first one's shape and colour."),
+    "path_smoothness": Metric("Smooth path", "↑", "1 / (1 + median second difference of the path, in 1/64 heights)."),
     "latency_diffusion_s": Metric(
-        "Network time", "↓", "seconds per video of the network evaluations alone, batch size 1; median, fastest to slowest."
+        "Network time", "↓", "per video, of the network evaluations alone; median run, batch 1."
     ),
     "latency_total_s": Metric("End to end", "↓", "the same from an image and a prompt to decoded frames."),
 }
@@ -154,14 +154,13 @@ def headlines(rows: dict[str, dict], parts: dict[str, str]) -> list[dict]:
         for metric in HEADLINES
         if metric in ours
     ]
-    reference = rows.get(parts.get("teacher", ""), {})
-    ratios = {key: ratio(reference.get(key), ours.get(key)) for key in ("latency_diffusion_s", "latency_total_s")}
-    if ratios["latency_diffusion_s"]:
-        times = [(name, cell("latency_diffusion_s", rows[name]["latency_diffusion_s"])["value"]) for name in others[:1]]
-        whole = f"network; end to end {ratios['latency_total_s']}" if ratios["latency_total_s"] else "network"
-        mine = (parts["vpae"], cell("latency_diffusion_s", ours["latency_diffusion_s"])["value"])
-        speed = {"title": "Speed-up", "value": ratios["latency_diffusion_s"], "interval": whole, "others": [mine, *times]}
-        found.append(speed)
+    reference, key = rows.get(parts.get("teacher", ""), {}), "latency_diffusion_s"
+    if faster := ratio(reference.get(key), ours.get(key)):
+        whole = ratio(reference.get("latency_total_s"), ours.get("latency_total_s"))
+        times = [(name, cell(key, rows[name][key])["value"]) for name in (parts["vpae"], parts["teacher"])]
+        found.append(
+            {"title": "Speed-up", "value": faster, "interval": f"end to end {whole}" if whole else "", "others": times}
+        )
     return found
 
 
@@ -220,7 +219,7 @@ def provenance(name: str, folder: Path) -> dict:
         "duration": duration(found["seconds"]),
         "memory": f"{found['peak_memory_bytes'] / 1e9:.2f} GB",
         "commit": commit[:12] if found["code"]["commit"] else commit,
-        "changed": {True: "changed", False: "clean", None: "state unknown"}[found["code"]["dirty"]],
+        "changed": {True: "+ uncommitted changes", False: "", None: "state unknown"}[found["code"]["dirty"]],
         "identity": outputs,
         "files": len(found["outputs"]),
         "settings": as_yaml(found["settings"]),

@@ -54,9 +54,10 @@ def curves(panels: Sequence[Panel], lines: list[dict]) -> str:
     if not drawn:
         return ""
     rows = -(-len(drawn) // 3)
-    style = {"svg.hashsalt": "vpae", "font.size": 8.5, "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY}
-    with matplotlib.rc_context(style | {"xtick.color": GREY, "ytick.color": GREY}):
-        figure = Figure(figsize=(10.4, 2.35 * rows), layout="constrained")
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
+    with matplotlib.rc_context({"svg.hashsalt": "vpae", "font.size": 8.5, **grey}):
+        figure = Figure(figsize=(10.4, 2.4 * rows), layout="constrained")
+        figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
         for number, panel in enumerate(drawn):
             _draw(figure.add_subplot(rows, 3, number + 1), panel, lines)
         file = io.BytesIO()
@@ -67,7 +68,7 @@ def curves(panels: Sequence[Panel], lines: list[dict]) -> str:
 def _draw(axes, panel: Panel, lines: list[dict]) -> None:
     for colour, (key, label) in zip(COLOURS, panel.curves.items(), strict=False):
         points = np.array([(line["step"], line[key]) for line in lines if key in line]).reshape(-1, 2)
-        axes.plot(*points.T, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
+        axes.plot(*points.T, ".", color=colour, alpha=0.35, markersize=3.5, markeredgewidth=0)
         axes.plot(points[:, 0], smooth(points[:, 1]), color=colour, linewidth=1.5, label=label)
     if panel.reference is not None:
         axes.axhline(panel.reference, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))

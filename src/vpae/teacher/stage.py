@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from torch import Tensor
 
-from vpae.artifacts import ArtifactError, link_tree, sha256, write_json
+from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json
 from vpae.config import Experiment, Training
 from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
@@ -23,15 +23,21 @@ from vpae.training.loop import train
 from vpae.training.randomness import Shuffled, derived_seed
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
+HASHED_BYTES = 100_000_000
 COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
-    """Digest of a teacher folder that is not trained here, by its index and the sizes of its weights."""
+    """Digest of a teacher folder that is not trained here; of large files only size and date count."""
     if settings.teacher.source != "folder":
         return {}
     folder = _checked(Path(settings.teacher.path))
-    return {str(folder): sha256(folder / "model_index.json") + str(sum(f.stat().st_size for f in folder.rglob("*.*")))}
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        content = sha256(path) if stat.st_size < HASHED_BYTES else f"{stat.st_size} {stat.st_mtime_ns}"
+        found[path.relative_to(folder).as_posix()] = content
+    return {settings.teacher.path: digest(found)}
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
@@ -66,16 +72,7 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
 
     accelerator = _accelerator(config.vae.training)
-    phase = vae.VaePhase(config.vae, _seeded(settings, "vae", lambda: vae.build(config.vae)).to(accelerator.device))
-    _fit(
-        phase,
-        _videos(frames_NTHW3, config.vae.training, settings.seed),
-        config.vae.training,
-        settings,
-        state,
-        accelerator,
-    )
-    trained_vae: AutoencoderKLWan = phase.ema
+    trained_vae = _train_vae(settings, frames_NTHW3, state, accelerator)
     sample = [to_signed(frames_NTHW3[i : i + 8]).to(accelerator.device) for i in range(0, min(len(clips), 256), 8)]
     vae.normalise(trained_vae, sample)
 
@@ -107,6 +104,21 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     pipeline.to("cpu")
     pipeline.save_pretrained(out)
     return {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in NETWORKS}
+
+
+def _train_vae(settings: Experiment, frames_NTHW3: np.ndarray, state: Path, accelerator: Accelerator):
+    """Single frames, short crops, then crops as long as the clips."""
+    config = settings.teacher.vae
+    network = _seeded(settings, "vae", lambda: vae.build(config)).to(accelerator.device)
+    frames = lambda step: 1 if step < config.image_steps else config.crop_frames  # noqa: E731
+    phase = vae.VaePhase(config, network, config.optimizer, frames, "teacher/vae")
+    _fit(phase, _videos(frames_NTHW3, config.training, settings.seed), config.training, settings, state, accelerator)
+    whole = settings.geometry.frames
+    network = phase.ema.requires_grad_(True).train()
+    phase = vae.VaePhase(config, network, config.whole_optimizer, lambda _: whole, "teacher/vae-whole")
+    batches = _videos(frames_NTHW3, config.whole_training, settings.seed)
+    _fit(phase, batches, config.whole_training, settings, state, accelerator)
+    return phase.ema
 
 
 def _accelerator(training: Training) -> Accelerator:

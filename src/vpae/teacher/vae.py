@@ -3,12 +3,14 @@
 Axes: B batch, T frames, H height, W width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from vpae.config import TinyVae
+from vpae.config import Optimizer, TinyVae
 from vpae.training.ema import make_ema
 from vpae.training.loop import Role
 
@@ -34,24 +36,33 @@ def build(config: TinyVae) -> AutoencoderKLWan:
 
 
 class VaePhase:
-    """L1 + L2 reconstruction of crops, and KL to the unit Gaussian."""
+    """L1 + L2 reconstruction of crops, and KL to the unit Gaussian.
 
-    name = "teacher/vae"
+    Args:
+        config: crop size and KL weight.
+        vae: the network to train.
+        optimizer: its settings.
+        frames: step -> frames per crop.
+        name: of the run.
+    """
+
     main = "vae"
 
-    def __init__(self, config: TinyVae, vae: nn.Module):
-        self.config = config
-        self.roles = {"vae": Role(vae, config.optimizer)}
+    def __init__(
+        self, config: TinyVae, vae: nn.Module, optimizer: Optimizer, frames: Callable[[int], int], name: str
+    ):
+        self.config, self.frames, self.name = config, frames, name
+        self.roles = {"vae": Role(vae, optimizer)}
         self.ema = make_ema(vae)
 
     def turns(self, step: int) -> list[str]:
+        """One update a step."""
         return ["vae"]
 
     def loss(self, turn: str, video_B3THW: Tensor, rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
         """Reconstruction loss of crops of `video_B3THW`, uint8 scaled to [-1, 1]."""
         vae = self.roles["vae"].module
-        frames = 1 if step < self.config.image_steps else self.config.crop_frames
-        crop = self._crop(video_B3THW, (frames, self.config.crop, self.config.crop), rng)
+        crop = self._crop(video_B3THW, (self.frames(step), self.config.crop, self.config.crop), rng)
         posterior = vae.encode(crop).latent_dist
         rebuilt = vae.decode(posterior.sample(rng)).sample.float()
         l1, l2 = F.l1_loss(rebuilt, crop), F.mse_loss(rebuilt, crop)

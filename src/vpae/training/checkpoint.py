@@ -9,6 +9,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,18 +24,28 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save(folder: Path, phase, position: dict) -> None:
-    """Write `step-N` beside the older states and delete all but the newest two."""
+    """Write `step-N` beside the older states and delete all but the newest two; every process calls this."""
     final = folder / f"step-{position['step']:08d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _wait_for_all()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(_state(phase), checkpoint_id=temporary)
-    (temporary / "position.json").write_text(json.dumps(position))
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+        dcp.save(_state(phase), checkpoint_id=temporary)  # returns in the first process when all have written
+    if first:
+        (temporary / "position.json").write_text(json.dumps(position))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in sorted(folder.glob("step-*"))[:-KEEP]:
+            shutil.rmtree(old)
+    _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def load_latest(folder: Path, phase) -> dict | None:
@@ -47,6 +58,13 @@ def load_latest(folder: Path, phase) -> dict | None:
     if not found:
         return None
     state = _state(phase)
+    saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+    for name in phase.roles:
+        # Weights that had got no gradient had no moments to save, but the template above has moments for all.
+        place, moments = f"{name}.optimizer.state", state[f"{name}.optimizer"]["state"]
+        state[f"{name}.optimizer"]["state"] = {
+            weight: slots for weight, slots in moments.items() if any(f"{place}.{weight}.{s}" in saved for s in slots)
+        }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=found[-1])

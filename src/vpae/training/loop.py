@@ -61,6 +61,11 @@ class Phase(Protocol):
         """Loss of one micro-batch for one role, and named values to log."""
 
 
+def progress_at(step: int, training: Training) -> float:
+    """How far a run is, for what changes linearly over it: 0 at the first step, 1 at the last."""
+    return step / max(1, training.steps - 1)
+
+
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     """Linear warm-up, then constant or half a cosine down to 2%."""
     if step < settings.warmup_steps:
@@ -99,7 +104,8 @@ def train(
     metrics = state / "metrics.jsonl"
     position = checkpoint.load_latest(state, phase)
     start, drawn = (position["step"], position["drawn"]) if position else (0, 0)
-    _keep_lines_before(metrics, start)
+    if accelerator.is_main_process:
+        _keep_lines_before(metrics, start)
     progress = Progress(training.steps, phase.name, initial=start)
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
@@ -115,7 +121,7 @@ def train(
                 with metrics.open("a") as file:
                     file.write(json.dumps({"step": done, **values}) + "\n")
             progress.update(text=_brief(values))
-            wanted = interruption.requested
+            wanted = _anywhere(interruption.requested, accelerator)
             if done % training.checkpoint_every == 0 or done == training.steps or wanted:
                 checkpoint.save(state, phase, {"step": done, "drawn": drawn})
             if wanted and done < training.steps:
@@ -155,6 +161,13 @@ def _update(phase, turn, number, batches, drawn, training, seed, step, accelerat
     for other in phase.roles.values():
         other.optimizer.zero_grad(set_to_none=True)
     return logs, drawn
+
+
+def _anywhere(wanted: bool, accelerator: Accelerator) -> bool:
+    """Whether any process wants it: a signal need not reach all within the same step, but they must save together."""
+    if accelerator.num_processes == 1:
+        return wanted
+    return bool(accelerator.reduce(torch.tensor(float(wanted), device=accelerator.device), "sum") > 0)
 
 
 def _keep_lines_before(metrics: Path, step: int) -> None:
