@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 import vpae
 
 PROVENANCE = "provenance.json"
@@ -169,6 +167,8 @@ def code_version() -> dict:
 
 def device_name() -> str:
     """The accelerator, or the processor where there is none."""
+    import torch  # slow, and of no use to `vpae config` and to the workflow, which import this module
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:

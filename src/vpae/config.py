@@ -5,6 +5,7 @@ The tree is the source of the JSON schema in `configs/schema.json`. How a YAML f
 open is marked [choice].
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -175,6 +176,11 @@ class TinyVae(Section):
         description="A second run on crops as long as the clips: the causal VAE does not extrapolate in time.",
     )
     whole_optimizer: Optimizer = Optimizer(learning_rate=5e-4, warmup_steps=20, cosine=True)
+    decoder_training: Training = Field(
+        Training(steps=1200, batch_size=8, ema_decay=0.99),
+        description="A third run for the decoder alone, which leaves the latents as they are.",
+    )
+    decoder_optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=20, cosine=True)
 
 
 class TinyEncoders(Section):
@@ -355,6 +361,8 @@ class Samples(Section):
     @model_validator(mode="after")
     def _honest_names(self) -> "Samples":
         for name, row in self.rows.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+                raise ValueError(f"row {name!r} names a folder: letters, digits, '-', '_' and '.' only")
             if name.endswith("nfe") and not name.endswith(f"-{row.nfe}nfe"):
                 raise ValueError(f"row {name} takes {row.nfe} NFE; name it {name.rsplit('-', 1)[0]}-{row.nfe}nfe")
         if self.decode > self.count:

@@ -53,14 +53,15 @@ class Source:
 def upstream(settings: Experiment, stage: str) -> tuple[str, ...]:
     """The stages whose folders a stage reads."""
     trained_here = settings.teacher.source == "train"
+    models = sorted({"teacher", *(row.model for row in settings.samples.rows.values())})
     return {
         "clips": (),
         "teacher": ("clips",) if trained_here else (),
         "latents": ("clips", "teacher"),
         "priming": ("latents", "teacher"),
         "equilibrium": ("latents", "teacher", "priming"),
-        "samples": ("clips", "latents", *sorted({"teacher", *(row.model for row in settings.samples.rows.values())})),
-        "evaluation": ("clips", "latents", "samples"),
+        "samples": ("latents", *models),
+        "evaluation": ("clips", "latents", *models, "samples"),
         "report": ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation"),
     }[stage]
 
@@ -152,7 +153,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict]:
         wanted_by = f"{seen[-1]}: extends: {path.stem}: " if seen else ""
         raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = _plain(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -162,13 +163,18 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     return [tree]
 
 
+def _plain(tree: Any) -> Any:
+    """What JSON could say, too: keys are text, and dates are as well."""
+    return json.loads(json.dumps(tree, default=str))
+
+
 def _merge(target: dict, layer: dict) -> None:
     for key, value in layer.items():
         # The rows of `samples` are merged like sections: an overlay adds or changes one row.
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _merge(target[key], value)
         else:
-            target[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
+            target[key] = value
 
 
 def _parse_override(text: str) -> dict:
@@ -178,7 +184,7 @@ def _parse_override(text: str) -> dict:
     if key == "extends":
         raise ConfigError(f"--set {text}: the base experiment can only stand in the file")
     try:
-        tree: Any = yaml.safe_load(value)
+        tree: Any = _plain(yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
     for part in reversed(key.split(".")):
@@ -191,7 +197,7 @@ def _origin(path: Path, overrides: dict, location: Sequence) -> str:
     found: Any = overrides
     for part in location:
         found = found.get(part) if isinstance(found, dict) else None
-    if found is not None:
+    if found not in (None, {}):
         return f"{path} with --set"
     wanted = "__".join(["VPAE", *(str(part) for part in location)]).upper().replace("VPAE__", "VPAE_", 1)
     names = [name for name in os.environ if location and f"{name.upper()}__".startswith(f"{wanted}__")]

@@ -4,6 +4,7 @@ A tiny teacher is trained in three runs of the one training loop: VAE, encoders,
 checked and linked, never trained.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -107,18 +108,19 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
 
 
 def _train_vae(settings: Experiment, frames_NTHW3: np.ndarray, state: Path, accelerator: Accelerator):
-    """Single frames, short crops, then crops as long as the clips."""
-    config = settings.teacher.vae
+    """Single frames, then short crops; crops as long as the clips; at last the decoder alone."""
+    config, whole = settings.teacher.vae, settings.geometry.frames
     network = _seeded(settings, "vae", lambda: vae.build(config)).to(accelerator.device)
-    frames = lambda step: 1 if step < config.image_steps else config.crop_frames  # noqa: E731
-    phase = vae.VaePhase(config, network, config.optimizer, frames, "teacher/vae")
-    _fit(phase, _videos(frames_NTHW3, config.training, settings.seed), config.training, settings, state, accelerator)
-    whole = settings.geometry.frames
-    network = phase.ema.requires_grad_(True).train()
-    phase = vae.VaePhase(config, network, config.whole_optimizer, lambda _: whole, "teacher/vae-whole")
-    batches = _videos(frames_NTHW3, config.whole_training, settings.seed)
-    _fit(phase, batches, config.whole_training, settings, state, accelerator)
-    return phase.ema
+    short = lambda step: 1 if step < config.image_steps else config.crop_frames  # noqa: E731
+    for name, training, optimizer, frames in (
+        ("teacher/vae", config.training, config.optimizer, short),
+        ("teacher/vae-whole", config.whole_training, config.whole_optimizer, lambda _: whole),
+        ("teacher/vae-decoder", config.decoder_training, config.decoder_optimizer, lambda _: whole),
+    ):
+        phase = vae.VaePhase(config, network, optimizer, frames, name, decoder_only=name.endswith("decoder"))
+        _fit(phase, _videos(frames_NTHW3, training, settings.seed), training, settings, state, accelerator)
+        network = phase.ema
+    return network.requires_grad_(False).eval()
 
 
 def _accelerator(training: Training) -> Accelerator:
@@ -161,25 +163,31 @@ def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, tr
 
 
 def _encoded(frames_NTHW3: np.ndarray, clips: list[Clip], encode: Encoders, training: Training, settings: Experiment):
-    """All clips' latents and conditions, held in memory: a tiny corpus is some hundred megabytes."""
-    step, chunks = 16, []
-    for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
-        frames = frames_NTHW3[start : start + step]
-        first = list(frames[:, 0])
-        chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
-    x0, condition, image = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    captions = sorted({c.caption for c in clips})
-    text = dict(zip(captions, encode.texts(captions), strict=True))
-    empty = pad_text(encode.texts([""])[0])
+    """Batches of latents and conditions, encoded at the first call: not at all when nothing is left to train.
+
+    They are held in memory: a tiny corpus is some hundred megabytes.
+    """
     numbers = _numbers(len(clips), training.batch_size, settings.seed, "transformer")
     device = encode.pipeline.vae.device
 
+    @cache
+    def everything() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
+        step, chunks = 16, []
+        for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
+            frames = frames_NTHW3[start : start + step]
+            first = list(frames[:, 0])
+            chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
+        captions = sorted({c.caption for c in clips})
+        texts = dict(zip(captions, encode.texts(captions), strict=True))
+        x0, condition, image = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return x0, condition, image, texts, pad_text(encode.texts([""])[0])
+
     def batch(drawn: int) -> tuple[Tensor, Condition]:
+        x0, condition, image, texts, empty = everything()
         chosen = numbers(drawn)
         x = x0[chosen]
-        mask = first_frame_mask(len(x), *x.shape[2:])
-        text_BLD = torch.stack([pad_text(text[clips[n].caption]) for n in chosen])
-        frame = torch.cat([mask, condition[chosen]], dim=1)
+        frame = torch.cat([first_frame_mask(len(x), *x.shape[2:]), condition[chosen]], dim=1)
+        text_BLD = torch.stack([pad_text(texts[clips[n].caption]) for n in chosen])
         found = Condition(frame.to(device), image[chosen].to(device), text_BLD.to(device), empty.to(device))
         return x.to(device), found
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpae.config import Optimizer, TinyVae
 from vpae.training.ema import make_ema
@@ -44,14 +44,25 @@ class VaePhase:
         optimizer: its settings.
         frames: step -> frames per crop.
         name: of the run.
+        decoder_only: leave the encoder, and so the latents, as they are.
     """
 
     main = "vae"
 
     def __init__(
-        self, config: TinyVae, vae: nn.Module, optimizer: Optimizer, frames: Callable[[int], int], name: str
+        self,
+        config: TinyVae,
+        vae: AutoencoderKLWan,
+        optimizer: Optimizer,
+        frames: Callable[[int], int],
+        name: str,
+        decoder_only: bool = False,
     ):
         self.config, self.frames, self.name = config, frames, name
+        vae.requires_grad_(True)
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
         self.roles = {"vae": Role(vae, optimizer)}
         self.ema = make_ema(vae)
 

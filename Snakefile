@@ -1,0 +1,26 @@
+# The workflow. `snakemake all` builds the experiment `tiny`; `--config experiment=NAME[,NAME]` builds others, one
+# configs/NAME.yaml each. Where the jobs run is the profile's affair: `snakemake --profile slurm all`.
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/clips.smk"
+include: "workflow/rules/teacher.smk"
+include: "workflow/rules/latents.smk"
+include: "workflow/rules/priming.smk"
+include: "workflow/rules/equilibrium.smk"
+include: "workflow/rules/samples.smk"
+include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+
+
+rule all:
+    default_target: True
+    input:
+        all_folders,

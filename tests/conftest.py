@@ -1,0 +1,128 @@
+"""Tiny models with random weights, of the real diffusers and transformers classes, built as the stages build them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from hypothesis import settings
+from torch import Tensor
+
+from vpae.config import Equilibrium, Head, Lora, Optimizer, Priming, TinyEncoders, TinyTransformer, TinyVae, Training
+from vpae.distill.equilibrium import EquilibriumPhase
+from vpae.distill.priming import PrimingPhase
+from vpae.models.adapters import SharedBase
+from vpae.models.heads import SemanticHead
+from vpae.models.wan import TEXT_TOKENS, Condition, default_taps, first_frame_mask, load_pipeline
+from vpae.teacher import encoders, flow_matching, vae
+
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("tests")
+
+SHIFT = 3.0
+FRAMES, HEIGHT, WIDTH = 5, 32, 32
+LATENTS = (16, 2, 4, 4)
+TEXT_DIM = IMAGE_DIM = 16
+CAPTIONS = ["a red disc moves to the left", "a green square stands still", "the camera moves"]
+
+
+def seeded(seed: int, build: Callable):
+    """What `build` returns when the global generator starts from `seed`; the generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def build_transformer(seed: int = 0) -> WanTransformer3DModel:
+    config = TinyTransformer(heads=2, head_dim=12, layers=4, freq_dim=16)
+    return seeded(seed, lambda: flow_matching.build(config, TEXT_DIM, IMAGE_DIM))
+
+
+def build_vae() -> AutoencoderKLWan:
+    """A VAE whose latents' statistics are not the neutral 0 and 1."""
+    model = seeded(0, lambda: vae.build(TinyVae(base_dim=4, dim_mult=(1, 1, 2, 2)))).eval()
+    mean, std = seeded(1, lambda: (0.5 * torch.randn(16), 0.5 + torch.rand(16)))
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return model
+
+
+def build_batch(size: int = 2, seed: int = 0, words: tuple[int, ...] = (7, 12, 3)) -> tuple[Tensor, Condition]:
+    """Random latents and their condition; captions of several lengths, zeros after their ends."""
+
+    def draw() -> tuple[Tensor, Condition]:
+        text = torch.randn(size, TEXT_TOKENS, TEXT_DIM)
+        for row in range(size):
+            text[row, words[row % len(words)] :] = 0
+        empty = torch.zeros(TEXT_TOKENS, TEXT_DIM)
+        empty[0] = torch.randn(TEXT_DIM)
+        frame = torch.cat([first_frame_mask(size, *LATENTS[1:]), torch.randn(size, *LATENTS)], dim=1)
+        return torch.randn(size, *LATENTS), Condition(frame, torch.randn(size, 5, IMAGE_DIM), text, empty)
+
+    return seeded(seed, draw)
+
+
+def build_head(seed: int = 0, taps: int = 3, **config) -> SemanticHead:
+    settings = Head(**{"dim": 16, "heads": 2, "queries": 2, **config})
+    return seeded(seed, lambda: SemanticHead(settings, 24, taps, TEXT_DIM, IMAGE_DIM))
+
+
+def build_priming(seed: int = 0, **config) -> PrimingPhase:
+    """Phase I on the teacher `build_transformer(0)`; `seed` is that of the adapter."""
+    settings = Priming(
+        **{
+            "training": Training(steps=3, batch_size=2, ema_decay=0.5, checkpoint_every=1),
+            "generator": Optimizer(learning_rate=1e-3),
+            "fake": Optimizer(learning_rate=1e-2),
+            "fake_lora": Lora(rank=4, alpha=4),
+            "fake_steps_per_generator_step": 2,
+            "guidance_scale": 3.0,
+            **config,
+        }
+    )
+    shared = seeded(seed, lambda: SharedBase(build_transformer(), settings.fake_lora))
+    return PrimingPhase(settings, SHIFT, build_transformer(), shared)
+
+
+def build_equilibrium(seed: int = 0, **config) -> EquilibriumPhase:
+    """Phase II with another generator than the teacher, as after priming; `seed` is that of generator and head."""
+    settings = Equilibrium(
+        **{
+            "training": Training(steps=3, batch_size=2, ema_decay=0.5, checkpoint_every=1),
+            "generator": Optimizer(learning_rate=1e-3),
+            "discriminator": Optimizer(learning_rate=1e-3),
+            **config,
+        }
+    )
+    head = build_head(seed, semantics=settings.head.semantics)
+    return EquilibriumPhase(settings, SHIFT, build_transformer(seed + 1), build_transformer(), head, default_taps(4))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny `WanImageToVideoPipeline`: 32 x 32 pixels, 5 frames."""
+    folder = tmp_path_factory.mktemp("pipeline") / "teacher"
+    config = TinyEncoders(text_dim=TEXT_DIM, text_layers=1, image_dim=IMAGE_DIM, image_layers=2, image_patch=16)
+    tokenizer = encoders.build_tokenizer(CAPTIONS, config.vocabulary)
+    image_encoder, processor = seeded(2, lambda: encoders.build_image_encoder(config, HEIGHT))
+    WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=seeded(3, lambda: encoders.build_text_encoder(config, len(tokenizer))).eval(),
+        vae=build_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        image_processor=processor,
+        image_encoder=image_encoder.eval(),
+        transformer=build_transformer().eval(),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(teacher: Path) -> WanImageToVideoPipeline:
+    return load_pipeline(teacher)
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)

@@ -1,0 +1,142 @@
+"""The micro experiment through every stage, as a user runs it; what others rely on by name; and being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+
+from vpae.artifacts import file_hashes, read_provenance
+from vpae.cli import main
+from vpae.evaluation.stage import METRICS
+from vpae.experiment import STAGES, load
+from vpae.stages import run_stage
+
+CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"
+ROWS = {"real", "teacher-100nfe", "teacher-1nfe", "priming-1nfe", "vpae-1nfe", "vpae-2nfe", "vpae-4nfe"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """All stages of the micro experiment, run once."""
+    folder = tmp_path_factory.mktemp("results")
+    for stage in STAGES_IN_ORDER:
+        run_stage(load(CONFIG), stage, folder)
+    return folder / "micro"
+
+
+STAGES_IN_ORDER = ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation", "report")
+
+
+def test_every_stage_is_among_those_run():
+    assert set(STAGES_IN_ORDER) == set(STAGES)
+
+
+def test_scores_have_the_promised_rows_and_metrics(results):
+    rows = json.loads((results / "evaluation/scores.json").read_text())["rows"]
+    assert set(rows) == ROWS
+    for name, metrics in rows.items():
+        wanted = set(METRICS) - ({"latency_diffusion_s", "latency_total_s"} if name == "real" else set())
+        assert set(metrics) == wanted
+        for value in metrics.values():
+            assert set(value) == {"mean", "low", "high"}
+            assert np.isfinite(list(value.values())).all()
+
+
+def test_a_hundred_evaluations_take_many_times_as_long_as_one(results):
+    rows = json.loads((results / "evaluation/scores.json").read_text())["rows"]
+    ratio = rows["teacher-100nfe"]["latency_diffusion_s"]["mean"] / rows["vpae-1nfe"]["latency_diffusion_s"]["mean"]
+    assert ratio > 30  # about 100; a shared machine is noisy
+
+
+def test_every_stage_has_its_provenance(results):
+    for stage in STAGES:
+        provenance = read_provenance(results / stage)
+        assert provenance["outputs"] == file_hashes(results / stage)
+        assert provenance["settings"]["seed"] == 0
+
+
+def test_samples_are_named_by_prompt_and_index_and_do_not_depend_on_the_batch_size(results, tmp_path):
+    suite = [json.loads(line) for line in (results / "samples/suite.jsonl").read_text().splitlines()]
+    assert suite[0]["file"] == f"{suite[0]['prompt']}-{suite[0]['index']}.mp4"
+    assert (results / "samples/vpae-1nfe" / suite[0]["file"]).is_file()
+    assert len({item["file"] for item in suite}) == len(suite)
+    other = tmp_path / "micro"
+    other.mkdir()
+    for stage in ("clips", "teacher", "latents", "priming", "equilibrium"):
+        (other / stage).symlink_to(results / stage)
+    run_stage(load(CONFIG, ["samples.batch_size=3"]), "samples", tmp_path)
+    for row in ("teacher-1nfe", "vpae-4nfe"):
+        from safetensors.torch import load_file
+
+        one, two = (load_file(f / "samples" / row / "latents.safetensors")["x0"] for f in (results, other))
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_running_a_finished_stage_again_does_nothing(results):
+    before = (results / "priming/provenance.json").stat().st_mtime_ns
+    run_stage(load(CONFIG), "priming", results.parent)
+    assert (results / "priming/provenance.json").stat().st_mtime_ns == before
+
+
+def test_the_student_is_a_pipeline_and_vpae_sample_is_its_single_step(results, tmp_path):
+    student = results / "equilibrium/student"
+    image = tmp_path / "first.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(image)
+    arguments = ["--model", student, "--image", image, "--prompt", "a small red circle moves", "--steps", 1, "--seed", 7]
+    outputs = ["--out", tmp_path / "clip.mp4", "--frames", tmp_path / "frames.npy"]
+    assert main(["sample", *map(str, [*arguments, *outputs])]) == 0
+    frames = np.load(tmp_path / "frames.npy")
+    assert frames.dtype == np.uint8 and frames.shape == (5, 32, 32, 3)
+    assert (tmp_path / "clip.mp4").stat().st_size > 0
+
+    pipeline = WanImageToVideoPipeline.from_pretrained(student)
+    video = pipeline(
+        image=Image.open(image),
+        prompt="a small red circle moves",
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+    ).frames[0]
+    assert np.abs(np.rint(video * 255).astype(int) - frames).max() <= 1
+
+
+def test_sample_says_what_is_missing(tmp_path, capsys):
+    arguments = ["sample", "--model", str(tmp_path), "--image", "no.png", "--prompt", "x", "--out", "o.mp4"]
+    assert main(arguments) == 2
+    assert "no.png" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_weights(results, tmp_path):
+    folder = tmp_path / "micro"
+    folder.mkdir()
+    for stage in ("clips", "teacher", "latents"):
+        (folder / stage).symlink_to(results / stage)
+    command = [sys.executable, "-m", "vpae.cli", "priming", "--config", str(CONFIG), "--results", str(tmp_path)]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        wanted = "step-00000001" if number == signal.SIGKILL else "metrics.jsonl"
+        while process.poll() is None and not list(folder.glob(f".state/priming-*/{wanted}")):
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(number)
+        assert process.wait() in (-signal.SIGKILL, 3, 0)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    weights = "student/transformer/diffusion_pytorch_model.safetensors"
+    again, uninterrupted = (file_hashes(f / "priming") for f in (folder, results))
+    assert again[weights] == uninterrupted[weights]
+    assert again["fake_lora.safetensors"] == uninterrupted["fake_lora.safetensors"]
+    assert not list(folder.glob(".priming.tmp")) and not list(folder.glob(".state/priming-*"))

@@ -1,0 +1,343 @@
+"""The one training loop: exact resume, signals, accumulation, clipping, learning rates, and the order of clips."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from conftest import build_batch, build_equilibrium, build_priming
+from vpae.config import Head, Optimizer, Training
+from vpae.training import checkpoint
+from vpae.training.ema import make_ema, update_ema
+from vpae.training.loop import Role, learning_rate, progress_at, train
+from vpae.training.preemption import SIGNALS, Interruption
+from vpae.training.randomness import Shuffled, derived_seed, generator_for
+
+BUILD = {"priming": build_priming, "equilibrium": build_equilibrium}
+STEPS = 3
+phases = pytest.mark.parametrize("name", BUILD)
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit(phase, folder: Path, accelerator, **training) -> Path:
+    settings = phase.config.training.model_copy(update=training)
+    return train(phase, lambda drawn: build_batch(1, seed=drawn), settings, 0, folder, accelerator)
+
+
+def at(phase, step: int, call: int, action: Callable[[], None]):
+    """Do something in the `call`-th loss of a step."""
+    loss, seen = phase.loss, []
+
+    def watched(turn, batch, rng, now):
+        seen.append(now)
+        if now == step and seen.count(step) == call + 1:
+            action()
+        return loss(turn, batch, rng, now)
+
+    phase.loss = watched
+    return phase
+
+
+def everything(phase) -> dict[str, Tensor]:
+    """All that a run changes: weights, optimisers, EMA."""
+    found = {f"ema.{name}": value for name, value in phase.ema.state_dict().items()}
+    for role, owner in phase.roles.items():
+        found |= {f"{role}.{name}": value for name, value in owner.module.state_dict().items()}
+        for number, p in enumerate(owner.parameters()):
+            found |= {f"{role}.{number}.{k}": v for k, v in owner.optimizer.state[p].items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not found[name].equal(value)] == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Callable[[str], tuple[dict[str, Tensor], str]]:
+    """Name of a phase -> all it ends with, and its metrics, when nothing happens to it."""
+    from accelerate import Accelerator
+
+    results = {}
+
+    def result(name: str) -> tuple[dict[str, Tensor], str]:
+        if name not in results:
+            phase = BUILD[name]()
+            metrics = fit(phase, tmp_path_factory.mktemp(name), Accelerator(cpu=True))
+            results[name] = everything(phase), metrics.read_text()
+        return results[name]
+
+    return result
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "metrics.jsonl")
+
+
+# Resuming.
+
+
+@phases
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("step", range(STEPS))
+def test_a_run_that_dies_anywhere_resumes_bit_for_bit(name, step, call, uninterrupted, tmp_path, accelerator):
+    with pytest.raises(Crash):
+        fit(at(BUILD[name](), step, call, crash), tmp_path, accelerator)
+    assert states(tmp_path) == [f"step-{k:08d}" for k in range(1, step + 1)]
+    # Nothing of what the phase is built with may survive where there is a state: build it with other weights.
+    phase = BUILD[name](seed=7 if step else 0)
+    metrics = fit(phase, tmp_path, accelerator)
+    weights, lines = uninterrupted(name)
+    assert_equal(everything(phase), weights)
+    assert metrics.read_text() == lines and len(lines.splitlines()) == STEPS
+
+
+@phases
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_signal_ends_the_run_after_the_step_it_falls_in_with_a_state(
+    name, step, uninterrupted, tmp_path, accelerator
+):
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(Interruption, match=rf"{name}.* after step {step + 1};.*{re.escape(str(tmp_path))}"):
+        fit(at(BUILD[name](), step, 1, terminate), tmp_path, accelerator, checkpoint_every=100)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    assert states(tmp_path) == [f"step-{step + 1:08d}"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step + 1
+    phase = BUILD[name](seed=7)
+    metrics = fit(phase, tmp_path, accelerator)
+    weights, lines = uninterrupted(name)
+    assert_equal(everything(phase), weights)
+    assert metrics.read_text() == lines
+
+
+def test_a_signal_in_the_last_step_comes_too_late_to_interrupt(uninterrupted, tmp_path, accelerator):
+    phase = at(build_priming(), STEPS - 1, 0, terminate)
+    fit(phase, tmp_path, accelerator)
+    assert_equal(everything(phase), uninterrupted("priming")[0])
+
+
+def test_a_finished_run_is_not_trained_further(uninterrupted, tmp_path, accelerator):
+    fit(build_priming(), tmp_path, accelerator)
+    phase = at(build_priming(seed=7), STEPS, 0, crash)
+    metrics = fit(phase, tmp_path, accelerator)
+    weights, lines = uninterrupted("priming")
+    assert_equal(everything(phase), weights)
+    assert metrics.read_text() == lines
+
+
+@phases
+def test_a_half_written_state_is_ignored_and_metrics_of_lost_steps_are_written_anew(
+    name, uninterrupted, tmp_path, accelerator
+):
+    with pytest.raises(Crash):
+        fit(at(BUILD[name](), 2, 1, crash), tmp_path, accelerator)
+    half = tmp_path / ".step-00000003.tmp"
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(b"half of it")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "generator_loss": 1.0}\n{"step": 4, "gener')
+    phase = BUILD[name](seed=7)
+    metrics = fit(phase, tmp_path, accelerator)
+    weights, lines = uninterrupted(name)
+    assert_equal(everything(phase), weights)
+    assert metrics.read_text() == lines
+    assert states(tmp_path) == ["step-00000002", "step-00000003"]  # the newest two, and nothing temporary
+
+
+def test_a_state_holds_no_frozen_weights(tmp_path):
+    phase = build_priming()
+    frozen = {name for name, p in phase.shared.named_parameters() if not p.requires_grad}
+    checkpoint.save(tmp_path, phase, {"step": 1, "drawn": 0})
+    metadata = checkpoint.dcp.FileSystemReader(tmp_path / "step-00000001").read_metadata()
+    assert frozen and not [key for key in metadata.state_dict_metadata if key.removeprefix("fake.model.") in frozen]
+
+
+def test_a_head_without_semantics_resumes_although_some_of_its_weights_never_get_a_gradient(tmp_path, accelerator):
+    def build():
+        return build_equilibrium(head=Head(semantics=False))
+
+    whole, resumed = build(), build()
+    fit(whole, tmp_path / "a", accelerator, steps=2)
+    with pytest.raises(Crash):
+        fit(at(build(), 1, 0, crash), tmp_path / "b", accelerator, steps=2)
+    fit(resumed, tmp_path / "b", accelerator, steps=2)
+    assert_equal(everything(resumed), everything(whole))
+
+
+# One update, on a phase that is small enough to do by hand.
+
+
+class Line:
+    """A line fitted to noise; `poison` spoils the loss from some step on."""
+
+    name, main = "line", "line"
+
+    def __init__(self, optimizer: Optimizer, poison: int = 100, scale: float = 1.0):
+        self.module = nn.Linear(3, 1)
+        nn.init.ones_(self.module.weight), nn.init.zeros_(self.module.bias)
+        self.roles, self.poison, self.scale = {"line": Role(self.module, optimizer)}, poison, scale
+        self.ema = make_ema(self.module)
+        self.rates: list[float] = []
+
+    def turns(self, step: int) -> list[str]:
+        return ["line"]
+
+    def loss(self, turn, batch, rng, step):
+        self.rates.append(self.roles["line"].optimizer.param_groups[0]["lr"])
+        spoiled = torch.tensor(float("nan") if step >= self.poison else self.scale)
+        loss = (self.module(batch) - torch.randn(batch.shape[0], 1, generator=rng)).square().mean()
+        return spoiled * loss, {"number": batch[0, 0]}
+
+    def first_moment(self) -> Tensor:
+        """Adam's average of gradients; after one step (1 - beta1) times the gradient that was applied."""
+        return torch.cat([self.roles["line"].optimizer.state[p]["exp_avg"].flatten() for p in self.module.parameters()])
+
+
+def numbered(drawn: int) -> Tensor:
+    return torch.tensor([[drawn, 1.0, 2.0]])
+
+
+def run_line(phase: Line, folder: Path, accelerator, **training) -> list[dict]:
+    metrics = train(phase, numbered, Training(**{"steps": 1, **training}), 0, folder, accelerator)
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def gradient_by_hand(number: int, micro: int, step: int = 0) -> tuple[Tensor, float]:
+    phase = Line(Optimizer())
+    loss, _ = phase.loss("line", numbered(number), generator_for("cpu", 0, "line", step, 0, micro, 0), step)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in phase.module.parameters()]), loss.item()
+
+
+def test_accumulation_applies_the_mean_gradient_of_micro_batches_that_each_have_their_own_clips_and_noise(
+    tmp_path, accelerator
+):
+    phase = Line(Optimizer(max_grad_norm=1e6))
+    [line] = run_line(phase, tmp_path, accelerator, accumulate=2)
+    (first, loss), (second, other) = gradient_by_hand(0, 0), gradient_by_hand(1, 1)
+    assert not first.allclose(second)
+    torch.testing.assert_close(phase.first_moment(), 0.1 * (first + second) / 2)
+    assert line["line_loss"] == pytest.approx((loss + other) / 2)
+    assert line["line_grad_norm"] == pytest.approx(((first + second) / 2).norm().item())
+    assert line["number"] == 0.5
+
+
+def test_micro_batches_are_numbered_on_through_the_steps(tmp_path, accelerator):
+    lines = run_line(Line(Optimizer()), tmp_path, accelerator, steps=3, accumulate=2)
+    assert [line["number"] for line in lines] == [0.5, 2.5, 4.5]
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(0.5, None), (1e6, 1.0)])
+def test_gradients_are_clipped_to_their_limit_and_logged_as_they_were(limit, factor, tmp_path, accelerator):
+    phase = Line(Optimizer(max_grad_norm=limit))
+    [line] = run_line(phase, tmp_path, accelerator)
+    gradient, _ = gradient_by_hand(0, 0)
+    norm = gradient.norm().item()
+    assert norm > 0.5 and line["line_grad_norm"] == pytest.approx(norm)
+    factor = factor or limit / norm
+    torch.testing.assert_close(phase.first_moment(), 0.1 * factor * gradient, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("poison", "scale", "kind"), [(1, 1.0, "nan"), (100, float("inf"), "inf|nan")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(poison, scale, kind, tmp_path, accelerator):
+    phase = Line(Optimizer(), poison, scale)
+    step = 2 if scale == 1 else 1
+    with pytest.raises(FloatingPointError, match=rf"line: the gradient of line is ({kind}) at step {step}; .*metrics"):
+        run_line(phase, tmp_path, accelerator, steps=3, checkpoint_every=1)
+    assert all(p.isfinite().all() for p in phase.module.parameters())
+    assert states(tmp_path) == [f"step-{k:08d}" for k in range(1, step)]
+
+
+def test_metrics_are_logged_every_so_often_and_at_the_end(tmp_path, accelerator):
+    lines = run_line(Line(Optimizer()), tmp_path, accelerator, steps=5, log_every=2)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+
+
+# Schedules and averages.
+
+
+def test_the_learning_rate_warms_up_linearly_and_stays():
+    settings = Optimizer(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(settings, step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_to_two_percent():
+    settings = Optimizer(learning_rate=2.0, warmup_steps=4, cosine=True)
+    rates = [learning_rate(settings, step, 14) for step in range(15)]
+    assert rates[:5] == [0.5, 1, 1.5, 2, 2]
+    assert rates[9] == pytest.approx(2 * 0.51) and rates[14] == pytest.approx(2 * 0.02)
+    assert (np.diff(rates[4:]) < 0).all()
+
+
+def test_each_update_uses_its_step_s_learning_rate_also_after_a_resume(tmp_path, accelerator):
+    settings = Optimizer(learning_rate=1e-2, warmup_steps=2, cosine=True)
+    with pytest.raises(Crash):
+        run_line(at(Line(settings), 3, 0, crash), tmp_path, accelerator, steps=6, checkpoint_every=1)
+    phase = Line(settings)
+    run_line(phase, tmp_path, accelerator, steps=6, checkpoint_every=1)
+    # Each loss sees the rate of the update before it.
+    assert phase.rates == pytest.approx([learning_rate(settings, step, 6) for step in (2, 3, 4)])
+    assert phase.roles["line"].optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(settings, 5, 6))
+
+
+def test_progress_runs_from_zero_at_the_first_step_to_one_at_the_last():
+    assert [progress_at(step, Training(steps=5)) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert progress_at(0, Training(steps=1)) == 0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.995])
+def test_the_ema_moves_to_the_weights_by_one_minus_its_decay(decay):
+    module = nn.Linear(3, 2)
+    ema = make_ema(module)
+    before = [p.clone() for p in ema.parameters()]
+    module.weight.data.add_(1), module.bias.data.mul_(3)
+    update_ema(ema, module, decay)
+    for old, p, new in zip(before, ema.parameters(), module.parameters(), strict=True):
+        assert not p.requires_grad
+        torch.testing.assert_close(p, decay * old + (1 - decay) * new.detach())
+
+
+# Order and randomness.
+
+
+@given(n=st.integers(1, 40), seed=st.integers(0, 1000), epochs=st.integers(1, 4))
+def test_every_pass_visits_each_item_once_and_any_position_can_be_asked_for(n, seed, epochs):
+    order, again = Shuffled(n, seed, "a"), Shuffled(n, seed, "a")
+    visited = [order(i) for i in range(n * epochs)]
+    for epoch in range(epochs):
+        assert sorted(visited[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert [again(i) for i in reversed(range(n * epochs))] == visited[::-1]
+
+
+def test_passes_names_and_seeds_have_their_own_orders():
+    orders = [[Shuffled(30, seed, name)(i) for i in range(30)] for seed, name in ((0, "a"), (1, "a"), (0, "b"))]
+    orders.append([Shuffled(30, 0, "a")(30 + i) for i in range(30)])
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@given(
+    keys=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 64), st.integers(0, 64)), unique=True, max_size=50)
+)
+def test_different_keys_have_different_seeds(keys):
+    assert len({derived_seed(a, "name", b, c) for a, b, c in keys}) == len(keys)
+    assert all(0 <= derived_seed(*key) < 2**63 for key in keys)

@@ -1,0 +1,20 @@
+rule report:
+    input:
+        folders_read_by("report"),
+    output:
+        directory("results/{experiment}/report"),
+    log:
+        "results/{experiment}/logs/report.log",
+    benchmark:
+        "results/{experiment}/logs/report.benchmark.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=4000,
+        runtime=15,
+    params:
+        settings=settings_of("report"),
+    shell:
+        "vpae report --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"
