@@ -2,16 +2,22 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from vpae import __version__
 from vpae.experiment import STAGES, ConfigError, load, schema, shipped
 
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (2: bad input, 3: interrupted and resumable)."""
     arguments = _parser().parse_args(argv)
+    # What other libraries say while they load weights would bury our own progress. Set before they are imported.
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     from vpae.artifacts import ArtifactError
     from vpae.training.preemption import EXIT_CODE, Interruption
 

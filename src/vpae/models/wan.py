@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 
 from vpae.flow import x0_from_velocity
@@ -152,6 +153,7 @@ def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **compon
     """
     if not (Path(folder) / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model_index.json: it is not a diffusers pipeline folder")
+    disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = WanImageToVideoPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)

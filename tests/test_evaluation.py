@@ -1,0 +1,74 @@
+"""Frechet distance, confidence intervals, latency, and the table."""
+
+import numpy as np
+import pytest
+import torch
+
+from vpae.evaluation.frechet import FEATURES, RandomFeatures, frechet
+from vpae.evaluation.latency import measure
+from vpae.evaluation.stage import METRICS, table
+from vpae.evaluation.statistics import bootstrap
+
+
+def test_frechet_of_gaussians_in_closed_form():
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 1, (200_000, 3)) * [1, 2, 3]
+    b = rng.normal(0, 1, (200_000, 3)) * [2, 2, 1] + [1, 0, 0]
+    # |mu|^2 + sum of (sigma_a - sigma_b)^2 for commuting covariances
+    assert frechet(a, b) == pytest.approx(1 + 1 + 0 + 4, rel=0.02)
+
+
+def test_frechet_of_correlated_gaussians_equals_the_matrix_square_root():
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(1)
+    a, b = (rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) for _ in range(2))
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    wanted = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2 * sqrtm(ca @ cb).real)
+    assert frechet(a, b) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_frechet_is_zero_for_equal_sets_and_symmetric():
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(100, 5)), rng.normal(size=(100, 5)) + 1
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet(a, b) == pytest.approx(frechet(b, a))
+
+
+def test_frechet_refuses_a_single_video():
+    with pytest.raises(ValueError, match="at least two"):
+        frechet(np.zeros((1, 3)), np.zeros((5, 3)))
+
+
+def test_features_are_the_same_network_everywhere_and_see_motion():
+    x = torch.randn(4, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    one, two = RandomFeatures()(x), RandomFeatures()(x)
+    assert one.equal(two) and one.shape == (4, FEATURES)
+    still = x[:, :, :1].expand_as(x)
+    assert (RandomFeatures()(still) - one).abs().mean() > 0.01
+
+
+def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
+    covered = 0
+    for trial in range(100):
+        values = np.random.default_rng(trial).normal(3.0, 1.0, 50)
+        found = bootstrap(50, lambda i, v=values: v[i].mean(), 200, seed=trial)
+        assert found["mean"] == pytest.approx(values.mean())
+        covered += found["low"] <= 3.0 <= found["high"]
+    assert 86 <= covered <= 99
+
+
+def test_latency_takes_the_median_after_the_warm_up():
+    calls = []
+    found = measure(lambda: calls.append(1), repeats=5, warmup=2)
+    assert len(calls) == 7
+    assert found["low"] <= found["mean"] <= found["high"]
+
+
+def test_the_table_shows_every_row_and_leaves_unmeasured_cells_empty():
+    value = {"mean": 0.5, "low": 0.4, "high": 0.7}
+    text = table({"real": {"frechet": value}, "vpae-1nfe": {m: value for m in METRICS}}, {"vpae-1nfe": 1})
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert "| real |  | 0.500 ± 0.150 |  |" in lines[2]
+    assert lines[3].startswith("| vpae-1nfe | 1 |") and lines[3].count("|") == lines[0].count("|")

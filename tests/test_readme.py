@@ -1,0 +1,60 @@
+"""What the documents name must exist: commands, options, files, settings, functions."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vpae.cli import _parser
+from vpae.config import Experiment
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+def shell_lines() -> list[tuple[str, str]]:
+    """Every `vpae ...` line of the documents' shell blocks, continuation lines joined."""
+    found = []
+    for name in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(name, line.split("#")[0].strip()) for line in lines if line.startswith("vpae ")]
+    return found
+
+
+@pytest.mark.parametrize(("document", "line"), shell_lines())
+def test_every_command_is_one_that_vpae_understands(document, line):
+    _parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_to_a_file(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_make_target_exists(document):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"^make ([a-z]+)", (ROOT / document).read_text(), re.MULTILINE):
+        assert target in targets
+
+
+def test_the_method_map_names_functions_and_settings_that_exist():
+    for line in (ROOT / "docs/method.md").read_text().splitlines():
+        if not line.startswith("|"):
+            continue
+        for name in re.findall(r"`((?:flow|models|distill|training|sampling)\.[\w.]+)`", line):
+            module, _, attribute = name.rpartition(".")
+            if module in ("models", "distill", "training"):  # the module itself
+                importlib.import_module(f"vpae.{name}")
+            else:
+                assert hasattr(importlib.import_module(f"vpae.{module}"), attribute), name
+        for name in re.findall(r"`((?:priming|equilibrium|teacher|samples)\.[\w.]+)`", line):
+            model = Experiment
+            for part in name.split("."):
+                assert part in model.model_fields, name
+                model = model.model_fields[part].annotation
