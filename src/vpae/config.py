@@ -120,6 +120,9 @@ class Training(Section):
     """One run of the training loop."""
 
     steps: Positive = Field(500, description="Optimiser steps of the main role.")
+    schedule_steps: int = Field(
+        0, ge=0, description="Steps that a falling learning rate is laid out for; 0: `steps`. A run may end before."
+    )
     batch_size: Positive = Field(1, description="Clips per process and micro-batch.")
     accumulate: Positive = Field(1, description="Micro-batches per optimiser step.")
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = Field(

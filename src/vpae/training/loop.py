@@ -156,7 +156,7 @@ def _update(phase, turn, number, batches, drawn, training, seed, step, accelerat
         )
     logs[f"{turn}_grad_norm"] = norm
     for group in role.optimizer.param_groups:
-        group["lr"] = learning_rate(role.settings, step, training.steps)
+        group["lr"] = learning_rate(role.settings, step, training.schedule_steps or training.steps)
     role.optimizer.step()
     for other in phase.roles.values():
         other.optimizer.zero_grad(set_to_none=True)
