@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -76,8 +77,6 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Callable[[str], tuple[dict[str, Tensor], str]]:
     """Name of a phase -> all it ends with, and its metrics, when nothing happens to it."""
-    from accelerate import Accelerator
-
     results = {}
 
     def result(name: str) -> tuple[dict[str, Tensor], str]:

@@ -169,8 +169,6 @@ def device_name() -> str:
     """The accelerator, or the processor where there is none."""
     import torch  # here, because the workflow's planning needs this module and should not wait for torch
 
-    import torch  # slow, and of no use to `vpae config` and to the workflow, which import this module
-
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:

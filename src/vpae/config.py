@@ -168,22 +168,36 @@ class TinyVae(Section):
 
     base_dim: Positive = Field(16, description="Channels at full resolution.")
     dim_mult: tuple[int, int, int, int] = Field((1, 1, 2, 4), description="Channel multiples at the four resolutions.")
-    crop: Positive = Field(32, description="Training crops, pixels; a multiple of 8.")
+    crop: Positive = Field(32, multiple_of=8, description="Training crops, pixels; a multiple of 8.")
     crop_frames: Positive = Field(5, description="Training crops, frames; 4k + 1.")
     image_steps: int = Field(3000, ge=0, description="First so many steps on single frames, which cost far less.")
     kl_weight: NonNegative = Field(1e-6, description="Weight of the KL term, summed per latent value.")
-    training: Training = Training(steps=4500, batch_size=16, ema_decay=0.99)
-    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True)
+    training: Training = Field(
+        Training(steps=4500, batch_size=16, ema_decay=0.99), description="The first run of the training loop."
+    )
+    optimizer: Optimizer = Field(
+        Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True), description="Of the first run."
+    )
     whole_training: Training = Field(
         Training(steps=600, batch_size=8, ema_decay=0.99),
         description="A second run on crops as long as the clips: the causal VAE does not extrapolate in time.",
     )
-    whole_optimizer: Optimizer = Optimizer(learning_rate=5e-4, warmup_steps=20, cosine=True)
+    whole_optimizer: Optimizer = Field(
+        Optimizer(learning_rate=5e-4, warmup_steps=20, cosine=True), description="Of the second run."
+    )
     decoder_training: Training = Field(
         Training(steps=1200, batch_size=8, ema_decay=0.99),
         description="A third run for the decoder alone, which leaves the latents as they are.",
     )
-    decoder_optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=20, cosine=True)
+    decoder_optimizer: Optimizer = Field(
+        Optimizer(learning_rate=1e-3, warmup_steps=20, cosine=True), description="Of the third run."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TinyVae":
+        if self.crop_frames % VAE_STRIDE[0] != 1:
+            raise ValueError(f"crop_frames = {self.crop_frames} is not 4k + 1")
+        return self
 
 
 class TinyEncoders(Section):

@@ -8,12 +8,11 @@ re-runs only what it changes.
 """
 
 import difflib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -164,8 +163,10 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict]:
 
 
 def _plain(tree: Any) -> Any:
-    """What JSON could say, too: keys are text, and dates are as well."""
-    return json.loads(json.dumps(tree, default=str))
+    """A copy whose keys are all text; YAML also has numbers and dates there."""
+    if isinstance(tree, dict):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    return tree
 
 
 def _merge(target: dict, layer: dict) -> None:
@@ -219,7 +220,11 @@ def _explain(problem: dict) -> str:
 
 def _keys_at(location: Sequence) -> list[str]:
     model: Any = Experiment
+    free = False  # inside a mapping such as samples.rows, whose keys are names
     for part in location:
+        if free:
+            free = False
+            continue
         found = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if found is None:
             return []
@@ -227,7 +232,8 @@ def _keys_at(location: Sequence) -> list[str]:
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         if model is None:
             return []
-    return list(model.model_fields)
+        free = get_origin(found.annotation) is dict
+    return [] if free else list(model.model_fields)
 
 
 def _refuse_unknown_variables() -> None:
