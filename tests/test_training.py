@@ -288,6 +288,13 @@ def test_the_learning_rate_falls_along_half_a_cosine_to_two_percent():
     assert (np.diff(rates[4:]) < 0).all()
 
 
+def test_a_schedule_may_be_longer_than_the_run(tmp_path, accelerator):
+    settings = Optimizer(learning_rate=1e-2, cosine=True)
+    phase = Line(settings)
+    run_line(phase, tmp_path, accelerator, steps=3, schedule_steps=8)
+    assert phase.roles["line"].optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(settings, 2, 8))
+
+
 def test_each_update_uses_its_step_s_learning_rate_also_after_a_resume(tmp_path, accelerator):
     settings = Optimizer(learning_rate=1e-2, warmup_steps=2, cosine=True)
     with pytest.raises(Crash):

@@ -1,4 +1,5 @@
 # What the rules share: experiments by name, what a stage reads, the settings it depends on, what it needs.
+import json
 import sys
 from functools import cache
 from math import prod
@@ -73,8 +74,15 @@ def existing(path, source, key):
 
 
 def settings_of(stage):
-    """Params function: just the settings a stage depends on, so that a change re-runs what it concerns and no more."""
-    return lambda wildcards: stage_settings(experiment(wildcards.experiment).settings, stage)
+    """Params function: just the settings a stage depends on, so that a change re-runs what it concerns and no more.
+
+    As text with sorted keys, because Snakemake, unlike vpae, would take another order for another value.
+    """
+
+    def settings(wildcards):
+        return json.dumps(stage_settings(experiment(wildcards.experiment).settings, stage), sort_keys=True)
+
+    return settings
 
 
 def scaled(small, large):

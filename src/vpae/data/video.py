@@ -20,13 +20,12 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The first video stream of a file: width and height in pixels and frames per second as shown, the clockwise
-    quarter turns that show it upright, and the number of video streams."""
+    """The first video stream of a file: width and height in pixels as shown upright, frames per second, and the number
+    of video streams."""
 
     width: int
     height: int
     fps: float
-    turns: int
     streams: int
 
 
@@ -48,7 +47,7 @@ def probe(path: Path) -> VideoInfo:
                 raise VideoError("the header gives no size or frame rate")
             turns = _turns(next(container.decode(video=0)))
             size = (stream.width, stream.height) if turns % 2 == 0 else (stream.height, stream.width)
-            return VideoInfo(*size, float(rate), turns, len(container.streams.video))
+            return VideoInfo(*size, float(rate), len(container.streams.video))
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(f"unreadable header: {error.strerror}") from error
     except StopIteration:
@@ -80,11 +79,11 @@ def read_frames(path: Path, decoder: str = "auto") -> tuple[np.ndarray, float]:
 def _decode(path: Path, info: VideoInfo, decoder: str, choose: Callable[[Iterator], list]) -> np.ndarray:
     """Stack the frames that `choose` takes from the decoded ones.
 
-    "auto" is decord where it can be trusted, and PyAV elsewhere and where decord fails. Of several streams decord
-    takes the "best" one and offers no choice; turned videos it returns broken (4 instead of 3 bytes a pixel).
-    Otherwise both give the same bytes, also for full-range and BT.709 colour.
+    "auto" is decord where it takes the first stream for sure, and PyAV elsewhere and where decord fails: of several
+    streams decord takes the "best" one and offers no choice. Otherwise both give the same bytes, also of full-range or
+    BT.709 colour and of turned videos.
     """
-    if decoder == "decord" or (decoder == "auto" and info.streams == 1 and info.turns == 0):
+    if decoder == "decord" or (decoder == "auto" and info.streams == 1):
         try:
             return _stacked(choose(_decord_frames(path)))
         except VideoError:
@@ -110,7 +109,10 @@ def _decord_frames(path: Path) -> Iterator[np.ndarray]:
         reader = decord.VideoReader(str(path), num_threads=1)
         # One after the other from the start: decord's seeking is fast, but not exact in every file.
         for _ in range(len(reader)):
-            yield reader.next().asnumpy()
+            frame = reader.next().asnumpy()
+            if frame.shape[2] != 3:  # it takes the padding of some narrow frames for more channels
+                raise VideoError(f"decord: {frame.shape[2]} channels")
+            yield frame
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
         raise VideoError(f"decord: {str(error).strip().splitlines()[0]}") from error
 

@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 PAGE, GAP = 1040, (10, 24)  # pixels: width of the page's column; least and largest space between two videos
-LARGEST_FACTOR = 3  # small videos are enlarged by a whole factor, so that pixels stay square
+LARGEST_FACTOR = 4  # small videos are enlarged by a whole factor, so that pixels stay square
 LONGEST = 49  # frames of a video on the page; longer ones are thinned out
 COLOURS = ("#2f7fd0", "#d9822b")  # these and the grey can be read on white and on black
 GREY = "#808080"
@@ -150,9 +150,12 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
     for number, prompt in enumerate(prompts):
         line, column = divmod(number, columns)
         x0, y0 = left + column * block[0], border // 2 + line * block[1]
+        while canvas.textlength(prompt, text) > block[0] - 2 * border:
+            prompt = prompt.removesuffix("…")[:-1] + "…"
         canvas.text((x0, y0 + head - 10), prompt, "#222222", text, anchor="ls")
-        numbers = "frames " + ", ".join(str(time + 1) for time in times)
-        canvas.text((x0 + block[0] - 2 * border, y0 + head - 10), numbers, "#777777", small, anchor="rs")
+        if column == 0:
+            numbers = "frames " + ", ".join(str(time + 1) for time in times)
+            canvas.text((left - 16, y0 + head - 10), numbers, "#777777", small, anchor="rs")
         for row, name in enumerate(names):
             y = y0 + head + row * (tile[1] + between)
             if column == 0:
