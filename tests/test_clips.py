@@ -290,9 +290,9 @@ def test_unusable_videos_go_to_quarantine_with_the_reason(videos: Path, tmp_path
     expected = {
         "short.mp4": "too short: 5 frames at 8 fps need 5 at its 8 fps",
         "cut_in_the_middle.mp4": "damaged: Invalid data",
-        "cut_in_the_header.mp4": "unreadable header",
-        "text.mp4": "unreadable header",
-        "empty.mp4": "unreadable header",
+        "cut_in_the_header.mp4": "unreadable",
+        "text.mp4": "unreadable",
+        "empty.mp4": "unreadable",
         "twin.mp4": f"same content as {videos / 'clip_no-0.mp4'}",
         "folder.mp4": "no such file",
         "gone.mp4": "no such file",
@@ -634,7 +634,7 @@ def test_a_file_that_may_not_be_read_goes_to_quarantine(tmp_path: Path) -> None:
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
-    with pytest.raises(VideoError, match="unreadable header: Permission denied"):
+    with pytest.raises(VideoError, match="unreadable: Permission denied"):
         probe(path)
 
 

@@ -91,7 +91,18 @@ def test_the_student_is_a_pipeline_and_vpae_sample_is_its_single_step(results, t
     student = results / "equilibrium/student"
     image = tmp_path / "first.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(image)
-    arguments = ["--model", student, "--image", image, "--prompt", "a small red circle moves", "--steps", 1, "--seed", 7]
+    arguments = [
+        "--model",
+        student,
+        "--image",
+        image,
+        "--prompt",
+        "a small red circle moves",
+        "--steps",
+        1,
+        "--seed",
+        7,
+    ]
     outputs = ["--out", tmp_path / "clip.mp4", "--frames", tmp_path / "frames.npy"]
     assert main(["sample", *map(str, [*arguments, *outputs])]) == 0
     frames = np.load(tmp_path / "frames.npy")

@@ -7,7 +7,7 @@ import torch
 from vpae.evaluation.frechet import FEATURES, RandomFeatures, frechet
 from vpae.evaluation.latency import measure
 from vpae.evaluation.stage import METRICS, table
-from vpae.evaluation.statistics import bootstrap
+from vpae.evaluation.statistics import bootstrap, jackknife
 
 
 def test_frechet_of_gaussians_in_closed_form():
@@ -56,6 +56,15 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
         assert found["mean"] == pytest.approx(values.mean())
         covered += found["low"] <= 3.0 <= found["high"]
     assert 86 <= covered <= 99
+
+
+def test_jackknife_of_a_mean_is_its_standard_error_and_a_distance_lies_inside_its_interval():
+    values = np.random.default_rng(0).normal(5.0, 1.0, 400)
+    found = jackknife(400, lambda i: values[i].mean(), 400, seed=0)
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * values.std(ddof=1) / 20, rel=0.01)
+    a, b = (np.random.default_rng(s).normal(size=(256, 20)) for s in (1, 2))
+    found = jackknife(256, lambda i: frechet(a[i], b[i]), 20, seed=0)
+    assert found["low"] < found["mean"] < found["high"] < 2 * found["mean"]
 
 
 def test_latency_takes_the_median_after_the_warm_up():

@@ -183,7 +183,7 @@ def link_tree(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
     """Copy a folder without copying bytes where the file system allows hard links; `skip` names top-level entries."""
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         relative = path.relative_to(source)
-        if relative.parts[0] in skip or path.name == PROVENANCE:
+        if relative.parts[0] in skip or path.name == PROVENANCE or path.name.startswith("."):
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,8 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
             del values["teacher"][unused]
     if stage == "clips":
         del values["clips"]["workers"]
+    if stage in ("priming", "equilibrium", "samples", "evaluation"):
+        values["teacher"] = {"shift": settings.teacher.shift}
     return values
 
 

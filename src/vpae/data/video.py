@@ -49,7 +49,7 @@ def probe(path: Path) -> VideoInfo:
             size = (stream.width, stream.height) if turns % 2 == 0 else (stream.height, stream.width)
             return VideoInfo(*size, float(rate), len(container.streams.video))
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"unreadable header: {error.strerror}") from error
+        raise VideoError(f"unreadable: {error.strerror}") from error
     except StopIteration:
         raise VideoError("no frames") from None
 

@@ -16,11 +16,12 @@ from vpae.data.latents import LatentDataset
 from vpae.data.video import read_frames
 from vpae.evaluation import latency, truth
 from vpae.evaluation.frechet import RandomFeatures, frechet
-from vpae.evaluation.statistics import bootstrap
+from vpae.evaluation.statistics import bootstrap, jackknife
 from vpae.models.wan import load_pipeline
 from vpae.progress import track
 from vpae.sampling import animate, draw, model_folder
 
+JACKKNIFE_GROUPS = 20
 METRICS = ("frechet", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
 
 
@@ -70,9 +71,7 @@ def _training_latents(folder: Path, count: int) -> Tensor:
 
 def _frechet_interval(generated: np.ndarray, reference: np.ndarray, settings: Experiment) -> dict[str, float]:
     n = min(len(generated), len(reference))
-    return bootstrap(
-        n, lambda i: frechet(generated[i], reference[i]), min(100, settings.evaluation.bootstrap), settings.seed
-    )
+    return jackknife(n, lambda i: frechet(generated[i], reference[i]), JACKKNIFE_GROUPS, settings.seed)
 
 
 @torch.no_grad()
