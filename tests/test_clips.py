@@ -223,9 +223,9 @@ def test_what_a_killed_run_left_behind_is_not_taken_up(tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_build_one_folder(tmp_path: Path) -> None:
-    with building(tmp_path / "x", {}, {}):
-        with pytest.raises(ArtifactError, match="another process"), building(tmp_path / "x", {}, {}):
-            pass
+    x = tmp_path / "x"
+    with building(x, {}, {}), pytest.raises(ArtifactError, match="another process"), building(x, {}, {}):
+        pass
     assert read_provenance(tmp_path / "x") is not None
 
 

@@ -232,7 +232,7 @@ def test_features_are_what_the_named_blocks_put_out():
 
 
 def test_the_default_taps_are_spread_over_the_depth():
-    assert default_taps(30) == (15, 22, 29) and default_taps(4) == (2, 3, 3)
+    assert default_taps(30) == (15, 22, 29) and default_taps(40) == (13, 26, 39) and default_taps(4) == (2, 3, 3)
 
 
 def test_the_gradient_flows_through_a_frozen_backbone_to_its_input_alone():

@@ -302,7 +302,8 @@ class Head(Section):
     queries: Positive = Field(8, description="Learnable queries.")
     semantics: bool = Field(True, description="Join image and text embeddings to the queries (ablation: False).")
     taps: tuple[int, ...] = Field(
-        (), description="Indices of the blocks whose outputs are features; empty: 1/2, 3/4 and the end of the depth."
+        (),
+        description="Indices of the blocks whose outputs are features; empty: see `models.wan.default_taps` [choice].",
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class Encoders:
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> list[Tensor]:
         """UMT5 embeddings of each caption without padding, [(L_i, D)]."""
-        lengths = self.pipeline.tokenizer(list(captions), truncation=True, max_length=TEXT_TOKENS).input_ids
+        cleaned = [prompt_clean(caption) for caption in captions]  # as the pipeline does before it encodes
+        lengths = self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
         padded, _ = self.pipeline.encode_prompt(
             list(captions), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
         )

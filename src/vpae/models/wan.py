@@ -69,8 +69,8 @@ def predict_x0(model: nn.Module, xt_BCFHW: Tensor, t_B: Tensor, condition: Condi
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
-    """Blocks whose outputs are features: half, three quarters and the end of the depth (15, 22, 29 of 30)."""
-    return (layers // 2, 3 * layers // 4, layers - 1)
+    """Blocks whose outputs are features [choice]: what peers take at 30 and 40 blocks; else half, 3/4 and the end."""
+    return {40: (13, 26, 39)}.get(layers, (layers // 2, 3 * layers // 4, layers - 1))
 
 
 @contextmanager
