@@ -91,14 +91,8 @@ def test_the_walk_sees_the_whole_tree() -> None:
     assert {"clips.world", "teacher.transformer.times", "equilibrium.head", "samples.rows"} <= set(keys)
 
 
-@pytest.mark.parametrize(
-    ("key", "model"),
-    [(k, m) for k, m in sections() if k not in ("", "samples.rows")],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_a_part_of_a_section_keeps_the_other_defaults_of_that_section(
-    key: str, model: type[Section], base: Path
-) -> None:
+@pytest.mark.parametrize("key", [key for key, _ in sections() if key not in ("", "samples.rows")])
+def test_a_part_of_a_section_keeps_the_other_defaults_of_that_section(key: str, base: Path) -> None:
     """Setting `fake.weight_decay` must not bring the learning rate back to that of any optimiser."""
     before = at(load(base).settings, key)
     for name, value in before:

@@ -184,7 +184,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "threads": "1"}
+        # With B-frames, x264 now and then decides otherwise on the same frames, and equal clips get unequal hashes.
+        stream.options = {"crf": str(crf), "threads": "1", "bf": "0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

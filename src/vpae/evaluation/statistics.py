@@ -38,7 +38,7 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
     Returns:
         mean (the statistic of all videos), low (0 at least), high.
     """
-    parts = np.array_split(np.random.default_rng(seed).permutation(n), min(groups, n // 2))
+    parts = np.array_split(np.random.default_rng(seed).permutation(n), min(groups, n))
     everything = np.arange(n)
     values = np.array([statistic(np.setdiff1d(everything, part)) for part in parts])
     error = np.sqrt((len(parts) - 1) / len(parts) * np.square(values - values.mean()).sum())
