@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from vpae.cli import main
-from vpae.config import Experiment, Geometry, Priming, Section, Teacher, TinyVae
+from vpae.config import Experiment, Geometry, Priming, Teacher, TinyVae
 from vpae.experiment import STAGES, ConfigError, Source, fingerprint, load, owner, shipped, stage_folder
 
 ROOT = Path(__file__).parents[1]

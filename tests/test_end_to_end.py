@@ -16,6 +16,7 @@ from PIL import Image
 
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
+from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS
 from vpae.experiment import STAGES, load
 from vpae.stages import run_stage
@@ -123,6 +124,16 @@ def test_the_student_is_a_pipeline_and_vpae_sample_is_its_single_step(results, t
         output_type="np",
     ).frames[0]
     assert np.abs(np.rint(video * 255).astype(int) - frames).max() <= 1
+
+
+def test_the_probe_trains_as_the_stage_does_and_measures_on_the_way(results, capsys):
+    arguments = ["priming", "--config", str(CONFIG), "--results", str(results.parent), "--every", "1", "--clips", "4"]
+    assert probe(arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["frechet_ema"] == lines[0]["frechet_raw"] != lines[2]["frechet_raw"]
+    logged = [json.loads(line) for line in (results / "priming/metrics.jsonl").read_text().splitlines()]
+    assert [line["generator_loss"] for line in lines[1:]] == [line["generator_loss"] for line in logged]
 
 
 def test_sample_says_what_is_missing(tmp_path, capsys):

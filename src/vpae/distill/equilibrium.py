@@ -106,20 +106,26 @@ class EquilibriumPhase:
         return loss, logs
 
 
-def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
-    """Train phase II; returns counts."""
+def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -> EquilibriumPhase:
+    """The phase at its start: the primed generator (its EMA weights), the teacher, and an untrained head."""
     config = settings.equilibrium
-    accelerator = accelerator_for(config.training)
-    generator = load_transformer(inputs["priming"] / "student").to(accelerator.device)
-    teacher = load_transformer(inputs["teacher"]).to(accelerator.device)
+    generator = load_transformer(inputs["priming"] / "student").to(device)
+    teacher = load_transformer(inputs["teacher"]).to(device)
     wan = generator.config
     taps = config.head.taps or default_taps(wan.num_layers)
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(settings.seed, "equilibrium", "head"))
         width = wan.num_attention_heads * wan.attention_head_dim
-        head = SemanticHead(config.head, width, len(taps), wan.text_dim, wan.image_dim).to(accelerator.device)
-    phase = EquilibriumPhase(config, settings.teacher.shift, generator, teacher, head, taps)
-    batches = batches_of(inputs["latents"], config.training, settings.seed, "equilibrium", accelerator)
-    metrics = train(phase, batches, config.training, settings.seed, state, accelerator)
-    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, out / "head.safetensors")
-    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, config.training)
+        head = SemanticHead(config.head, width, len(taps), wan.text_dim, wan.image_dim).to(device)
+    return EquilibriumPhase(config, settings.teacher.shift, generator, teacher, head, taps)
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Train phase II; returns counts."""
+    training = settings.equilibrium.training
+    accelerator = accelerator_for(training)
+    phase = build(settings, inputs, accelerator.device)
+    batches = batches_of(inputs["latents"], training, settings.seed, "equilibrium", accelerator)
+    metrics = train(phase, batches, training, settings.seed, state, accelerator)
+    save_file({k: v.contiguous() for k, v in phase.head.state_dict().items()}, out / "head.safetensors")
+    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)

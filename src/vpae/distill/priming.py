@@ -69,17 +69,22 @@ def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
         return {"motion_ratio": moves / real_moves.clamp_min(1e-8), "colour_drift": drift}
 
 
-def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
-    """Train phase I; returns counts."""
-    config = settings.priming
-    accelerator = accelerator_for(config.training)
-    generator = load_transformer(inputs["teacher"]).to(accelerator.device)
+def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -> PrimingPhase:
+    """The phase at its start: generator and shared base from the teacher's weights."""
+    generator = load_transformer(inputs["teacher"]).to(device)
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(settings.seed, "priming", "fake"))
-        shared = SharedBase(load_transformer(inputs["teacher"]), config.fake_lora).to(accelerator.device)
-    phase = PrimingPhase(config, settings.teacher.shift, generator, shared)
-    batches = batches_of(inputs["latents"], config.training, settings.seed, "priming", accelerator)
-    metrics = train(phase, batches, config.training, settings.seed, state, accelerator)
-    save_file({k: v.contiguous() for k, v in generator.state_dict().items()}, out / "generator.safetensors")
-    save_file(adapter_state(shared.transformer), out / "fake_lora.safetensors")
-    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, config.training)
+        shared = SharedBase(load_transformer(inputs["teacher"]), settings.priming.fake_lora).to(device)
+    return PrimingPhase(settings.priming, settings.teacher.shift, generator, shared)
+
+
+def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Train phase I; returns counts."""
+    training = settings.priming.training
+    accelerator = accelerator_for(training)
+    phase = build(settings, inputs, accelerator.device)
+    batches = batches_of(inputs["latents"], training, settings.seed, "priming", accelerator)
+    metrics = train(phase, batches, training, settings.seed, state, accelerator)
+    save_file({k: v.contiguous() for k, v in phase.generator.state_dict().items()}, out / "generator.safetensors")
+    save_file(adapter_state(phase.shared.transformer), out / "fake_lora.safetensors")
+    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)

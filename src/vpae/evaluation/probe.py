@@ -1,0 +1,86 @@
+"""Watch a phase while choosing its settings: train it, and print the Frechet distance of its single step now and then.
+
+    python -m vpae.evaluation.probe priming --config configs/tiny.yaml --every 10 --set priming.guidance_scale=1
+
+Reads the finished stages before the phase and leaves nothing behind.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vpae.artifacts import ArtifactError
+from vpae.config import Experiment, Sampler
+from vpae.data.latents import LatentDataset
+from vpae.distill.common import accelerator_for, batches_of
+from vpae.evaluation.frechet import RandomFeatures, frechet
+from vpae.experiment import RESULTS, ConfigError, load, stage_folder, upstream
+from vpae.sampling import draw
+from vpae.training.loop import train
+
+BATCH = 32
+
+
+@torch.no_grad()
+def one_step_distance(model: nn.Module, dataset: LatentDataset, count: int, settings: Experiment, device) -> float:
+    """Frechet distance of the model's single steps on the first `count` held-out clips."""
+    row, features = Sampler(model="equilibrium", steps=1), RandomFeatures().to(device)
+    real, generated = [], []
+    for start in range(0, count, BATCH):
+        numbers = list(range(start, min(start + BATCH, count)))
+        x, condition = dataset.batch(numbers, device)
+        real.append(features(x))
+        generated.append(features(draw(model, row, settings.teacher.shift, condition, tuple(x.shape[1:]), numbers)))
+    return frechet(torch.cat(generated).cpu().numpy(), torch.cat(real).cpu().numpy())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the probe; prints one JSON line per measurement, the first one before any training."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("phase", choices=("priming", "equilibrium"))
+    parser.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--every", type=int, default=10, help="steps between measurements")
+    parser.add_argument("--clips", type=int, default=256, help="held-out clips to measure on")
+    arguments = parser.parse_args(argv)
+    try:
+        # The stages before it are the experiment's own: overrides are the probe's alone.
+        source, settings = load(arguments.config), load(arguments.config, arguments.set).settings
+    except (ConfigError, ArtifactError) as error:
+        print(f"probe: {error}", file=sys.stderr)
+        return 2
+    names = upstream(source.settings, arguments.phase)
+    inputs = {name: stage_folder(source, name, arguments.results) for name in names}
+    training = getattr(settings, arguments.phase).training
+    accelerator = accelerator_for(training)
+    phase = importlib.import_module(f"vpae.distill.{arguments.phase}").build(settings, inputs, accelerator.device)
+    batches = batches_of(inputs["latents"], training, settings.seed, arguments.phase, accelerator)
+    dataset = LatentDataset(inputs["latents"], "held_out")
+    count = min(arguments.clips, len(dataset))
+
+    def measure(step: int, **values: float) -> None:
+        ema, raw = (
+            one_step_distance(m, dataset, count, settings, accelerator.device) for m in (phase.ema, phase.generator)
+        )
+        print(json.dumps({"step": step, "frechet_ema": ema, "frechet_raw": raw, **values}), flush=True)
+
+    measure(0)
+    with tempfile.TemporaryDirectory() as state:
+        for done in range(arguments.every, training.steps + 1, arguments.every):
+            total = training.schedule_steps or training.steps
+            part = training.model_copy(update={"steps": done, "schedule_steps": total})
+            metrics = train(phase, batches, part, settings.seed, Path(state), accelerator)
+            last = json.loads(metrics.read_text().splitlines()[-1])
+            measure(last.pop("step"), **last)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
