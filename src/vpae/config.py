@@ -392,7 +392,7 @@ class Evaluation(Section):
     """Stage `evaluation`: truth metrics, Frechet distance, latency."""
 
     bootstrap: Positive = Field(500, description="Resamples for the 95% confidence intervals.")
-    latency_repeats: Positive = Field(5, description="Timed runs per row; the median counts.")
+    latency_repeats: Positive = Field(2, description="Timed runs per row in each of three passes; the median counts.")
     latency_warmup: int = Field(1, ge=0, description="Untimed runs before them.")
 
 

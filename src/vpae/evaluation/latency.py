@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 
-def measure(work: Callable[[], object], repeats: int, warmup: int) -> dict[str, float]:
-    """Median seconds of `work` after warm-up, with the fastest and slowest run as bounds."""
+def time_runs(work: Callable[[], object], repeats: int, warmup: int) -> list[float]:
+    """Seconds of each of `repeats` runs after `warmup` untimed ones."""
     for _ in range(warmup):
         work()
     seconds = []
@@ -18,6 +18,11 @@ def measure(work: Callable[[], object], repeats: int, warmup: int) -> dict[str, 
         work()
         _synchronise()
         seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """The median, with the fastest and slowest run as bounds."""
     return {"mean": float(np.median(seconds)), "low": min(seconds), "high": max(seconds)}
 
 

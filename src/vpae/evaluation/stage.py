@@ -22,6 +22,7 @@ from vpae.progress import track
 from vpae.sampling import animate, draw, model_folder
 
 JACKKNIFE_GROUPS = 20
+LATENCY_PASSES = 3
 METRICS = ("frechet", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
 
 
@@ -83,23 +84,29 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
     picture: Image.Image = dataset.first_frame(0)
     prompt, geometry, config = dataset.entries[0].caption, settings.geometry, settings.evaluation
     shape = (16, *geometry.latent_shape)
-    found = {}
-    for name, row in settings.samples.rows.items():
-        pipeline = load_pipeline(model_folder(inputs, row.model)).to(device)
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"latency_diffusion_s": [], "latency_total_s": []} for name in settings.samples.rows
+    }
+    # Several passes over the rows, so that a machine that is busy for a while slows all of them.
+    for _ in range(LATENCY_PASSES):
+        for name, row in settings.samples.rows.items():
+            pipeline = load_pipeline(model_folder(inputs, row.model)).to(device)
 
-        def diffuse(pipeline=pipeline, row: Sampler = row) -> None:
-            draw(pipeline.transformer, row, settings.teacher.shift, condition, shape, [0])
+            def diffuse(pipeline=pipeline, row: Sampler = row) -> None:
+                draw(pipeline.transformer, row, settings.teacher.shift, condition, shape, [0])
 
-        def everything(pipeline=pipeline, row: Sampler = row) -> None:
-            animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames)
+            def everything(pipeline=pipeline, row: Sampler = row) -> None:
+                animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames)
 
-        # A hundred network evaluations are their own average; a single one is not.
-        repeats = config.latency_repeats if row.nfe >= 50 else 5 * config.latency_repeats
-        found[name] = {
-            "latency_diffusion_s": latency.measure(diffuse, repeats, config.latency_warmup),
-            "latency_total_s": latency.measure(everything, config.latency_repeats, config.latency_warmup),
-        }
-    return found
+            # A hundred network evaluations are their own average; a single one is not.
+            repeats = config.latency_repeats * (1 if row.nfe >= 50 else 5)
+            seconds[name]["latency_diffusion_s"] += latency.time_runs(diffuse, repeats, config.latency_warmup)
+            seconds[name]["latency_total_s"] += latency.time_runs(
+                everything, config.latency_repeats, config.latency_warmup
+            )
+    return {
+        name: {metric: latency.summary(runs) for metric, runs in metrics.items()} for name, metrics in seconds.items()
+    }
 
 
 def table(scores: dict[str, dict], nfe: dict[str, int]) -> str:
