@@ -37,8 +37,8 @@ METRICS = {
         "Fréchet distance",
         "↓",
         "between the latents of generated and of held-out real clips, in the features of a fixed random network. The "
-        "first row holds training clips against held-out ones: the floor. Small samples raise this distance, and a "
-        "bootstrap sample repeats videos: an interval may lie above its value.",
+        "first row holds training clips against held-out ones: the floor. Small samples raise this distance. "
+        "Its interval is a jackknife's.",
     ),
     "single_sprite": Metric(
         "Single sprite", "↑", "share of frames with one whole sprite of the right colour, no ghost."
@@ -71,7 +71,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     }
     prompts = [item["prompt"] for item in suite]
     shown = [name for name in (REAL, *parts.values()) if name in videos]
-    plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts).save(out / "strip.png", optimize=True)
+    plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts).quantize(256).save(out / "strip.png", optimize=True)
     phases = {name: read_lines(inputs[name] / "metrics.jsonl") for name in ("priming", "equilibrium")}
     experiment = out.parent.name  # a stage's folder stands in its experiment's
     page = render(
