@@ -71,7 +71,8 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     }
     prompts = [item["prompt"] for item in suite]
     shown = [name for name in (REAL, *parts.values()) if name in videos]
-    plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts).quantize(256).save(out / "strip.png", optimize=True)
+    strip = plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts)
+    strip.quantize(256).save(out / "strip.png", optimize=True)
     phases = {name: read_lines(inputs[name] / "metrics.jsonl") for name in ("priming", "equilibrium")}
     experiment = out.parent.name  # a stage's folder stands in its experiment's
     page = render(
