@@ -195,7 +195,7 @@ def test_images_load_and_move(made, text):
 def test_strip_shows_the_four_rows(made):
     with Image.open(made[2] / "strip.png") as strip:
         pixels = np.asarray(strip.convert("RGB"))
-    assert 1000 < pixels.shape[1] < 2000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+    assert 1000 < pixels.shape[1] < 2000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
 
 
 def test_rows_and_metrics_may_be_missing(tmp_path):

@@ -167,7 +167,7 @@ def _write_row(out: Path, name: str, x0: Tensor, suite: list[dict], vae, setting
     sheet = []
     for item, latents in zip(suite[: settings.samples.decode], x0, strict=False):
         frames = decode_latents(vae, latents[None])[0].cpu().numpy()
-        write_video(folder / item["file"], frames, settings.geometry.fps, settings.samples.crf)
+        write_video(folder / item["file"], frames, settings.geometry.fps, settings.samples.crf, reproducible=False)
         sheet.append(np.concatenate(frames[:: max(1, (len(frames) - 1) // 4)], axis=1))
     Image.fromarray(np.concatenate(sheet[:16])).save(out / f"{name}.png")
 
@@ -198,7 +198,7 @@ def sample_one(
         picture = picture.resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
     frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, num_frames or geometry.get("frames", 81))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_video(out, frames, geometry.get("fps", 16.0), crf=10)
+    write_video(out, frames, geometry.get("fps", 16.0), crf=10, reproducible=False)
     if frames_out is not None:
         np.save(frames_out, frames)
 

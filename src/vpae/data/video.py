@@ -171,7 +171,7 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> n
     return resize_and_crop(found, height, width)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: float, crf: int, reproducible: bool = True) -> None:
     """Write uint8 frames (T, H, W, 3) as H.264 (yuv420p); one thread, so that equal frames give equal files.
 
     Args:
@@ -179,13 +179,16 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
         frames: uint8, even height and width.
         fps: frames per second.
         crf: x264's constant rate factor, 0 (lossless) to 51; VBench-I2V uses 10.
+        reproducible: give equal bytes for equal frames, at several times the cost.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
-        # With B-frames, x264 now and then decides otherwise on the same frames, and equal clips get unequal hashes.
-        stream.options = {"crf": str(crf), "threads": "1", "bf": "0"}
+        stream.options = {"crf": str(crf), "threads": "1"}
+        if reproducible:
+            # x264's assembly now and then decides otherwise on the same frames, and equal clips get unequal hashes.
+            stream.options |= {"x264-params": "no-asm=1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
