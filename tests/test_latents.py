@@ -53,6 +53,16 @@ class Workplace:
         source = self.source(world, seed, **latents)
         return [run_stage(source, stage, self.results) for stage in STAGES][-1]
 
+    def copy(self, *finished: Path) -> "Workplace":
+        """Another place with the same teacher, videos and finished stages, and none of the rest."""
+        (self.folder / "copy").mkdir()
+        other = Workplace(self.folder / "copy", self.teacher)
+        for path in self.videos.iterdir():
+            shutil.copy2(path, other.videos)
+        for folder in finished:
+            shutil.copytree(folder, other.results / "own" / folder.name)
+        return other
+
     def write_video(self, number: int, caption: str = "") -> Path:
         rng = np.random.default_rng(number)
         frames = np.kron(rng.integers(0, 256, (6, 4, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
@@ -345,7 +355,7 @@ def test_a_changed_transformer_or_scheduler_encodes_nothing_again(place: Workpla
 
 @pytest.mark.parametrize(
     ("change", "again"),
-    [({"negative_prompt": "blurred"}, 0), ({"batch_size": 1}, 0), ({"dtype": "bfloat16"}, 9), ({"shard_size": 9}, 6)],
+    [({"negative_prompt": "blurred"}, 0), ({"batch_size": 1}, 0), ({"dtype": "bfloat16"}, 9)],
     ids=str,
 )
 def test_settings_encode_again_only_what_they_touch(
@@ -391,8 +401,7 @@ def test_a_killed_run_is_taken_up_after_its_last_finished_shard(
     done = sum(np.cumsum(sizes) <= calls)
     assert counts(folder)["shards_taken_over"] == done
     assert sum(encoded) == 9 - sum(sizes[:done])
-    (place.folder / "again").mkdir()
-    uninterrupted = Workplace(place.folder / "again", place.teacher).run(world=True, batch_size=1)
+    uninterrupted = place.copy(place.results / "own" / "clips").run(world=True, batch_size=1)
     assert file_hashes(folder) == file_hashes(uninterrupted)
     assert list((place.results / "own" / ".state").glob("latents-*")) == [], "nothing is left to resume from"
 

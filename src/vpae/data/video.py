@@ -45,6 +45,7 @@ def probe(path: Path) -> VideoInfo:
             rate = stream.average_rate or stream.guessed_rate
             if not rate or not stream.width or not stream.height:
                 raise VideoError("the header gives no size or frame rate")
+            stream.codec_context.thread_count = 1
             turns = _turns(next(container.decode(video=0)))
             size = (stream.width, stream.height) if turns % 2 == 0 else (stream.height, stream.width)
             return VideoInfo(*size, float(rate), len(container.streams.video))
@@ -120,8 +121,10 @@ def _decord_frames(path: Path) -> Iterator[np.ndarray]:
 def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
     try:
         with av.open(str(path)) as container:
+            # One thread, as for decord: clips are decoded by several processes.
+            container.streams.video[0].codec_context.thread_count = 1
             for frame in container.decode(video=0):
-                yield np.rot90(frame.to_ndarray(format="rgb24"), -_turns(frame))
+                yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(f"damaged: {error.strerror}") from error
 
