@@ -190,7 +190,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int, reproducib
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "threads": "1"}
         if reproducible:
-            # x264's assembly now and then decides otherwise on the same frames, and equal clips get unequal hashes.
+            # With assembly, the same frames have been seen to give unequal files; without it, never. See docs/log.md.
             stream.options |= {"x264-params": "no-asm=1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
