@@ -20,7 +20,7 @@ from vpae.data.encoding import Encoders
 from vpae.data.latents import INDEX, LatentDataset, _parts
 from vpae.data.video import write_video
 from vpae.experiment import Source, load
-from vpae.models.wan import TEXT_TOKENS
+from vpae.models.wan import TEXT_TOKENS, text_tokens_for
 from vpae.stages import run_stage
 
 STAGES = ("clips", "teacher", "latents")
@@ -195,7 +195,8 @@ def test_a_batch_is_what_the_network_expects(
     assert condition.frame_BCFHW.shape == (3, 20, 2, 4, 4)
     assert (condition.frame_BCFHW[:, :4, 0] == 1).all() and (condition.frame_BCFHW[:, :4, 1:] == 0).all()
     assert torch.equal(condition.frame_BCFHW[1, 4:], dataset.tensors(0)["condition"])
-    assert condition.text_BLD.shape == (3, TEXT_TOKENS, 16)
+    longest = max(len(stored["text"]) for stored in all_tensors(finished[1]).values())
+    assert condition.text_BLD.shape == (3, text_tokens_for(longest), 16)
     text = dataset.tensors(0)["text"]
     assert torch.equal(condition.text_BLD[1, : len(text)], text) and (condition.text_BLD[1, len(text) :] == 0).all()
     empty = Encoders(pipeline).texts([""])[0]

@@ -15,7 +15,16 @@ from vpae import sampling
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.distill.common import save_student, student_scheduler
-from vpae.models.wan import Condition, default_taps, encode_condition, features, first_frame_mask, load_pipeline
+from vpae.models.wan import (
+    Condition,
+    default_taps,
+    encode_condition,
+    features,
+    first_frame_mask,
+    load_pipeline,
+    text_tokens_for,
+    velocity,
+)
 
 SEED = 11
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -245,11 +254,36 @@ def test_the_gradient_flows_through_a_frozen_backbone_to_its_input_alone():
 
     frozen = build_transformer().requires_grad_(False)
     found = gradient(frozen)
-    assert found.abs().min() > 0 and found.equal(gradient(build_transformer()))
+    assert found.abs().min() > 0
+    # Not bit for bit: without gradients of weights, backward takes other kernels on some processors.
+    torch.testing.assert_close(found, gradient(build_transformer()), atol=1e-7, rtol=1e-4)
     assert all(p.grad is None for p in frozen.parameters())
 
 
 # The semantic head.
+
+
+@pytest.mark.parametrize("tokens", [13, 32, 511])
+def test_captions_padded_to_fewer_tokens_give_the_same_velocity_and_gradients(tokens):
+    model, (x, c) = build_transformer(), build_batch(3)
+    shorter = replace(c, text_BLD=c.text_BLD[:, :tokens], empty_text_LD=c.empty_text_LD[:tokens])
+    results = []
+    for condition in (c, shorter, c):  # and the full length again after the short one
+        leaf = x.clone().requires_grad_()
+        model.zero_grad()
+        v = velocity(model, leaf, torch.tensor([0.2, 0.7, 1.0]), condition)
+        (v**2).sum().backward()
+        results.append((v.detach(), leaf.grad, {k: p.grad.clone() for k, p in model.named_parameters()}))
+    full, short, again = results
+    torch.testing.assert_close(short[:2], full[:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(short[2], full[2], atol=1e-4, rtol=1e-3)
+    assert again[0].equal(full[0])
+    assert not full[0].equal(velocity(model, x, torch.tensor([0.2, 0.7, 1.0]), c.without_text()))
+
+
+def test_only_short_captions_are_padded_to_fewer_tokens():
+    assert text_tokens_for(31) == 32  # the last must be padding
+    assert text_tokens_for(32) == text_tokens_for(512) == 512
 
 
 @pytest.fixture

@@ -23,6 +23,12 @@ class Encoders:
 
     pipeline: WanImageToVideoPipeline
 
+    def longest_text(self, captions: Sequence[str]) -> int:
+        """Tokens of the longest caption, 512 at most."""
+        cleaned = [prompt_clean(caption) for caption in captions]
+        ids = self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
+        return max(len(one) for one in ids)
+
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> list[Tensor]:
         """UMT5 embeddings of each caption without padding, [(L_i, D)]."""
@@ -56,6 +62,6 @@ def to_signed(frames_BTHW3: np.ndarray) -> Tensor:
     return 2.0 * (torch.from_numpy(frames_BTHW3.astype(np.float32) / 255.0).permute(0, 4, 1, 2, 3)) - 1.0
 
 
-def pad_text(text_LD: Tensor) -> Tensor:
-    """Zeros after the caption's end, up to Wan's 512 tokens."""
-    return torch.nn.functional.pad(text_LD, (0, 0, 0, TEXT_TOKENS - len(text_LD)))
+def pad_text(text_LD: Tensor, tokens: int = TEXT_TOKENS) -> Tensor:
+    """Zeros after the caption's end, up to Wan's 512 tokens or what `text_tokens_for` says."""
+    return torch.nn.functional.pad(text_LD, (0, 0, 0, tokens - len(text_LD)))

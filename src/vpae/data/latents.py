@@ -2,8 +2,8 @@
 
 One `KEY.safetensors` per clip holds `x0` (16, F, H, W), `condition` (16, F, H, W), `image` (N, D) and `text` (L, D, up
 to the caption's end); `KEY.png` is its first frame, `KEY.json` its caption. `index.json` says where each clip's bytes
-lie, so that clips can also be read one by one, and holds the hashes of clip and encoders. `negative.safetensors` is
-the empty caption, for guidance.
+lie, so that clips can also be read one by one, what captions are padded to, and the hashes of clips and encoders.
+`negative.safetensors` is the empty caption, for guidance.
 
 A shard whose clips and encoders are unchanged is taken over from the last run, finished or not.
 """
@@ -25,7 +25,7 @@ from vpae.artifacts import digest, file_hashes, link, read_provenance, write_jso
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS, Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text
-from vpae.models.wan import Condition, first_frame_mask, load_pipeline
+from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.progress import Progress
 
 INDEX = "index.json"
@@ -71,8 +71,10 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         entries += _entries(out / name, split, part)
         progress.update(len(part))
     progress.close()
-    save_file({"text": encoders.texts([settings.latents.negative_prompt])[0]}, out / "negative.safetensors")
-    write_json(out / INDEX, {"encoders": encoder_hash, "entries": [asdict(e) for e in entries]})
+    negative = settings.latents.negative_prompt
+    save_file({"text": encoders.texts([negative])[0]}, out / "negative.safetensors")
+    tokens = text_tokens_for(encoders.longest_text([negative, *{clip.caption for clip in clips}]))
+    write_json(out / INDEX, {"encoders": encoder_hash, "text_tokens": tokens, "entries": [asdict(e) for e in entries]})
     return {"clips": len(clips), "shards": len(shards), "shards_taken_over": reused}
 
 
@@ -151,7 +153,8 @@ class LatentDataset:
         index = json.loads((folder / INDEX).read_text())
         self.folder = folder
         self.entries = [Entry(**e) for e in index["entries"] if e["split"] == split]
-        self.empty_text_LD = pad_text(load_file(folder / "negative.safetensors")["text"].float())
+        self.text_tokens = index["text_tokens"]
+        self.empty_text_LD = pad_text(load_file(folder / "negative.safetensors")["text"].float(), self.text_tokens)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -177,7 +180,7 @@ class LatentDataset:
         condition = Condition(
             frame_BCFHW=torch.cat([first_frame_mask(len(clips), *x0.shape[2:]), frame], dim=1).to(device),
             image_BND=torch.stack([c["image"] for c in clips]).float().to(device),
-            text_BLD=torch.stack([pad_text(c["text"].float()) for c in clips]).to(device),
+            text_BLD=torch.stack([pad_text(c["text"].float(), self.text_tokens) for c in clips]).to(device),
             empty_text_LD=self.empty_text_LD.to(device),
         )
         return x0.to(device), condition

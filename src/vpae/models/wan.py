@@ -4,6 +4,7 @@ Nothing of Wan is rewritten: `WanTransformer3DModel`, `AutoencoderKLWan` and the
 Axes: B batch, C channels, F latent frames, H/W latent height and width, T frames, N tokens, L text tokens, D width.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ from vpae.flow import x0_from_velocity
 
 GEOMETRY = "geometry.json"  # beside model_index.json: frames, height, width and fps a model was made for
 TEXT_TOKENS = 512  # Wan's cross-attention finds the image tokens by counting 512 from the end
+SHORT_TEXT_TOKENS = 32  # what captions of fewer tokens are padded to, see `ShortTextAttention`
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Condition:
         frame_BCFHW: 20 channels: 4 of mask (1 on the first latent frame), 16 of the VAE's encoding of "first frame,
             then grey", normalised.
         image_BND: CLIP's last but one hidden states of the first frame.
-        text_BLD: UMT5 embeddings, zeros after the caption's end, L = 512.
+        text_BLD: UMT5 embeddings, zeros after the caption's end, L = 512; or fewer, if the last is such a zero, which
+            then stands for all the rest.
         empty_text_LD: the same of the negative prompt; guidance drops only the text.
     """
 
@@ -43,8 +48,47 @@ class Condition:
         return replace(self, text_BLD=self.empty_text_LD.expand_as(self.text_BLD))
 
 
+def text_tokens_for(longest: int) -> int:
+    """How many tokens L to pad captions to, given the longest one's tokens."""
+    return SHORT_TEXT_TOKENS if longest < SHORT_TEXT_TOKENS else TEXT_TOKENS
+
+
+class ShortTextAttention(WanAttnProcessor):
+    """Wan's cross-attention for captions padded to L < 512 tokens: the same result, without the other 512 - L.
+
+    Padding is zeros, so that all of it has one key and one value: the last token stands for it all, and log(513 - L) on
+    its logit counts it as often. In a small model the 512 text tokens would be most of the work.
+    """
+
+    def __init__(self, text_tokens: int):
+        super().__init__()
+        self.text_tokens = text_tokens
+
+    def __call__(self, attn: WanAttention, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None):
+        """Attention of video tokens (B, N, D) to image and text tokens (B, M + L, D); returns (B, N, D)."""
+        image = encoder_hidden_states[:, : -self.text_tokens]
+        text = encoder_hidden_states[:, -self.text_tokens :]
+        heads = lambda x: x.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
+        query = heads(attn.norm_q(attn.to_q(hidden_states)))
+        weight = query.new_zeros(self.text_tokens)
+        weight[-1] = math.log(TEXT_TOKENS - self.text_tokens + 1)
+        key, value = heads(attn.norm_k(attn.to_k(text))), heads(attn.to_v(text))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=weight.expand(1, 1, 1, -1))
+        key, value = heads(attn.norm_added_k(attn.add_k_proj(image))), heads(attn.add_v_proj(image))
+        attended = attended + F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
+def _expect_text(model: nn.Module, tokens: int) -> None:
+    """Give the cross-attention the processor for so many text tokens, if it has another."""
+    for block in model.blocks:
+        if getattr(block.attn2.processor, "text_tokens", TEXT_TOKENS) != tokens:
+            block.attn2.set_processor(WanAttnProcessor() if tokens == TEXT_TOKENS else ShortTextAttention(tokens))
+
+
 def velocity(model: nn.Module, xt_BCFHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
     """The network's velocity v(x_t, t, c), (B, 16, F, H, W) in the dtype of x_t."""
+    _expect_text(model, condition.text_BLD.shape[1])
     return model(
         hidden_states=torch.cat([xt_BCFHW, condition.frame_BCFHW], dim=1),
         timestep=1000 * t_B,

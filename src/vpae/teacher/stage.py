@@ -17,7 +17,7 @@ from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json
 from vpae.config import Experiment, Training
 from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
-from vpae.models.wan import GEOMETRY, Condition, first_frame_mask
+from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, text_tokens_for
 from vpae.progress import track
 from vpae.teacher import encoders, flow_matching, vae
 from vpae.training.loop import train
@@ -172,22 +172,23 @@ def _encoded(frames_NTHW3: np.ndarray, clips: list[Clip], encode: Encoders, trai
 
     @cache
     def everything() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
+        tokens = text_tokens_for(encode.longest_text(sorted({c.caption for c in clips})))
         step, chunks = 16, []
         for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
             frames = frames_NTHW3[start : start + step]
             first = list(frames[:, 0])
             chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
         captions = sorted({c.caption for c in clips})
-        texts = dict(zip(captions, encode.texts(captions), strict=True))
+        texts = {c: pad_text(text, tokens) for c, text in zip(captions, encode.texts(captions), strict=True)}
         x0, condition, image = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        return x0, condition, image, texts, pad_text(encode.texts([""])[0])
+        return x0, condition, image, texts, pad_text(encode.texts([""])[0], tokens)
 
     def batch(drawn: int) -> tuple[Tensor, Condition]:
         x0, condition, image, texts, empty = everything()
         chosen = numbers(drawn)
         x = x0[chosen]
         frame = torch.cat([first_frame_mask(len(x), *x.shape[2:]), condition[chosen]], dim=1)
-        text_BLD = torch.stack([pad_text(texts[clips[n].caption]) for n in chosen])
+        text_BLD = torch.stack([texts[clips[n].caption] for n in chosen])
         found = Condition(frame.to(device), image[chosen].to(device), text_BLD.to(device), empty.to(device))
         return x.to(device), found
 
