@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -497,6 +498,50 @@ def test_no_frame_after_the_last_wanted_one_is_decoded(tmp_path: Path, monkeypat
     monkeypatch.setattr(video, "_decord_frames", counting)
     assert decoded(read_clip(path, 3, 32, 64, 4)) == [0, 2, 4]
     assert taken == [0, 1, 2, 3, 4]
+
+
+def write_timed(path: Path, ticks: Sequence[int], rate: int) -> Path:
+    """A video whose frames show 0, 1, 2, ... and are shown at the given ticks of 1/rate seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 32, "yuv420p", {"crf": "10"}
+        for tick, picture in zip(ticks, coded(range(len(ticks))), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_varying_frame_rate_changes_no_speeds(suffix: str, tmp_path: Path) -> None:
+    """Ten frames at 24 fps, then ten at 8, as a phone does when it gets dark."""
+    ticks = [*range(10), *range(10, 40, 3)]
+    path = write_timed(tmp_path / f"phone.{suffix}", ticks, 24)
+    wanted = np.arange(10) * 3  # at 8 fps
+    found = decoded(read_clip(path, 10, 32, 64, 8))
+    assert found == [int(np.abs(np.array(ticks) - tick).argmin()) for tick in wanted]
+    with pytest.raises(VideoError, match="too short"):
+        read_clip(path, 17, 32, 64, 8)
+
+
+def test_frames_that_are_shown_at_a_steady_rate_are_counted_not_timed(tmp_path: Path) -> None:
+    path = write_timed(tmp_path / "steady.mkv", range(0, 40, 2), 48)  # Matroska rounds to milliseconds
+    assert decoded(read_clip(path, 7, 32, 64, 8)) == [0, 3, 6, 9, 12, 15, 18]
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+    path = tmp_path / "anamorphic.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 48, 32, "yuv420p", {"crf": "1"}
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for picture in stripes(32, 48, 1):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert probe(path).pixel_aspect == 2.0
+    found = read_clip(path, 5, 32, 32, 8).astype(float)[:, 4:-4, 4:-4]
+    assert found[..., 1].min() > 200 and found[..., (0, 2)].max() < 40, "only the green middle third is left"
 
 
 def stripes(height: int, width: int, axis: int) -> np.ndarray:

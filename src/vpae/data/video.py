@@ -20,13 +20,14 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The first video stream of a file: width and height in pixels as shown upright, frames per second, and the number
-    of video streams."""
+    """The first video stream of a file: width and height in pixels as shown upright, mean frames per second, the number
+    of video streams, and width / height of a pixel."""
 
     width: int
     height: int
     fps: float
     streams: int
+    pixel_aspect: float = 1.0
 
 
 def probe(path: Path) -> VideoInfo:
@@ -47,8 +48,11 @@ def probe(path: Path) -> VideoInfo:
                 raise VideoError("the header gives no size or frame rate")
             stream.codec_context.thread_count = 1
             turns = _turns(next(container.decode(video=0)))
-            size = (stream.width, stream.height) if turns % 2 == 0 else (stream.height, stream.width)
-            return VideoInfo(*size, float(rate), len(container.streams.video))
+            aspect = float(stream.sample_aspect_ratio or 1)
+            size = (stream.width, stream.height)
+            if turns % 2:
+                size, aspect = size[::-1], 1 / aspect
+            return VideoInfo(*size, float(rate), len(container.streams.video), aspect)
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(f"unreadable: {error.strerror}") from error
     except StopIteration:
@@ -134,6 +138,35 @@ def resample_indices(fps_in: float, frames: int, fps_out: float) -> np.ndarray:
     return np.ceil(np.arange(frames) * fps_in / fps_out - 0.5).astype(int)
 
 
+def _varying_times(path: Path, fps: float, seconds: float) -> np.ndarray | None:
+    """When the frames are shown, in seconds after the first, as far as needed; None if the frame rate is constant.
+
+    Read from the packets, without decoding. Where the container gives no times the rate is taken for constant.
+    """
+    with av.open(str(path)) as container:
+        stamps, stream = [], container.streams.video[0]
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is None:
+                return None
+            if packet.size:
+                stamps.append(float(packet.pts * stream.time_base))
+                # Packets come in the order of decoding; what is shown earlier comes a few packets later at most.
+                if min(stamps[-32:]) - stamps[0] > seconds and len(stamps) > 32:
+                    break
+    times = np.sort(stamps) - min(stamps, default=0.0)
+    steady = np.abs(times - np.arange(len(times)) / fps).max(initial=0.0) <= 0.5 / fps
+    return None if steady else times
+
+
+def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Index of the time nearest to each wanted one; past the end, one that does not exist."""
+    after = np.searchsorted(times, wanted)
+    before = np.maximum(after - 1, 0)
+    later = np.where(after < len(times), times[np.minimum(after, len(times) - 1)], np.inf)
+    ended = wanted > times[-1] + np.diff(times).max(initial=0.0)
+    return np.where(ended, len(times), np.where(later - wanted < wanted - times[before], after, before))
+
+
 def _pick(frames: Iterator[np.ndarray], indices: np.ndarray) -> list[np.ndarray]:
     """Frames at rising indices, as far as there are any; decodes no further than the last of them."""
     repeats, found = Counter(indices.tolist()), []
@@ -144,12 +177,16 @@ def _pick(frames: Iterator[np.ndarray], indices: np.ndarray) -> list[np.ndarray]
     return found
 
 
-def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale uint8 frames (T, H, W, 3) to cover (height, width), keeping the aspect ratio, and crop the centre."""
-    if frames.shape[1:3] == (height, width):
+def resize_and_crop(frames: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
+    """Scale uint8 frames (T, H, W, 3) to cover (height, width) with square pixels, and crop the centre.
+
+    What is shown keeps its aspect ratio; `pixel_aspect` is width / height of the given pixels.
+    """
+    if frames.shape[1:3] == (height, width) and pixel_aspect == 1.0:
         return frames
-    scale = max(height / frames.shape[1], width / frames.shape[2])
-    size = (max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale)))
+    shown = (frames.shape[2] * pixel_aspect, frames.shape[1])
+    scale = max(width / shown[0], height / shown[1])
+    size = (max(width, round(shown[0] * scale)), max(height, round(shown[1] * scale)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     resized = [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames]
     return np.stack(resized)[:, top : top + height, left : left + width]
@@ -158,7 +195,7 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> np.ndarray:
     """Decode the beginning of a video in an experiment's geometry: resampled in time, scaled and cropped.
 
-    A constant frame rate is taken for granted.
+    Frames are chosen by the time at which they are shown, so that a varying frame rate changes no speeds.
 
     Returns:
         uint8 frames (T, H, W, 3).
@@ -167,11 +204,12 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> n
         VideoError: unreadable, or too short.
     """
     info = probe(path)
-    indices = resample_indices(info.fps, frames, fps)
+    times = _varying_times(path, info.fps, frames / fps)
+    indices = resample_indices(info.fps, frames, fps) if times is None else _nearest(times, np.arange(frames) / fps)
     found = _decode(path, info, "auto", lambda source: _pick(source, indices))
     if len(found) < frames:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps need {indices[-1] + 1} at its {info.fps:g} fps")
-    return resize_and_crop(found, height, width)
+    return resize_and_crop(found, height, width, info.pixel_aspect)
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int, reproducible: bool = True) -> None:
