@@ -1,6 +1,7 @@
 rule evaluation:
     input:
         folders_read_by("evaluation"),
+        vbench_parts,
     output:
         directory("results/{experiment}/evaluation"),
     log:
@@ -9,11 +10,9 @@ rule evaluation:
         "results/{experiment}/logs/evaluation.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: scaled(2, 8)
+    threads: cpus("evaluation")
     resources:
-        gpu=scaled(0, 1),
-        mem_mb=scaled(4000, 64000),
-        runtime=scaled(60, 480),
+        **needs("evaluation"),
     params:
         settings=settings_of("evaluation"),
     shell:

@@ -1,4 +1,5 @@
-"""Stage `evaluation`: one record per video and row, `scores.json` with means and confidence intervals, `table.md`."""
+"""Stage `evaluation`: one record per video and row, `scores.json` with means and confidence intervals, `table.md`, and
+VBench-I2V in `vbench.json`."""
 
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from vpae.data.video import read_frames
 from vpae.evaluation import latency, truth
 from vpae.evaluation.frechet import RandomFeatures, frechet
 from vpae.evaluation.statistics import bootstrap, jackknife
+from vpae.evaluation.vbench import rows as vbench
 from vpae.models.wan import load_pipeline
 from vpae.progress import track
 from vpae.sampling import animate, draw, model_folder
@@ -24,6 +26,11 @@ from vpae.sampling import animate, draw, model_folder
 JACKKNIFE_GROUPS = 20
 LATENCY_PASSES = 3
 METRICS = ("frechet", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
+
+
+def external_inputs(settings: Experiment) -> dict[str, str]:
+    """What VBench's official networks read from outside the experiment."""
+    return vbench.external_inputs(settings.evaluation.vbench)
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
@@ -50,6 +57,9 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
             scores[row][metric] = bootstrap(
                 len(values), lambda i, v=values: v[i].mean(), settings.evaluation.bootstrap, settings.seed
             )
+    if settings.evaluation.vbench.backbones != "off":
+        means = {row: {metric: value["mean"] for metric, value in found.items()} for row, found in scores.items()}
+        vbench.measure(settings, inputs, suite, means, records, out, state)
     for row, timing in _latencies(settings, inputs).items():
         scores[row] |= timing
     (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -15,6 +15,7 @@ from vpae import __version__
 from vpae.artifacts import identity, read_provenance
 from vpae.config import Experiment, Sampler
 from vpae.data.video import read_frames
+from vpae.evaluation.vbench.scores import COLUMNS, PAPER_NAMES
 from vpae.experiment import STAGES
 from vpae.report import plots
 
@@ -84,6 +85,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         parts=parts,
         table=table(scores, notes, parts),
         counts={"scored": scores["videos"], "measured": scores["decoded"]},
+        vbench=vbench(inputs["evaluation"] / "vbench.json"),
         notes=notes,
         reel=plots.reel(videos, settings.geometry.fps),
         prompts=prompts,
@@ -185,6 +187,47 @@ def table(scores: dict, notes: dict[str, str], parts: dict[str, str]) -> dict:
         for name, row in rows.items()
     ]
     return {"columns": columns, "rows": body, "speedup": any(row["speedup"] for row in body)}
+
+
+def vbench(path: Path) -> dict | None:
+    """VBench-I2V's dimensions and totals of all rows, and their rank correlation with the truth metrics, as texts.
+
+    None where they were not measured.
+    """
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    found, correlation = content["rows"], content["rank_correlation"]
+    dimensions = {name: [row["dimensions"][name] for row in found.values()] for name in COLUMNS}
+    measured = [name for name, of in dimensions.items() if any(one["value"] is not None for one in of)]
+    gaps = {name: of[0]["reason"] for name, of in dimensions.items() if name not in measured}
+    metrics = list(dict.fromkeys(metric for of in correlation.values() for metric in of))
+    return {
+        "backbones": content["backbones"],
+        "note": content["note"],
+        "videos": content["videos_per_row"],
+        "columns": [COLUMNS[name].title.removeprefix("Video-") for name in measured] + list(PAPER_NAMES.values()),
+        "rows": [
+            {
+                "name": name,
+                "cells": [points(row["dimensions"][key]["value"], 100.0) for key in measured]
+                + [points(row[total], 1.0) for total in PAPER_NAMES],
+            }
+            for name, row in found.items()
+        ],
+        "gaps": [{"title": COLUMNS[name].title, "reason": reason} for name, reason in gaps.items()],
+        "metrics": [METRICS[metric].title if metric in METRICS else metric for metric in metrics],
+        "correlation": [
+            {"title": COLUMNS[name].title, "cells": [correlation[name].get(metric, {}) for metric in metrics]}
+            for name in measured
+            if name in correlation
+        ],
+    }
+
+
+def points(value: float | None, scale: float) -> str:
+    """A share or a total in points; a dash where there is none."""
+    return "–" if value is None else f"{scale * value:.2f}"
 
 
 def cell(metric: str, value: dict[str, float] | None) -> dict[str, str]:

@@ -1,0 +1,123 @@
+"""Motion without a trained network: whole pixels by matching blocks, fractions after Lucas and Kanade (1981).
+
+Meant for frames of about 64 x 64 pixels, of which the motion may be some eight pixels.
+Axes: N pairs of frames, K displacements, H height, W width, 3 colours; flow (N, 2, H, W) in pixels (x, y).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpae.evaluation.vbench import camera
+from vpae.evaluation.vbench.video import Video
+
+LARGEST = 128  # pixels of the shorter side, below which blocks are matched; larger frames are halved
+REACH = 6  # whole pixels that a block is looked for in each direction
+BLOCK = 7  # pixels a side
+EFFORT = 1e-3  # brightness (0 to 1) by which a match must be better for each pixel that it is farther away
+STEPS = 2  # refinements to fractions of a pixel
+WINDOW = 1.5  # standard deviation, in pixels, of the window that is refined as one
+FLAT = 2e-4  # mean squared gradient below which a window says little
+
+
+def flow(first_N3HW: Tensor, second_N3HW: Tensor, at: float = 0.0) -> Tensor:
+    """Motion from the first frames to the second, both in [0, 1].
+
+    Args:
+        first_N3HW, second_N3HW: the frames.
+        at: when the pixels are meant: 0 in the first frame, 0.5 halfway.
+    """
+    pyramid = [(first_N3HW, second_N3HW)]
+    while min(pyramid[-1][0].shape[-2:]) >= LARGEST:
+        pyramid.append(tuple(F.avg_pool2d(frame, 2, ceil_mode=True) for frame in pyramid[-1]))
+    motion = _match(*pyramid[-1], halfway=at == 0.5)
+    for first, second in reversed(pyramid):
+        if motion.shape[-2:] != first.shape[-2:]:
+            motion = 2 * F.interpolate(motion, first.shape[-2:], mode="bilinear", align_corners=False)
+        for _ in range(STEPS):
+            motion = _median(motion + _step(warp(first, -at * motion), warp(second, (1 - at) * motion)))
+    return motion
+
+
+def _match(first_N3HW: Tensor, second_N3HW: Tensor, halfway: bool) -> Tensor:
+    """The displacement of the block around each pixel that fits best, nearer ones first.
+
+    Halfway, both frames are displaced, so that the motion is an even number of pixels.
+    """
+    moved = _displaced(second_N3HW)
+    still = _displaced(first_N3HW).flip(2) if halfway else first_N3HW[:, :, None]
+    cost_NKHW = F.avg_pool2d((still - moved).abs().mean(1), BLOCK, 1, BLOCK // 2, count_include_pad=False)
+    steps = torch.arange(-REACH, REACH + 1, dtype=cost_NKHW.dtype, device=cost_NKHW.device) * (2 if halfway else 1)
+    y, x = (axis.flatten() for axis in torch.meshgrid(steps, steps, indexing="ij"))
+    best_NHW = (cost_NKHW + EFFORT * torch.hypot(x, y)[:, None, None]).argmin(1)
+    return torch.stack([x[best_NHW], y[best_NHW]], 1)
+
+
+def _displaced(frames_N3HW: Tensor) -> Tensor:
+    """The frames at all displacements, (N, 3, K, H, W), row by row from the upper left."""
+    padded = F.pad(frames_N3HW, (REACH,) * 4, mode="replicate")
+    return F.unfold(padded, 2 * REACH + 1).unflatten(2, frames_N3HW.shape[-2:]).unflatten(1, (3, -1))
+
+
+def _step(first: Tensor, second: Tensor) -> Tensor:
+    """The small motion that explains what is left, by least squares in a window; one pixel at most."""
+    mean = F.pad((first + second) / 2, (1, 1, 1, 1), mode="replicate")
+    slope_x = (mean[..., 1:-1, 2:] - mean[..., 1:-1, :-2]) / 2
+    slope_y = (mean[..., 2:, 1:-1] - mean[..., :-2, 1:-1]) / 2
+    change = second - first
+    products = (slope_x**2, slope_x * slope_y, slope_y**2, slope_x * change, slope_y * change)
+    xx, xy, yy, xt, yt = _window(torch.stack([product.sum(1) for product in products], 1)).unbind(1)
+    xx, yy = xx + FLAT, yy + FLAT
+    solved = torch.stack([xy * yt - yy * xt, xy * xt - xx * yt], 1) / (xx * yy - xy**2)[:, None]
+    return solved.clamp(-1, 1)
+
+
+def _window(x: Tensor) -> Tensor:
+    """Gaussian mean of each channel's surroundings."""
+    reach = round(2 * WINDOW)
+    weights = torch.exp(-(torch.arange(-reach, reach + 1, device=x.device) ** 2) / (2 * WINDOW**2))
+    weights = (weights / weights.sum()).expand(x.shape[1], 1, 1, -1)
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    rows = F.conv2d(padded, weights, groups=x.shape[1])
+    return F.conv2d(rows, weights.transpose(2, 3), groups=x.shape[1])
+
+
+def _median(motion: Tensor) -> Tensor:
+    """Of 3 x 3 pixels, which takes away lone outliers."""
+    around = F.unfold(F.pad(motion, (1, 1, 1, 1), mode="replicate"), 3)
+    return around.unflatten(1, (2, 9)).median(2).values.unflatten(2, motion.shape[-2:])
+
+
+def warp(frames_N3HW: Tensor, motion: Tensor) -> Tensor:
+    """The frames' colours at x + motion(x); beyond the border, the border's."""
+    height, width = motion.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=motion.device), torch.arange(width, device=motion.device), indexing="ij"
+    )
+    return _sample(frames_N3HW, torch.stack([x, y]).to(motion.dtype).expand_as(motion) + motion)
+
+
+def _sample(images: Tensor, points_N2hw: Tensor) -> Tensor:
+    """Bilinear values of images (N, C, H, W) at pixel positions, (N, C, h, w)."""
+    height, width = images.shape[-2:]
+    size = points_N2hw.new_tensor([width - 1, height - 1])
+    grid = 2 * points_N2hw.permute(0, 2, 3, 1) / size - 1
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
+
+
+def middle(first_N3HW: Tensor, second_N3HW: Tensor) -> Tensor:
+    """The frame halfway between two, in [0, 1]: both brought halfway along the motion, and averaged."""
+    motion = flow(first_N3HW, second_N3HW, at=0.5)
+    return (warp(first_N3HW, -motion / 2) + warp(second_N3HW, motion / 2)) / 2
+
+
+def tracks(video: Video) -> Tensor:
+    """First and last positions of CoTracker's grid, carried along the flow from frame to frame, (2, 10, 10, 2)."""
+    start = camera.grid(video.height, video.width)
+    points, former = start.permute(2, 0, 1)[None], None
+    for frame in video.frames():
+        frame = frame[None].float() / 255
+        if former is not None:
+            points = points + _sample(flow(former, frame), points)
+        former = frame
+    return torch.stack([start, points[0].permute(1, 2, 0)])

@@ -1,0 +1,84 @@
+"""OpenAI's CLIP image towers from their original archives (`ViT-B-32.pt`, `ViT-L-14.pt`), as transformers' model."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from vpae.evaluation.vbench.base import NotComputed
+
+HEAD = 64  # width of one attention head in all of OpenAI's towers
+
+# Names within the archive -> names in transformers; `resblocks.N.` -> `encoder.layers.N.`
+_OUTER = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "ln_pre": "vision_model.pre_layrnorm",
+    "ln_post": "vision_model.post_layernorm",
+}
+_INNER = {
+    "ln_1": "layer_norm1",
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithProjection:
+    """Read an archive (a TorchScript module of text and image tower) and keep its image tower.
+
+    Raises:
+        NotComputed: the file is no such archive.
+    """
+    try:
+        state = torch.jit.load(str(path), map_location="cpu").state_dict()
+        return from_openai(state).to(dtype)
+    except (RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise NotComputed(f"{path} is no CLIP archive of OpenAI's ({first}); fetch it again") from error
+
+
+def from_openai(state: dict[str, Tensor], head: int = HEAD) -> CLIPVisionModelWithProjection:
+    """The image tower of a state dict in OpenAI's naming, float32, in evaluation mode; `head` is a head's width."""
+    visual = {name.removeprefix("visual."): t.float() for name, t in state.items() if name.startswith("visual.")}
+    width, _, patch, _ = visual["conv1.weight"].shape
+    side = math.isqrt(len(visual["positional_embedding"]) - 1)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        num_hidden_layers=sum(name.endswith("attn.in_proj_weight") for name in visual),
+        num_attention_heads=width // head,
+        projection_dim=visual["proj"].shape[1],
+        image_size=side * patch,
+        patch_size=patch,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    )
+    model = CLIPVisionModelWithProjection(config)
+    model.load_state_dict(dict(_renamed(visual)))
+    return model.eval().requires_grad_(False)
+
+
+def _renamed(visual: dict[str, Tensor]):
+    for name, tensor in visual.items():
+        if name == "proj":
+            yield "visual_projection.weight", tensor.T
+        elif name.startswith("transformer.resblocks."):
+            number, inner = name.removeprefix("transformer.resblocks.").split(".", 1)
+            layer = f"vision_model.encoder.layers.{number}"
+            if inner.startswith("attn.in_proj_"):
+                kind = inner.removeprefix("attn.in_proj_")
+                for part, share in zip("qkv", tensor.chunk(3), strict=True):
+                    yield f"{layer}.self_attn.{part}_proj.{kind}", share
+            else:
+                stem, kind = inner.rsplit(".", 1)
+                yield f"{layer}.{_INNER[stem]}.{kind}", tensor
+        elif name in _OUTER:
+            yield _OUTER[name], tensor
+        else:
+            stem, kind = name.rsplit(".", 1)
+            yield f"{_OUTER[stem]}.{kind}", tensor

@@ -1,0 +1,241 @@
+"""VBench-I2V of an experiment's own rows, and how its ranks agree with those of the truth metrics.
+
+Measured are the decoded videos of the held-out clips, each against the first frame that it was made from.
+"""
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from vpae.artifacts import identity, write_json
+from vpae.config import Experiment, VBench
+from vpae.data.latents import LatentDataset
+from vpae.evaluation.vbench import camera, networks, processes, results, runner, scores, weights
+from vpae.evaluation.vbench.base import Item
+from vpae.evaluation.vbench.scores import COLUMNS
+from vpae.evaluation.vbench.suite import Clip, Plan, Prompt
+from vpae.experiment import ConfigError, Source, stage_folder
+from vpae.parts import Part
+
+FILE, FOLDER = "vbench.json", "vbench"
+NOTE = "tiny backbones, not comparable with published scores"
+REAL = "real"
+
+
+def shared_folder(samples: Path) -> Path:
+    """Where the jobs of a workflow put the records of the official backbones: beside the samples that they measure."""
+    return samples.parent / FOLDER
+
+
+def make_plans(
+    settings: Experiment, inputs: Mapping[str, Path], suite: Sequence[dict], frames: Path
+) -> dict[str, Plan]:
+    """Row -> its videos, with the first frames that they were made from.
+
+    Args:
+        settings: of the experiment.
+        inputs: folders of the stages `samples` and `latents`.
+        suite: what was animated, as `suite.jsonl` says.
+        frames: folder for the first frames.
+    """
+    config = settings.evaluation.vbench
+    wanted = networks.wanted(config)
+    decoded = suite[: settings.samples.decode]
+    decoded = decoded[: config.videos_per_row or len(decoded)]
+    images = _first_frames(LatentDataset(inputs["latents"], "held_out"), decoded, frames)
+    plans = {}
+    for row in (REAL, *settings.samples.rows):
+        clips = []
+        for item in decoded:
+            # The procedural world's camera never moves, whatever the caption says.
+            movement = "static" if settings.clips.source == "world" else camera.asked(item["prompt"])
+            names = tuple(name for name in wanted if name != "camera_motion" or movement)
+            prompt = Prompt(item["prompt"], names, "held_out", images[item["key"]].name)
+            video = Item(inputs["samples"] / row / item["file"], images[item["key"]], item["prompt"], movement)
+            clips.append(Clip(video, names, prompt))
+        expected = {name: sum(name in clip.dimensions for clip in clips) for name in wanted}
+        plans[row] = Plan(tuple(clips), expected)
+    return plans
+
+
+def _first_frames(dataset: LatentDataset, suite: Sequence[dict], folder: Path) -> dict[str, Path]:
+    """Key -> PNG of the first frame; those that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {entry.key: number for number, entry in enumerate(dataset.entries)}
+    paths = {item["key"]: folder / f"{item['key']}.png" for item in suite}
+    for key, path in paths.items():
+        if not path.is_file():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            dataset.first_frame(numbers[key]).save(temporary, "PNG")
+            temporary.replace(path)
+    return paths
+
+
+def measure(
+    settings: Experiment,
+    inputs: Mapping[str, Path],
+    suite: Sequence[dict],
+    truth: Mapping[str, Mapping[str, float]],
+    truth_of_videos: Sequence[dict],
+    out: Path,
+    state: Path,
+) -> dict:
+    """Score every row and write `vbench.json`, its table `vbench.md`, and VBench's own files of each row in `vbench/`.
+
+    Args:
+        settings: of the experiment.
+        inputs: folders of the stages read.
+        suite: what was animated.
+        truth: row -> truth metric -> its value.
+        truth_of_videos: one record per row and video with the truth metrics.
+        out: folder to fill.
+        state: folder from which a killed run goes on.
+
+    Returns:
+        what `vbench.json` holds.
+
+    Raises:
+        ArtifactError: a video cannot be used.
+        Interruption: asked to end; what was measured is kept.
+    """
+    config = settings.evaluation.vbench
+    work = state / FOLDER if config.backbones == "tiny" else shared_folder(inputs["samples"])
+    plans = make_plans(settings, inputs, suite, work / "first_frames")
+    nets, why = _networks(config, inputs["teacher"], work)
+    clips = [clip for plan in plans.values() for clip in plan.clips]
+    records = work / "records"
+    if config.backbones == "tiny":
+        networks.load(nets, networks.wanted(config))  # once, for all processes
+        processes.share(clips, nets, records, processes.how_many(clips))
+    outcome = runner.run(
+        clips, nets, records, allow_damaged=config.allow_incomplete, allow_absent=True, not_computed=why
+    )
+    rows, of_videos = {}, {}
+    for row, plan in plans.items():
+        gathered = runner.gather(plan.clips, nets, records)
+        found = results.score(plan, gathered, outcome.not_computed, config.allow_incomplete)
+        rows[row] = results.account(found, plan, gathered, nets.backbones.name, outcome.damaged, comparable=False)
+        results.write(out / FOLDER, row, plan, gathered, found, rows[row], whole_paths=False)
+        of_videos[row] = {
+            name: {clip.item.video.name: float(record["video_results"]) for clip, record in pairs}
+            for name, pairs in gathered.items()
+            if found.values[name] is not None
+        }
+    values = {row: {name: entry["value"] for name, entry in found["dimensions"].items()} for row, found in rows.items()}
+    content = {
+        "backbones": nets.backbones.name,
+        "note": NOTE if config.backbones == "tiny" else "",
+        "videos_per_row": len(next(iter(plans.values())).clips),
+        "rows": rows,
+        "rank_correlation": rank_correlations(values, truth, of_videos, truth_of_videos),
+    }
+    write_json(out / FILE, content)
+    (out / "vbench.md").write_text(table(content))
+    return content
+
+
+def _networks(config: VBench, teacher: Path, work: Path) -> tuple[runner.Networks, dict[str, str]]:
+    if config.backbones == "tiny":
+        return networks.tiny_networks(teacher, work), {}
+    return networks.official_networks(config, allow_incomplete=True)
+
+
+def rank_correlations(
+    values: Mapping[str, Mapping[str, float | None]],
+    truth: Mapping[str, Mapping[str, float]],
+    of_videos: Mapping[str, Mapping[str, Mapping[str, float]]],
+    truth_of_videos: Sequence[dict],
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Spearman's correlation of each dimension with each truth metric, over rows and over all videos of all rows.
+
+    Args:
+        values: row -> dimension -> value.
+        truth: row -> metric -> value.
+        of_videos: row -> dimension -> file -> value.
+        truth_of_videos: records with row, file and the metrics of single videos.
+
+    Returns:
+        dimension -> metric -> {"rows": ..., "videos": ...}; None where ranks cannot be compared.
+    """
+    metrics = list(dict.fromkeys(metric for row in truth.values() for metric in row))
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name in COLUMNS:
+        if all(row.get(name) is None for row in values.values()):
+            continue
+        found[name] = {}
+        for metric in metrics:
+            shared = [row for row in values if values[row].get(name) is not None and metric in truth.get(row, {})]
+            over_rows = [(values[row][name], truth[row][metric]) for row in shared]
+            over_videos = [
+                (measured, record[metric])
+                for record in truth_of_videos
+                if metric in record
+                if (measured := of_videos.get(record["row"], {}).get(name, {}).get(record["file"])) is not None
+            ]
+            found[name][metric] = {"rows": spearman(over_rows), "videos": spearman(over_videos)}
+    return found
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Rank correlation, -1 to 1; None of fewer than three pairs, or where one side is constant."""
+    if len(pairs) < 3:
+        return None
+    a, b = np.array(pairs, dtype=float).T
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def external_inputs(config: VBench) -> dict[str, str]:
+    """Which weights of the official backbones are there: a stage that ran without them runs again with them."""
+    if config.backbones != "official":
+        return {}
+    why = weights.absent(networks.weights_root(config), networks.wanted(config))
+    return {"vbench_weights": ", ".join(name for name in networks.wanted(config) if name not in why) or "none"}
+
+
+def run_part(source: Source, folder: Path, dimensions: Collection[str], part: Part | None) -> str:
+    """One job of a workflow: some dimensions of a part of an experiment's samples; the stage gathers all records.
+
+    Raises:
+        ArtifactError: the samples are missing, or a video cannot be used.
+    """
+    inputs = {name: stage_folder(source, name, folder) for name in ("samples", "latents", "teacher")}
+    for path in inputs.values():
+        identity(path)  # refuses what is unfinished
+    evaluation = source.settings.evaluation
+    config = evaluation.vbench.model_copy(update={"dimensions": tuple(dimensions) or evaluation.vbench.dimensions})
+    settings = source.settings.model_copy(update={"evaluation": evaluation.model_copy(update={"vbench": config})})
+    suite = [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
+    if config.backbones != "official":
+        raise ConfigError(
+            f"{source.path}: evaluation.vbench.backbones is {config.backbones}; jobs of their own are for the official "
+            "ones, the stage measures with others by itself"
+        )
+    work = shared_folder(inputs["samples"])
+    plans = make_plans(settings, inputs, suite, work / "first_frames")
+    nets, why = _networks(config, inputs["teacher"], work)
+    clips = [clip for plan in plans.values() for clip in plan.clips]
+    records = work / "records"
+    outcome = runner.run(clips, nets, records, part, config.allow_incomplete, True, not_computed=why)
+    absent = "".join(f"\n{name}: not computed: {reason}" for name, reason in outcome.not_computed.items())
+    return f"{records}: {outcome.computed} new records, {outcome.found} were there{absent}"
+
+
+def table(content: Mapping) -> str:
+    """The rows' dimensions and totals in points as a Markdown table."""
+    head = ["row", *COLUMNS, *(scores.PAPER_NAMES[name] for name in scores.PARTS)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, found in content["rows"].items():
+        points = [
+            entry["value"] if entry["value"] is None else 100 * entry["value"] for entry in found["dimensions"].values()
+        ]
+        cells = [
+            "" if value is None else f"{value:.2f}" for value in [*points, *(found[name] for name in scores.PARTS)]
+        ]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,261 @@
+"""Measuring: one JSON line per (dimension, video), from which a killed run goes on and parts are put together.
+
+A record's key is a digest of all that it depends on: the contents of video and image, the dimension, the networks and
+their settings; not of paths, dates or the part of the work. So a record is right wherever it is found, and gathering
+is looking up. Files of records are only ever appended to; a line that a killed run left unfinished is cut off.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from vpae.artifacts import ArtifactError, digest, sha256
+from vpae.evaluation.vbench.base import Backbones, Dimension, NotComputed
+from vpae.evaluation.vbench.dimensions import DIMENSIONS
+from vpae.evaluation.vbench.suite import IMAGE_DIMENSIONS, Clip
+from vpae.evaluation.vbench.video import Video, open_video
+from vpae.parts import Part
+from vpae.progress import Progress
+from vpae.training.preemption import Interruption
+
+FORMAT = 1  # of a record and of what `dimensions` computes: raise it when either changes, and no old record is used
+_LEAVE_OUT = "leave it out with --allow-incomplete"
+_KEPT_BYTES = 128 << 20  # decoded bytes of a clip that may stay in memory for the next dimension
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Backbones, and what else besides their name tells two results apart: dimension -> its settings and weights."""
+
+    backbones: Backbones
+    identity: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """How a run ended: records made now, records that were there, and what could not be measured, with the reason."""
+
+    computed: int = 0
+    found: int = 0
+    not_computed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+class Contents:
+    """Digests of files, each read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def of(self, path: Path) -> str:
+        """Hex digest of a file's content; FileNotFoundError if it is gone."""
+        if path not in self._known:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; was it removed meanwhile?")
+            self._known[path] = sha256(path)
+        return self._known[path]
+
+
+def record_key(clip: Clip, dimension: str, networks: Networks, contents: Contents) -> str:
+    """What a record depends on, as one digest."""
+    with_image = dimension in IMAGE_DIMENSIONS and clip.item.image is not None
+    return digest(
+        {
+            "format": FORMAT,
+            "dimension": dimension,
+            "video": contents.of(clip.item.video),
+            "image": contents.of(clip.item.image) if with_image else None,
+            "camera": clip.item.camera if dimension == "camera_motion" else None,
+            "backbones": networks.backbones.name,
+            "identity": networks.identity.get(dimension),
+        }
+    )
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """Key -> record of every file of records in a folder; what a killed run left unfinished does not count.
+
+    Raises:
+        ArtifactError: a damaged line that is not the last one.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                found[record["key"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArtifactError(
+                    f"{path}: line {number} is damaged ({error}); delete the line, what it held is computed again"
+                ) from error
+    return found
+
+
+class Appender:
+    """A file of records that this process alone appends to."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise ArtifactError(f"{path} is being written by another process; wait for it, or end it") from error
+        content = path.read_bytes()
+        os.ftruncate(self._file, content.rfind(b"\n") + 1)
+
+    def append(self, record: dict) -> None:
+        """Add one line in one write: a killed process leaves it whole, or cut short at the end of the file."""
+        line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
+        if os.write(self._file, line) != len(line):
+            raise ArtifactError("a record could not be written as a whole; is the disk full?")
+
+    def close(self) -> None:
+        """Hand the file to the disk and let go of it."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+
+class _Clip:
+    """A video as the dimensions see it: decoded once for all of them if it is small, and each time if it is not."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    @cached_property
+    def video(self) -> Video:
+        streamed = open_video(self._path)
+        if streamed.count * streamed.height * streamed.width * 3 > _KEPT_BYTES:
+            return streamed
+        frames = list(streamed.source())
+        return Video(streamed.fps, streamed.count, streamed.height, streamed.width, lambda: iter(frames))
+
+
+def run(
+    clips: Sequence[Clip],
+    networks: Networks,
+    folder: Path,
+    part: Part | None = None,
+    allow_damaged: bool = False,
+    allow_absent: bool = False,
+    dimensions: Mapping[str, Dimension] = DIMENSIONS,
+    not_computed: Mapping[str, str] | None = None,
+    label: str = "vbench",
+) -> Outcome:
+    """Measure what no record is there for.
+
+    Args:
+        clips: all videos, in the same order for every part.
+        networks: the backbones.
+        folder: of files of records, which other processes may be writing to as well, each to its own.
+        part: which of the videos; None: all.
+        allow_damaged: note videos that cannot be used, and go on.
+        allow_absent: note networks that cannot be had, and go on.
+        dimensions: what measures.
+        not_computed: dimension -> why it cannot be computed, where that is known already.
+        label: of the progress.
+
+    Raises:
+        ArtifactError: a video is damaged or a network absent; what was measured before is kept.
+        Interruption: asked to end; what was measured is kept.
+    """
+    work = _Work(networks, folder, part or Part(), dimensions, allow_damaged, allow_absent)
+    work.outcome.not_computed |= not_computed or {}
+    mine = work.part.share(clips)
+    progress = Progress(sum(len(clip.dimensions) for clip in mine), label)
+    with Interruption.watch() as request, work:
+        for clip in mine:
+            opened = _Clip(clip.item.video)
+            for name in clip.dimensions:
+                if request.requested:
+                    raise Interruption(f"{label}: {work.outcome.computed} new records are in {folder}")
+                work.measure(clip, name, opened)
+                progress.update()
+    progress.close()
+    return work.outcome
+
+
+class _Work:
+    """One process's part: what is known, what is being written, and what came of it."""
+
+    def __init__(
+        self,
+        networks: Networks,
+        folder: Path,
+        part: Part,
+        dimensions: Mapping[str, Dimension],
+        allow_damaged: bool,
+        allow_absent: bool,
+    ):
+        self.outcome, self.part = Outcome(), part
+        self._networks, self._folder, self._dimensions = networks, folder, dimensions
+        self._allow_damaged, self._allow_absent = allow_damaged, allow_absent
+        self._contents, self._files = Contents(), {}
+        self._known = set(read_records(folder))
+
+    def __enter__(self) -> "_Work":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def measure(self, clip: Clip, name: str, opened: _Clip) -> None:
+        """Measure one video on one dimension, unless that is done or known to be impossible."""
+        path = clip.item.video
+        if name in self.outcome.not_computed or path.name in self.outcome.damaged:
+            return  # said once
+        key = record_key(clip, name, self._networks, self._contents)
+        if key in self._known:
+            self.outcome.found += 1
+            return
+        video_known = False
+        try:
+            video = opened.video
+            video_known = True
+            measured = self._dimensions[name].measure(video, clip.item, self._networks.backbones)
+            _finite(path, name, measured)
+        except NotComputed as error:
+            if not self._allow_absent:
+                raise ArtifactError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
+            self.outcome.not_computed[name] = str(error)
+            return
+        except ArtifactError as error:
+            if not self._allow_damaged:
+                raise ArtifactError(f"{error}. Or {_LEAVE_OUT}") from error
+            self.outcome.damaged[f"{path.name}, {name}" if video_known else path.name] = str(error)
+            return
+        self._file(name).append({"key": key, "dimension": name, "video": path.name, **measured})
+        self._known.add(key)
+        self.outcome.computed += 1
+
+    def _file(self, name: str) -> Appender:
+        if name not in self._files:
+            share = f"{self.part.number}-of-{self.part.of}"
+            self._files[name] = Appender(self._folder / f"{name}.{share}.jsonl")
+        return self._files[name]
+
+
+def _finite(path: Path, name: str, measured: dict) -> None:
+    if not math.isfinite(measured["video_results"]):
+        raise ArtifactError(
+            f"{path}: {name} is {measured['video_results']}; look at the video, it has no usable frames"
+        )
+
+
+def gather(clips: Iterable[Clip], networks: Networks, folder: Path) -> dict[str, list[tuple[Clip, dict]]]:
+    """Look up the records of videos: dimension -> (video, record) in the order of the videos, whoever made them."""
+    known, contents = read_records(folder), Contents()
+    found: dict[str, list[tuple[Clip, dict]]] = {}
+    for clip in clips:
+        for name in clip.dimensions:
+            if (record := known.get(record_key(clip, name, networks, contents))) is not None:
+                found.setdefault(name, []).append((clip, record))
+    return found

@@ -1,0 +1,121 @@
+"""The videos of a prompt suite: five for each prompt, each from its own seed, in any number of jobs."""
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vpae.artifacts import ArtifactError, sha256, write_json
+from vpae.data.video import VideoInfo, write_video
+from vpae.evaluation.vbench.scores import COLUMNS
+from vpae.evaluation.vbench.suite import SEED_RULE, image_folder, read_suite, seed_of
+from vpae.models.wan import GEOMETRY
+from vpae.parts import Part
+from vpae.placement import Placement, load_placed
+from vpae.progress import Progress
+from vpae.sampling import animate
+from vpae.training.preemption import Interruption
+
+NOTE = "sampling.json"  # stands beside the videos, and is copied into their scores
+CRF = 10  # what VBench-I2V asks for
+
+
+def sample_suite(
+    model: Path,
+    suite: Path,
+    images: Path,
+    out: Path,
+    *,
+    dimensions: Collection[str] = tuple(COLUMNS),
+    steps: int = 1,
+    guidance_scale: float = 1.0,
+    ratio: str = "auto",
+    samples: int = 5,
+    part: Part | None = None,
+) -> int:
+    """Animate a suite's images with a pipeline; videos that are there are kept.
+
+    Args:
+        model: a pipeline folder with its geometry.
+        suite: VBench's prompt suite.
+        images: VBench's `data/crop`, or a folder of the images themselves.
+        out: where `{prompt}-{j}.mp4` and the note on how they were made go.
+        dimensions: only prompts of these are animated.
+        steps: network steps.
+        guidance_scale: w in u + w (c - u); 1 = off.
+        ratio: which of the crops.
+        samples: videos per prompt.
+        part: which of the videos.
+
+    Returns:
+        how many videos were made now.
+
+    Raises:
+        FileNotFoundError: model, suite or images are missing.
+        ArtifactError: the folder holds videos made with other settings.
+        Interruption: asked to end; finished videos are kept.
+    """
+    if not (model / GEOMETRY).is_file():
+        raise FileNotFoundError(f"{model / GEOMETRY}: missing; give a pipeline folder that vpae has made")
+    geometry = json.loads((model / GEOMETRY).read_text())
+    size = VideoInfo(geometry["width"], geometry["height"], geometry["fps"], 1)
+    prompts = read_suite(suite)
+    folder, ratio = image_folder(images, ratio, size, model)
+    wanted = [(i, p, j) for i, p in enumerate(prompts) if set(p.dimensions) & set(dimensions) for j in range(samples)]
+    if absent := [p.image_name for _, p, _ in wanted if not (folder / p.image_name).is_file()]:
+        raise FileNotFoundError(f"{folder}: {len(set(absent))} of the suite's images missing, e.g. {absent[0]!r}")
+    _note(out, model, suite, geometry, steps, guidance_scale, ratio)
+    mine, made, pipeline = (part or Part()).share(wanted), 0, None
+    progress = Progress(len(mine), "sample")
+    with Interruption.watch() as request:
+        for i, prompt, j in mine:
+            target = out / f"{prompt.text}-{j}.mp4"
+            if not target.is_file():
+                pipeline = pipeline or load_placed(model, Placement(), "cuda" if torch.cuda.is_available() else "cpu")
+                frames = _animate(
+                    pipeline, folder / prompt.image_name, prompt.text, steps, guidance_scale, i, j, geometry
+                )
+                temporary = out / f".{os.getpid()}.mp4"
+                write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
+                temporary.replace(target)
+                made += 1
+            progress.update()
+            if request.requested:
+                raise Interruption(f"sample: {made} new videos are in {out}")
+    progress.close()
+    return made
+
+
+@torch.no_grad()
+def _animate(
+    pipeline, image: Path, text: str, steps: int, guidance: float, i: int, j: int, geometry: dict
+) -> np.ndarray:
+    with Image.open(image) as opened:
+        picture = opened.convert("RGB").resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
+    return animate(pipeline, picture, text, steps, guidance, seed_of(i, j), geometry["frames"])
+
+
+def _note(out: Path, model: Path, suite: Path, geometry: dict, steps: int, guidance: float, ratio: str) -> None:
+    """Say how the videos are made, and refuse to mix them with others."""
+    weights = sorted((model / "transformer").glob("*.safetensors"))
+    note = {
+        "transformer_sha256": {path.name: sha256(path) for path in weights},
+        "steps": steps,
+        "guidance_scale": guidance,
+        "geometry": geometry,
+        "seed_rule": SEED_RULE,
+        "suite_sha256": sha256(suite),
+        "ratio": ratio,
+        "codec": f"h264, crf {CRF}",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / NOTE
+    if not path.is_file():
+        write_json(path, note)
+    elif (found := json.loads(path.read_text())) != note:
+        other = ", ".join(key for key in note if found.get(key) != note[key])
+        raise ArtifactError(f"{path}: the videos there were made with another {other}; choose another folder")

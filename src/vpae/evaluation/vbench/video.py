@@ -1,0 +1,104 @@
+"""A generated video as a stream of frames: no measure holds a whole clip as floating point at full size.
+
+Axes: N frames of a chunk, T frames of the video, H height, W width, 3 colours (RGB).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpae.artifacts import ArtifactError
+from vpae.data.video import VideoError, _pyav_frames, probe
+
+CHUNK = 8  # frames, of which 8 x 720p are 88 MB as float32
+
+
+@dataclass(frozen=True)
+class Video:
+    """What VBench reads of a video: every frame, at its own size.
+
+    Attributes:
+        fps: frames per second.
+        count: frames T.
+        height: pixels, upright.
+        width: pixels, upright.
+        source: starts to decode from the first frame at each call; yields uint8 (H, W, 3).
+    """
+
+    fps: float
+    count: int
+    height: int
+    width: int
+    source: Callable[[], Iterator[np.ndarray]]
+
+    def frames(self, every: int = 1) -> Iterator[Tensor]:
+        """Frames 0, `every`, 2 `every`, ... as uint8 (3, H, W)."""
+        for number, frame in enumerate(self.source()):
+            if number % every == 0:
+                yield torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Tensor]:
+        """All frames, `size` at a time (the last chunk may be shorter), as uint8 (N, 3, H, W)."""
+        kept: list[Tensor] = []
+        for frame in self.frames():
+            kept.append(frame)
+            if len(kept) == size:
+                chunk, kept = torch.stack(kept), []
+                yield chunk
+        if kept:
+            yield torch.stack(kept)
+
+
+def open_video(path: Path) -> Video:
+    """A video file, checked to be whole as far as its index tells; decoded by PyAV when its frames are asked for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: unreadable or truncated; also raised by the streams, when fewer frames can be decoded than the
+            index lists.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such video; generate it, or leave it out of the suite")
+    try:
+        info = probe(path)
+        listed, present = _packets(path)
+    except VideoError as error:
+        raise ArtifactError(f"{path}: {error}; truncated or no video? Generate it again") from error
+    if present < listed:
+        raise ArtifactError(f"{path}: truncated, {present} of {listed} frames; generate it again")
+
+    def decode() -> Iterator[np.ndarray]:
+        decoded = 0
+        try:
+            for frame in _pyav_frames(path):
+                decoded += 1
+                yield frame
+        except VideoError as error:
+            raise ArtifactError(f"{path}: {error} after {decoded} of {present} frames; generate it again") from error
+        if decoded != present:
+            raise ArtifactError(f"{path}: damaged, only {decoded} of {present} frames decode; generate it again")
+
+    return Video(info.fps, present, info.height, info.width, decode)
+
+
+def _packets(path: Path) -> tuple[int, int]:
+    """Frames that the header promises (as many as found, where it promises nothing) and that the file holds; read
+    without decoding."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            shown = [not packet.is_discard for packet in container.demux(stream) if packet.size]
+            return stream.frames - (len(shown) - sum(shown)) if stream.frames else sum(shown), sum(shown)
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"unreadable: {error.strerror}") from error
+
+
+def video_of(frames_THW3: np.ndarray, fps: float) -> Video:
+    """A video from uint8 frames in memory."""
+    count, height, width, _ = frames_THW3.shape
+    return Video(fps, count, height, width, lambda: iter(frames_THW3))

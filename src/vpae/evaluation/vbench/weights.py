@@ -1,0 +1,208 @@
+"""The weight files of the official backbones: one folder, one manifest, a check that needs no network.
+
+Nothing is fetched inside a job: `vpae evaluation weights --fetch` runs where there is internet, the rest reads the
+folder.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from vpae.artifacts import ArtifactError, digest, file_hashes, sha256
+
+_TIMEOUT = 60  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One file of the manifest.
+
+    Attributes:
+        file: its name in the folder.
+        dimensions: which dimensions read it; none: the prompt suite.
+        url: where it, or the archive that holds it, is published.
+        size: in bytes; None: not known to us.
+        sha256: hex digest, or the leading digits of it that its publisher states; None: not known to us.
+        licence: of the file.
+        member: its path in the archive; empty: the URL is the file itself.
+        contains: what has to be in it, where it is a folder that its own package fills; see `install`.
+        package: the Python package that reads it, which the user installs; empty: vpae itself does.
+        install: the command for that.
+    """
+
+    file: str
+    dimensions: tuple[str, ...]
+    url: str
+    size: int | None
+    sha256: str | None
+    licence: str
+    member: str = ""
+    contains: tuple[str, ...] = ()
+    package: str = ""
+    install: str = ""
+
+    def problem(self, root: Path) -> str:
+        """What is wrong with the file in `root`; empty: nothing that we can see."""
+        path = root / self.file
+        if self.contains:
+            lacking = [name for name in self.contains if not (path / name).exists()]
+            return f"{', '.join(lacking)} missing" if lacking else ""
+        if not path.is_file():
+            return "missing"
+        if self.size is not None and path.stat().st_size != self.size:
+            return f"{path.stat().st_size:,} bytes instead of {self.size:,}"
+        if self.sha256 is not None and not (found := _sha256(path)).startswith(self.sha256):
+            return f"sha256 {found} instead of {self.sha256}{'...' if len(self.sha256) < 64 else ''}"
+        return ""
+
+
+@cache
+def manifest() -> tuple[Weight, ...]:
+    """The files that the official backbones read, and the prompt suite."""
+    entries = json.loads((files("vpae.evaluation.vbench") / "manifest.json").read_text(encoding="utf-8"))
+    lists = ("dimensions", "contains")
+    return tuple(Weight(**{k: tuple(v) if k in lists else v for k, v in entry.items()}) for entry in entries)
+
+
+def needed(dimensions: Iterable[str]) -> list[Weight]:
+    """The files that some dimensions read."""
+    wanted = set(dimensions)
+    return [weight for weight in manifest() if wanted & set(weight.dimensions)]
+
+
+def problems(root: Path, weights: Iterable[Weight]) -> dict[str, str]:
+    """File -> what is wrong with it, for those that cannot be used; reads the files, and no network."""
+    found = {weight.file: weight.problem(root) for weight in weights}
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def absent(root: Path, dimensions: Iterable[str]) -> dict[str, str]:
+    """Dimension -> why its weight files cannot be used, with the remedy; empty: all are there and as published."""
+    found = problems(root, needed(dimensions))
+    why = {}
+    for dimension in dimensions:
+        bad = [f"{w.file} ({found[w.file]})" for w in needed([dimension]) if w.file in found]
+        if bad:
+            why[dimension] = (
+                f"weights in {root}: {', '.join(bad)}; run `vpae evaluation weights --fetch --root {root}` "
+                "where there is internet, or copy the file there"
+            )
+    return why
+
+
+def identities(root: Path, dimensions: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Dimension -> {file: sha256} of the weights that are there; part of what a record depends on."""
+    digests = {w.file: _identity(root / w.file) for w in needed(dimensions) if (root / w.file).exists()}
+    return {name: {w.file: digests[w.file] for w in needed([name]) if w.file in digests} for name in dimensions}
+
+
+def _identity(path: Path) -> str:
+    return digest(file_hashes(path)) if path.is_dir() else _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    state = path.stat()
+    return _sha256_of(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256_of(path: Path, _size: int, _changed: int) -> str:
+    """Two gigabytes are not read twice in one process."""
+    return sha256(path)
+
+
+def report(root: Path) -> tuple[str, bool]:
+    """A table of all files for people, and whether all can be used: weights and the packages that read them."""
+    found = problems(root, manifest())
+    lines = [f"weights in {root}"]
+    lacking = sorted({w.package for w in manifest() if w.package and importlib.util.find_spec(w.package) is None})
+    for weight in manifest():
+        unknown = " (no published digest to compare with)" if weight.sha256 is None else ""
+        lines.append(f"{weight.file}: {found.get(weight.file) or f'ok{unknown}'}")
+        lines.append(f"    for {', '.join(weight.dimensions) or 'the prompt suite'}; {weight.licence}")
+        if weight.file in found:
+            place = f"{weight.url} ({weight.member} in it)" if weight.member else weight.url
+            lines += [f"    from {place}", f"    to   {root / weight.file}"]
+            if weight.contains:
+                lines.append(f"    by   {_filling(root, weight)}")
+        if weight.package in lacking:
+            lines.append(f"    read by the package {weight.package}, which is not installed: {weight.install}")
+    if found:
+        lines.append(f"{len(found)} of {len(manifest())} are missing or wrong")
+    if lacking:
+        lines.append(f"packages not installed: {', '.join(lacking)}; without them their dimensions are not computed")
+    return "\n".join(lines), not found and not lacking
+
+
+def _filling(root: Path, weight: Weight) -> str:
+    """The command by which a package fills its own folder."""
+    call = f"{weight.package}(pretrained=True, device='cpu', cache_dir='{root / weight.file}')"
+    return f'python -c "from {weight.package} import {weight.package}; {call}"'
+
+
+def fetch(root: Path, weights: Iterable[Weight] | None = None, urls: Mapping[str, str] | None = None) -> list[str]:
+    """Download what is missing or wrong, and verify it.
+
+    Args:
+        root: the folder.
+        weights: which files; None: all of the manifest.
+        urls: file -> address to use in place of the manifest's, for a mirror.
+
+    Returns:
+        the names of the files that were fetched.
+
+    Raises:
+        ArtifactError: a download that failed, or is not what was published; what was there before stays.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    fetched = []
+    for weight in manifest() if weights is None else weights:
+        if not weight.problem(root):
+            continue
+        if weight.contains:
+            print(f"{weight.file}: its own package fetches it: {_filling(root, weight)}", file=sys.stderr)
+            continue
+        url = (urls or {}).get(weight.file, weight.url)
+        print(f"fetching {url}", file=sys.stderr)
+        staging = root / f".{weight.file}.part"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            _download(url, staging / (f"{weight.file}.zip" if weight.member else weight.file))
+            if weight.member:
+                _extract(staging / f"{weight.file}.zip", weight.member, staging / weight.file)
+            if wrong := weight.problem(staging):
+                raise ArtifactError(f"{url}: {wrong}; nothing was installed. Has it been replaced at its source?")
+            (staging / weight.file).replace(root / weight.file)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        fetched.append(weight.file)
+    return fetched
+
+
+def _download(url: str, target: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, target.open("wb") as file:
+            shutil.copyfileobj(response, file, 1 << 20)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ArtifactError(
+            f"{url}: {reason}; fetch it by other means, then `vpae evaluation weights --check`"
+        ) from None
+
+
+def _extract(archive: Path, member: str, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(archive) as content, content.open(member) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ArtifactError(f"{archive.name}: no {member} in it ({error})") from None
