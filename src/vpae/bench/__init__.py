@@ -1,0 +1,1 @@
+"""Measurements: sampling latency, training steps, encoding throughput, and the memory they take."""

@@ -1,0 +1,25 @@
+"""How fast clips become latents: what the stage `latents` does for each of them."""
+
+import torch
+
+from vpae.bench.measure import timed
+from vpae.bench.networks import Components
+from vpae.config import Experiment
+from vpae.models.wan import decode_latents, encode_condition, encode_video
+
+
+@torch.no_grad()
+def measure_vae(settings: Experiment, parts: Components, device: torch.device, batch: int, repeats: int) -> dict:
+    """Encoding of videos and of their conditions, and decoding, in frames per second."""
+    g = settings.geometry
+    video_B3THW = torch.rand(batch, 3, g.frames, g.height, g.width, device=device) * 2 - 1
+    latents = encode_video(parts.vae, video_B3THW)
+    work = {
+        "encode": lambda: encode_video(parts.vae, video_B3THW),
+        "condition": lambda: encode_condition(parts.vae, video_B3THW[:, :, 0], g.frames),
+        "decode": lambda: decode_latents(parts.vae, latents),
+    }
+    found = {name: timed(run, device, repeats) for name, run in work.items()}
+    for row in found.values():
+        row["frames_per_second"] = batch * g.frames / row["seconds"]
+    return {"batch": batch, **found}

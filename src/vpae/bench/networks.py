@@ -1,0 +1,122 @@
+"""The networks that are measured: a teacher's own, or ones of the same shapes with random weights, made on the device.
+
+How long a network takes does not depend on its weights' values.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+
+from vpae.config import Experiment
+from vpae.experiment import Source, stage_folder
+from vpae.models.wan import Condition, first_frame_mask, load_pipeline
+from vpae.planning.counting import Sequence
+from vpae.planning.network import Network, Pipeline, build_encoders
+
+LARGE = 1_000_000_000  # parameters of a transformer from which on it is sampled in bfloat16
+
+
+@dataclass
+class Components:
+    """A pipeline's networks on a device."""
+
+    transformer: WanTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: nn.Module
+    image_encoder: nn.Module
+
+
+@contextmanager
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_transformer(network: Network, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A transformer with random weights that are drawn on the device; norms, modulation and time stay float32.
+
+    Nothing passes through the machine's own memory, and no second copy is made: 16.4B weights take 33 GB in bfloat16.
+    """
+    with _by_default(dtype):
+        model = network.build(device)
+    exact = WanTransformer3DModel._keep_in_fp32_modules
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name.split(".") for part in exact):
+                parameter.data = parameter.data.float()
+            elif parameter.dim() > 1:
+                # Small enough that forty residual blocks do not overflow.
+                parameter.normal_(std=0.02)
+    return model
+
+
+def random_components(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) -> Components:
+    """All networks of a pipeline with random weights; VAE and image encoder in float32, as for sampling."""
+    with _by_default(dtype):
+        text_encoder = build_encoders(pipeline, device, ("text_encoder",))["text_encoder"]
+    others = build_encoders(pipeline, device, ("vae", "image_encoder"))
+    transformer = random_transformer(pipeline.transformer, device, dtype)
+    parts = Components(transformer, others["vae"], text_encoder, others["image_encoder"])
+    for module in (parts.transformer, parts.vae, parts.text_encoder, parts.image_encoder):
+        module.requires_grad_(False).eval()
+    return parts
+
+
+def found_components(source: Source, results: Path, device: torch.device, dtype: torch.dtype) -> Components:
+    """The networks of the experiment's teacher, as the stage `teacher` made or fetched it.
+
+    Raises:
+        FileNotFoundError: there is none; the message names the two remedies.
+    """
+    folder = stage_folder(source, "teacher", results)
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline: run `vpae teacher --config {source.path}`, or measure with --random-weights"
+        )
+    dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
+    pipeline = load_pipeline(folder, dtypes).to(device)
+    parts = Components(pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder)
+    for module in (parts.transformer, parts.vae, parts.text_encoder, parts.image_encoder):
+        module.requires_grad_(False).eval()
+    return parts
+
+
+def sampling_dtype(network: Network, parameters: int, device: torch.device) -> torch.dtype:
+    """bfloat16 for large transformers on a GPU, else float32."""
+    return torch.bfloat16 if parameters >= LARGE and device.type == "cuda" else torch.float32
+
+
+def random_condition(
+    settings: Experiment, network: Network, tokens: Sequence, batch: int, device: torch.device
+) -> Condition:
+    """A condition of the right shapes; the captions' ends are zeros, as padding is."""
+    frames, height, width = settings.geometry.latent_shape
+    rng = torch.Generator(device).manual_seed(settings.seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=device)
+
+    text = draw(batch, tokens.text, network.text_dim)
+    text[:, tokens.text // 2 :] = 0
+    mask = first_frame_mask(batch, frames, height, width).to(device)
+    return Condition(
+        frame_BCFHW=torch.cat([mask, draw(batch, 16, frames, height, width)], dim=1),
+        image_BND=draw(batch, tokens.image, network.image_dim),
+        text_BLD=text,
+        empty_text_LD=torch.cat([text[0, :1], torch.zeros_like(text[0, 1:])]),
+    )
+
+
+def random_latents(settings: Experiment, batch: int, device: torch.device) -> Tensor:
+    """Latents (B, 16, F, H, W) of the right shape."""
+    rng = torch.Generator(device).manual_seed(settings.seed + 1)
+    return torch.randn((batch, 16, *settings.geometry.latent_shape), generator=rng, device=device)

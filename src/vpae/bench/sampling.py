@@ -1,0 +1,172 @@
+"""How long a video takes: the network steps, and all from image and prompt to an mp4, part by part."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vpae.bench.measure import matmul_peak, seconds_of, timed
+from vpae.bench.networks import Components, random_condition
+from vpae.config import Experiment
+from vpae.data.video import write_video
+from vpae.models.wan import decode_latents, encode_condition, predict_x0
+from vpae.planning.counting import Sequence, transformer_flops
+from vpae.planning.network import Network
+from vpae.sampling import euler
+
+LONG_SECONDS = 60.0  # a row that takes longer is timed once: a hundred evaluations are their own average
+
+
+class Bench:
+    """Times one pipeline's networks at an experiment's geometry.
+
+    Args:
+        settings: the experiment.
+        parts: the networks, on the device.
+        network, tokens: their shape, and a clip's tokens.
+        device: where they are.
+        repeats: timed runs; the median counts.
+    """
+
+    def __init__(
+        self,
+        settings: Experiment,
+        parts: Components,
+        network: Network,
+        tokens: Sequence,
+        device: torch.device,
+        repeats: int,
+    ):
+        self.settings, self.parts, self.network, self.tokens = settings, parts, network, tokens
+        self.device, self.repeats = device, repeats
+        self.dtype = parts.transformer.dtype
+        self.flops = transformer_flops(network, tokens).forward
+        self.peak = matmul_peak(device, self.dtype)
+        parts.transformer.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
+
+    @torch.no_grad()
+    def evaluations(self, batch_sizes: tuple[int, ...], attention: tuple[str, ...], compiled: bool) -> list[dict]:
+        """One network evaluation for each attention backend and batch size, eager and, if wanted, compiled."""
+        model, rows = self.parts.transformer, []
+        for mode in ("eager", "compiled") if compiled else ("eager",):
+            if mode == "compiled":
+                model.compile_repeated_blocks()
+            for backend in attention:
+                for batch in batch_sizes:
+                    row = {"attention": backend, "mode": mode, "batch": batch}
+                    rows.append(row | self._evaluation(backend, batch))
+        _uncompile(model)
+        model.set_attention_backend("native")
+        return rows
+
+    def _evaluation(self, backend: str, batch: int) -> dict:
+        try:
+            self.parts.transformer.set_attention_backend(backend)
+            work = self._prediction(batch)
+            found = timed(work, self.device, self.repeats, warmup=2)
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            # A backend that is not installed or not for this device, or too large a batch, ends no measurement.
+            return {"skipped": (str(error).splitlines() or [type(error).__name__])[0]}
+        rate = batch * self.flops / found["seconds"]
+        return {**found, "seconds_per_nfe_and_video": found["seconds"] / batch, "share_of_peak": rate / self.peak}
+
+    def _prediction(self, batch: int) -> Callable[[], Tensor]:
+        shape = (batch, 16, *self.settings.geometry.latent_shape)
+        condition = random_condition(self.settings, self.network, self.tokens, batch, self.device)
+        noise, one = torch.randn(shape, device=self.device), torch.ones(batch, device=self.device)
+        return lambda: predict_x0(self.parts.transformer, noise, one, condition)
+
+    @torch.no_grad()
+    def videos(self, steps: tuple[int, ...], guidance: float) -> list[dict]:
+        """One video end to end for each number of steps; those of several steps are guided, as teachers sample."""
+        rows = []
+        for number in steps:
+            w = 1.0 if number == 1 else guidance
+            nfe = number * (1 if w == 1.0 else 2)
+            self._video(1, 1.0)  # nothing is timed cold
+            runs = [self._video(number, w)]
+            while len(runs) < self.repeats and sum(runs[0].values()) < LONG_SECONDS:
+                runs.append(self._video(number, w))
+            found = {part: median(run[part] for run in runs) for part in runs[0]}
+            rows.append(
+                {
+                    "steps": number,
+                    "guidance": w,
+                    "nfe": nfe,
+                    "runs": len(runs),
+                    "seconds": found,
+                    "total_seconds": sum(found.values()),
+                    "diffusion_seconds_per_nfe": found["diffusion"] / nfe,
+                    "diffusion_share_of_peak": nfe * self.flops / found["diffusion"] / self.peak,
+                }
+            )
+        return rows
+
+    def _video(self, steps: int, guidance: float) -> dict[str, float]:
+        """Seconds of each part of one video."""
+        geometry, parts, device = self.settings.geometry, self.parts, self.device
+        first_B3HW = torch.rand(1, 3, geometry.height, geometry.width, device=device) * 2 - 1
+        ids = torch.ones(1, self.tokens.text, dtype=torch.long, device=device)
+        pixels = torch.rand(1, 3, *_image_size(parts.image_encoder), device=device)
+        condition = random_condition(self.settings, self.network, self.tokens, 1, device)
+        noise = torch.randn(1, 16, *geometry.latent_shape, device=device)
+        result: dict[str, Tensor] = {}
+
+        def encode_text() -> None:
+            for _ in range(1 if guidance == 1.0 else 2):
+                parts.text_encoder(input_ids=ids, attention_mask=ids)
+
+        def diffuse() -> None:
+            result["latents"] = euler(parts.transformer, noise, condition, steps, self.settings.teacher.shift, guidance)
+
+        def decode() -> None:
+            result["frames"] = decode_latents(parts.vae, result["latents"])[0].cpu()
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                frames: np.ndarray = result["frames"].numpy()
+                write_video(Path(folder) / "clip.mp4", frames, geometry.fps, self.settings.samples.crf, False)
+
+        work = {
+            "text": encode_text,
+            "image": lambda: parts.image_encoder(pixel_values=pixels, output_hidden_states=True),
+            "condition": lambda: encode_condition(parts.vae, first_B3HW, geometry.frames),
+            "diffusion": diffuse,
+            "decode": decode,
+            "mp4": write,
+        }
+        return {name: seconds_of(run, device) for name, run in work.items()}
+
+
+def ratios(videos: list[dict]) -> dict[str, float]:
+    """Diffusion time of the most network evaluations over that of the fewest, and of the whole."""
+    few, many = (choose(videos, key=lambda row: row["nfe"]) for choose in (min, max))
+    return {
+        "nfe": many["nfe"] / few["nfe"],
+        "diffusion": many["seconds"]["diffusion"] / few["seconds"]["diffusion"],
+        "end_to_end": many["total_seconds"] / few["total_seconds"],
+    }
+
+
+def _image_size(encoder: nn.Module) -> tuple[int, int]:
+    side = encoder.config.image_size
+    return side, side
+
+
+def _in_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Latents and embeddings in the number format of the weights, as the pipeline gives them."""
+
+    def cast(name: str, value):
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(transformer.dtype) if floating and name != "timestep" else value
+
+    return args, {name: cast(name, value) for name, value in kwargs.items()}
+
+
+def _uncompile(model: nn.Module) -> None:
+    for module in model.modules():
+        module._compiled_call_impl = None

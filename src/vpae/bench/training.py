@@ -1,0 +1,188 @@
+"""What a training step of each phase takes: seconds, tokens per second, utilisation, memory; and two comparisons.
+
+The phases are the real ones, on networks of the teacher's shape with random weights: neither teacher nor latents need
+be there. One process; what several do together is for `vpae plan`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import nn
+
+from vpae.bench.measure import free_memory, held_bytes, matmul_peak, peak_of, seconds_of
+from vpae.bench.networks import random_condition, random_latents, random_transformer
+from vpae.config import Experiment
+from vpae.distill.equilibrium import EquilibriumPhase
+from vpae.distill.priming import PrimingPhase
+from vpae.models.adapters import STUDENT, SharedBase
+from vpae.models.wan import default_taps
+from vpae.planning.counting import Sequence
+from vpae.planning.footprint import footprint, with_switches
+from vpae.planning.network import Network, build_head
+from vpae.planning.workload import turn_flops, turns_of
+from vpae.training.ema import update_ema
+from vpae.training.randomness import generator_for
+from vpae.training.sharding import clip_gradients, run_again
+
+
+@dataclass
+class Workbench:
+    """One phase on one device, and a batch of random latents for it."""
+
+    settings: Experiment
+    phase: PrimingPhase | EquilibriumPhase
+    network: Network
+    tokens: Sequence
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.training = getattr(self.settings, self.phase.name).training
+        size = self.training.batch_size
+        condition = random_condition(self.settings, self.network, self.tokens, size, self.device)
+        self.batch = random_latents(self.settings, size, self.device), condition
+        if self.training.sharding.activation_checkpointing:
+            for network in self.phase.networks.values():
+                network.enable_gradient_checkpointing(run_again)
+
+    def update(self, turn: str) -> None:
+        """One optimiser step of one role, as the training loop makes it, of one micro-batch."""
+        role = self.phase.roles[turn]
+        for name, other in self.phase.roles.items():
+            other.require_gradients(name == turn)
+        rng = generator_for(self.device, self.settings.seed, "bench", turn)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.mixed_precision == "bf16"):
+            loss, _ = self.phase.loss(turn, self.batch, rng, 0)
+        loss.backward()
+        clip_gradients(role.parameters(), role.settings.max_grad_norm)
+        role.optimizer.step()
+        for other in self.phase.roles.values():
+            other.optimizer.zero_grad(set_to_none=True)
+            other.require_gradients(True)
+        if turn == self.phase.main:
+            update_ema(self.phase.ema, role.module, self.training.ema_decay)
+
+    def held(self) -> int:
+        """Bytes of all networks and optimisers."""
+        phase = self.phase
+        modules = [phase.ema, *phase.networks.values(), *(role.module for role in phase.roles.values())]
+        return held_bytes(modules, [role.optimizer for role in phase.roles.values()])
+
+
+def build_phase(
+    settings: Experiment, name: str, network: Network, device: torch.device
+) -> PrimingPhase | EquilibriumPhase:
+    """A phase of the real class on networks with random weights."""
+    config = getattr(settings, name)
+    bf16 = config.training.mixed_precision == "bf16"
+    frozen = random_transformer(network, device, torch.bfloat16 if bf16 else torch.float32)
+
+    def whole() -> nn.Module:
+        return random_transformer(network, device, torch.float32)
+
+    if name == "priming":
+        shared = SharedBase(frozen, config.fake_lora if config.fake_form == "lora" else "copy")
+        generator = whole() if config.student_lora is None else shared.add(STUDENT, config.student_lora)
+        return PrimingPhase(config, settings.teacher.shift, generator, shared)
+    taps = config.head.taps or default_taps(network.layers)
+    head = build_head(config.head, network, len(taps), device)
+    if config.student_lora is None:
+        return EquilibriumPhase(config, settings.teacher.shift, whole(), frozen, head, taps)
+    shared = SharedBase(frozen)
+    generator = shared.add(STUDENT, config.student_lora)
+    return EquilibriumPhase(config, settings.teacher.shift, generator, shared.network(None), head, taps)
+
+
+def measure_phase(
+    settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device, repeats: int
+) -> dict:
+    """Seconds and memory of each turn of a phase, and of a whole step made of them."""
+    if reason := _too_large(settings, name, network, tokens, device):
+        return {"skipped": reason}
+    found = _measure(
+        Workbench(settings, build_phase(settings, name, network, device), network, tokens, device), repeats
+    )
+    free_memory(device)
+    return found
+
+
+def _measure(bench: Workbench, repeats: int) -> dict:
+    settings, name, network, tokens, device = (
+        bench.settings,
+        bench.phase.name,
+        bench.network,
+        bench.tokens,
+        bench.device,
+    )
+    training = bench.training
+    peak_rate = matmul_peak(device, torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32)
+    turns = {}
+    for turn in turns_of(settings, name):
+        bench.update(turn.role)  # makes the optimiser's state, and warms up
+        runs = [seconds_of(partial(bench.update, turn.role), device) for _ in range(repeats)]
+        flops = training.batch_size * turn_flops(settings, name, turn, network, tokens).model
+        turns[turn.role] = {
+            "per_step": turn.per_step,
+            "seconds": median(runs),
+            "model_flops": flops,
+            "utilisation": flops / median(runs) / peak_rate,
+        }
+    held = bench.held()
+    for role, row in turns.items():
+        row["peak_bytes"] = peak_of(partial(bench.update, role), device, held)
+    seconds = sum(row["per_step"] * row["seconds"] for row in turns.values())
+    flops = sum(row["per_step"] * row["model_flops"] for row in turns.values())
+    planned = footprint(_alone(settings, name), name, network, tokens, 1, fused_norm=device.type == "cuda").total
+    return {
+        "turns": turns,
+        "batch_size": training.batch_size,
+        "seconds_per_step": seconds,
+        "tokens_per_second": training.batch_size * tokens.video / seconds,
+        "model_flops_per_step": flops,
+        "utilisation": flops / seconds / peak_rate,
+        "matmul_flops_per_second": peak_rate,
+        "held_bytes": held,
+        "peak_bytes": max(row["peak_bytes"] for row in turns.values()),
+        "planned_bytes": planned,
+    }
+
+
+def _alone(settings: Experiment, name: str) -> Experiment:
+    """The settings with which a phase is measured: without accumulation, of which every micro-batch takes the same."""
+    return with_switches(settings, name, {"accumulate": 1})
+
+
+def _too_large(settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device) -> str:
+    """Why a phase is not measured on this GPU; empty if it is."""
+    if device.type != "cuda":
+        return ""
+    needed = footprint(_alone(settings, name), name, network, tokens, 1).total
+    there = torch.cuda.get_device_properties(device).total_memory
+    if needed <= there:
+        return ""
+    return f"needs about {needed / 1e9:.0f} GB, and the GPU has {there / 1e9:.0f} GB; see `vpae plan`"
+
+
+def compare_discriminators(
+    settings: Experiment, network: Network, tokens: Sequence, device: torch.device, repeats: int
+) -> dict:
+    """Equilibrium with the generator's EMA as the discriminator's backbone, against a fully trained copy."""
+    return _compare(settings, "equilibrium", "backbone", ("ema", "copy"), network, tokens, device, repeats)
+
+
+def compare_fakes(settings: Experiment, network: Network, tokens: Sequence, device: torch.device, repeats: int) -> dict:
+    """Priming with the fake model as an adapter on the teacher's weights, against a full copy of it."""
+    return _compare(settings, "priming", "fake_form", ("lora", "copy"), network, tokens, device, repeats)
+
+
+def _compare(settings, name, key, values, network, tokens, device, repeats) -> dict:
+    found = {}
+    for value in values:
+        section = getattr(settings, name).model_copy(update={key: value})
+        variant = settings.model_copy(update={name: section})
+        found[value] = measure_phase(variant, name, network, tokens, device, repeats)
+    ours, other = (found[value] for value in values)
+    if not any("skipped" in row for row in found.values()):
+        found["ratio"] = {what: other[what] / ours[what] for what in ("seconds_per_step", "held_bytes", "peak_bytes")}
+    return {"setting": f"{name}.{key}", **found}

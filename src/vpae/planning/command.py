@@ -1,0 +1,190 @@
+"""`vpae plan` and `vpae launch`: parse, delegate, print."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from vpae.experiment import ConfigError, load, stage_folder, upstream
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+PART_NAMES = {
+    "weights": "weights of all roles",
+    "gradients": "gradients (float32)",
+    "optimizer": "optimiser (Adam's two averages)",
+    "ema": "EMA",
+    "activations": "activations",
+    "working_weights": "weights gathered or cast to compute",
+    "never_together": "gradients come as activations go",
+    "overhead": "driver, libraries, fragmentation",
+    "total": "total",
+}
+
+
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    """The arguments of `vpae plan`."""
+    plan = commands.add_parser("plan", help="what an experiment needs: parameters, FLOPs, memory, GPU-hours, disk")
+    plan.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
+    plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    plan.add_argument("--gpus", type=int, default=8, help="GPUs of the whole job")
+    plan.add_argument("--gpu-memory", default="80GB", help="memory of each, as 80GB or 141GiB")
+    plan.add_argument("--interconnect", type=float, metavar="GB/S", help="of each GPU; else traffic takes no time")
+    plan.add_argument("--peak-tflops", type=float, default=989.0, help="of each GPU, dense bf16 (989: H100, H200 SXM)")
+    plan.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of the peak that a step reaches, recomputed operations included [assumption]",
+    )
+    plan.add_argument("--overhead", default="4GB", help="memory for driver, libraries, fragmentation [assumption]")
+    plan.add_argument("--json", action="store_true", help="print all figures as JSON")
+    plan.set_defaults(run=_plan)
+
+
+def add_launch(commands: argparse._SubParsersAction) -> None:
+    """The arguments of `vpae launch`."""
+    launch = commands.add_parser("launch", help="print a script that runs a phase on several nodes")
+    launch.add_argument("stage", choices=("priming", "equilibrium"))
+    launch.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
+    launch.add_argument("--nodes", type=int, default=2)
+    launch.add_argument("--gpus-per-node", type=int, default=8, help="0: two processes a node on CPUs, over gloo")
+    launch.add_argument("--launcher", choices=("torchrun", "accelerate"), default="torchrun")
+    launch.add_argument("--cpus-per-node", type=int, default=0, help="default: 8 for each GPU")
+    launch.add_argument("--hours", type=int, default=24, help="time limit; the state is saved before it is up")
+    launch.add_argument("--partition", default="", help="SLURM's partition")
+    launch.add_argument("--account", default="", help="SLURM's account")
+    launch.add_argument("--interface", default="", help="network interface of the first contact, e.g. ib0")
+    launch.add_argument("--port", type=int, default=29500, help="of the rendezvous on the first node")
+    launch.set_defaults(run=_launch)
+
+
+def parse_bytes(text: str, option: str) -> float:
+    """Bytes of `80GB`, `75 GiB` or `8e10`.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    try:
+        return float(found[1]) * UNITS[found[2]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{option} {text}: write a number with a unit, for instance 80GB") from error
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from vpae.planning.plan import Cluster, make_plan
+
+    if arguments.gpus < 1:
+        raise ConfigError(f"--gpus {arguments.gpus}: at least one")
+    for option, value in (("--utilisation", arguments.utilisation), ("--peak-tflops", arguments.peak_tflops)):
+        if value <= 0:
+            raise ConfigError(f"{option} {value:g}: must be positive")
+    cluster = Cluster(
+        arguments.gpus,
+        parse_bytes(arguments.gpu_memory, "--gpu-memory"),
+        arguments.interconnect * 1e9 if arguments.interconnect else None,
+        arguments.peak_tflops * 1e12,
+        arguments.utilisation,
+        parse_bytes(arguments.overhead, "--overhead"),
+    )
+    plan = make_plan(load(arguments.config, arguments.set), cluster)
+    print(json.dumps(plan, indent=2) if arguments.json else as_text(plan))
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    from vpae.planning.launch import Job, render
+
+    source = load(arguments.config)
+    job = Job(
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        cpus_per_node=arguments.cpus_per_node or 8 * max(1, arguments.gpus_per_node),
+        hours=arguments.hours,
+        partition=arguments.partition,
+        account=arguments.account,
+        interface=arguments.interface,
+        port=arguments.port,
+        launcher=arguments.launcher,
+    )
+    print(render(source, arguments.stage, job), end="")
+    for name in upstream(source.settings, arguments.stage):
+        folder = stage_folder(source, name)
+        if not (folder / "provenance.json").is_file():
+            print(f"vpae: {folder} is not there yet: `vpae {name} --config {arguments.config}` first", file=sys.stderr)
+
+
+def as_text(plan: dict) -> str:
+    """The plan for people; the phase that needs most memory comes first."""
+    cluster = plan["cluster"]
+    memory = cluster["gpu_memory_bytes"]
+    lines = [f"{plan['experiment']} on {cluster['gpus']} GPUs of {_bytes(memory)}", "", "parameters"]
+    lines += [f"  {role:20} {_count(n):>10}" for role, n in plan["parameters"].items()]
+    text, image = plan["condition_tokens"]["text"], plan["condition_tokens"]["image"]
+    lines += [
+        "",
+        f"tokens of a clip       {plan['tokens']:,} (and {text} of text, {image} of the image)",
+        f"one network evaluation {_flops(plan['flops_per_nfe'])}",
+    ]
+    order = sorted(plan["stages"], key=lambda name: name != plan["binding_stage"])
+    for name in order:
+        lines += ["", *_stage_lines(name, plan["stages"][name], memory)]
+    samples, disk = plan["samples"], plan["disk_bytes"]
+    lines += [
+        "",
+        f"samples: {samples['network_evaluations']:,} network evaluations, {samples['gpu_hours']:,.1f} GPU-hours",
+        f"GPU-hours in all: {plan['gpu_hours']:,.1f} (without encoding, decoding and evaluation)",
+        "",
+        "disk, at most",
+        *(f"  {name.replace('_', ' '):20} {_bytes(n):>10}" for name, n in disk.items()),
+        "",
+        f"assumed: {plan['assumptions']['utilisation']:.0%} of {cluster['peak_flops'] / 1e12:,.0f} TFLOP/s per GPU; "
+        + (
+            "traffic and computing fully overlap"
+            if cluster["interconnect_bytes_per_second"]
+            else "traffic takes no time (--interconnect)"
+        ),
+    ]
+    if plan["missing"]:
+        lines += ["", "not there yet", *(f"  {problem}" for problem in plan["missing"])]
+    return "\n".join(lines)
+
+
+def _stage_lines(name: str, stage: dict, memory: float) -> list[str]:
+    verdict = "fits" if stage["fits"] else f"does NOT fit in {_bytes(memory)}"
+    lines = [f"{name}: {verdict}; bytes per GPU"]
+    parts = {part: n for part, n in stage["bytes_per_gpu"].items() if n}
+    lines += [f"  {PART_NAMES[part]:36} {_bytes(n):>10}" for part, n in parts.items()]
+    for remedy in stage["remedies"]:
+        change = f"--gpus {remedy['gpus']}" if "gpus" in remedy else " ".join(f"--set '{s}'" for s in remedy["set"])
+        lines.append(f"  would fit with {change}: {_bytes(remedy['total'])}")
+    if not stage["fits"] and not stage["remedies"]:
+        lines.append("  no switch makes it fit: larger GPUs, fewer frames, or a smaller model")
+    moved = stage["traffic_bytes_per_gpu_and_step"]
+    lines += [
+        f"  {stage['steps']:,} steps of {stage['clips_per_step']} clips, {_flops(stage['flops_per_step'])} each",
+        f"  {stage['seconds_per_step']:,.1f} s a step, {stage['gpu_hours']:,.1f} GPU-hours"
+        + (f"; {_bytes(moved)} to each GPU a step" if moved else ""),
+    ]
+    return lines
+
+
+def _bytes(n: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if abs(n) >= size:
+            return f"{n / size:,.1f} {unit}"
+    return f"{n / 1e3:,.1f} kB"
+
+
+def _count(n: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:,.3f} {unit}"
+    return str(n)
+
+
+def _flops(n: float) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if n >= size:
+            return f"{n / size:,.2f} {unit}"
+    return f"{n / 1e9:,.2f} GFLOP"

@@ -1,0 +1,269 @@
+"""The networks of a teacher that need not be there: their shapes, built on the meta device, where weights cost nothing.
+
+Shapes come from the teacher's own files where they are, else from `teacher.architecture`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vpae.config import Experiment, Head, Lora, TinyEncoders
+from vpae.experiment import ConfigError, Source
+
+
+@dataclass(frozen=True)
+class Network:
+    """Shape of a Wan image-to-video transformer; the defaults are those of Wan2.1-I2V-14B."""
+
+    layers: int = 40
+    heads: int = 40
+    head_dim: int = 128
+    ffn: int = 13824
+    in_channels: int = 36
+    out_channels: int = 16
+    text_dim: int = 4096
+    image_dim: int = 1280
+    freq_dim: int = 256
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    @property
+    def width(self) -> int:
+        """D, the width of a token."""
+        return self.heads * self.head_dim
+
+    @classmethod
+    def of_config(cls, config: Mapping) -> "Network":
+        """The shape in a `WanTransformer3DModel`'s config.json."""
+        return cls(
+            layers=config["num_layers"],
+            heads=config["num_attention_heads"],
+            head_dim=config["attention_head_dim"],
+            ffn=config["ffn_dim"],
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            text_dim=config["text_dim"],
+            image_dim=config["image_dim"],
+            freq_dim=config["freq_dim"],
+            patch=tuple(config["patch_size"]),
+        )
+
+    def build(self, device: torch.device | str = "meta") -> nn.Module:
+        """The real `WanTransformer3DModel` of this shape; on the meta device it takes no memory."""
+        from diffusers import WanTransformer3DModel
+
+        with torch.device(device):
+            return WanTransformer3DModel(
+                patch_size=self.patch,
+                num_attention_heads=self.heads,
+                attention_head_dim=self.head_dim,
+                in_channels=self.in_channels,
+                out_channels=self.out_channels,
+                text_dim=self.text_dim,
+                freq_dim=self.freq_dim,
+                ffn_dim=self.ffn,
+                num_layers=self.layers,
+                image_dim=self.image_dim,
+                added_kv_proj_dim=self.width,
+            )
+
+
+# UMT5-XXL's encoder, CLIP ViT-H/14's vision half and Wan2.1's VAE, as the released image-to-video pipelines have them.
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+CLIP_VIT_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Shapes of all networks of a `WanImageToVideoPipeline`; the plain dicts are arguments of the config classes."""
+
+    transformer: Network = field(default_factory=Network)
+    text_encoder: dict = field(default_factory=lambda: dict(UMT5_XXL))
+    image_encoder: dict = field(default_factory=lambda: dict(CLIP_VIT_H))
+    vae: dict = field(default_factory=dict)  # diffusers' defaults are Wan2.1's VAE
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the image encoder: its patches and the class token; 257 for CLIP ViT-H/14."""
+        return (self.image_encoder["image_size"] // self.image_encoder["patch_size"]) ** 2 + 1
+
+
+ARCHITECTURES = {
+    "wan2.1-i2v-14b": Pipeline(),
+    # Wan2.1's 1.3B shape with the 36 input channels and the image branch of I2V (Wan2.1-Fun-1.3B-InP).
+    "wan2.1-i2v-1.3b": Pipeline(Network(layers=30, heads=12, ffn=8960)),
+}
+RELEASED = {  # hub ids (lower case) whose shape is known without a look at their files
+    "wan-ai/wan2.1-i2v-14b-480p-diffusers": "wan2.1-i2v-14b",
+    "wan-ai/wan2.1-i2v-14b-720p-diffusers": "wan2.1-i2v-14b",
+}
+
+
+def pipeline_of(source: Source) -> Pipeline:
+    """Shapes of the networks of an experiment's teacher, whether its weights are there or not.
+
+    Raises:
+        ConfigError: the weights are absent and their shape is not named; or what is named is not what is there.
+    """
+    teacher = source.settings.teacher
+    if teacher.source == "train":
+        return _tiny(source.settings)
+    folder = Path(teacher.path) if teacher.source == "folder" else cached_snapshot(teacher.path, teacher.revision)
+    named = teacher.architecture or (RELEASED.get(teacher.path.lower(), "") if teacher.source == "hub" else "")
+    if folder is None or not (folder / "transformer" / "config.json").is_file():
+        if named:
+            return ARCHITECTURES[named]
+        raise ConfigError(
+            f"{source.path}: teacher.path: {teacher.path} is not here, and its shape is unknown; fetch it, or set "
+            f"teacher.architecture to one of {', '.join(ARCHITECTURES)}"
+        )
+    found = _found(folder)
+    if teacher.architecture and found.transformer != ARCHITECTURES[teacher.architecture].transformer:
+        raise ConfigError(
+            f"{source.path}: teacher.architecture = {teacher.architecture}, but {folder}/transformer/config.json has "
+            f"{found.transformer.layers} layers of width {found.transformer.width}; correct one of the two"
+        )
+    return found
+
+
+def cached_snapshot(hub_id: str, revision: str) -> Path | None:
+    """The folder of a hub repository at a commit in the local cache; None where it is not, or not whole.
+
+    Whole: the index and a config of every network are there (weights are looked for by `planning.presence`).
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(hub_id, "model_index.json", revision=revision)
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def _found(folder: Path) -> Pipeline:
+    def config(part: str) -> dict:
+        path = folder / part / "config.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def pick(part: str, like: Mapping) -> dict:
+        values = config(part)
+        values = values.get("vision_config", values)  # a whole CLIP's config holds its vision half's
+        return {key: values.get(key, default) for key, default in like.items()}
+
+    vae = {key: value for key, value in config("vae").items() if not key.startswith("_")}
+    return Pipeline(
+        Network.of_config(config("transformer")),
+        pick("text_encoder", UMT5_XXL),
+        pick("image_encoder", CLIP_VIT_H),
+        vae,
+    )
+
+
+def _tiny(settings: Experiment) -> Pipeline:
+    """The shapes that `vpae.teacher` trains."""
+    config, encoders, vae = settings.teacher.transformer, settings.teacher.encoders, settings.teacher.vae
+    width = config.heads * config.head_dim
+    return Pipeline(
+        Network(
+            layers=config.layers,
+            heads=config.heads,
+            head_dim=config.head_dim,
+            ffn=config.ffn_multiple * width,
+            text_dim=encoders.text_dim,
+            image_dim=encoders.image_dim,
+            freq_dim=config.freq_dim,
+        ),
+        _tiny_text(encoders),
+        _tiny_image(encoders, min(settings.geometry.height, settings.geometry.width)),
+        {"base_dim": vae.base_dim, "dim_mult": list(vae.dim_mult)},
+    )
+
+
+def _tiny_text(config: TinyEncoders) -> dict:
+    d = config.text_dim
+    return {
+        "vocab_size": config.vocabulary,
+        "d_model": d,
+        "d_kv": d // 4,
+        "d_ff": 2 * d,
+        "num_layers": config.text_layers,
+        "num_heads": 4,
+    }
+
+
+def _tiny_image(config: TinyEncoders, side: int) -> dict:
+    return {
+        "hidden_size": config.image_dim,
+        "intermediate_size": 2 * config.image_dim,
+        "num_hidden_layers": config.image_layers,
+        "num_attention_heads": 4,
+        "image_size": side,
+        "patch_size": config.image_patch,
+    }
+
+
+ENCODERS = ("vae", "text_encoder", "image_encoder")
+
+
+def build_encoders(
+    pipeline: Pipeline, device: torch.device | str = "meta", parts: tuple[str, ...] = ENCODERS
+) -> dict[str, nn.Module]:
+    """VAE, text encoder and image encoder of a pipeline's shapes; on the meta device without weights."""
+    from diffusers import AutoencoderKLWan
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    build = {
+        "vae": lambda: AutoencoderKLWan(**pipeline.vae),
+        "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**pipeline.text_encoder)),
+        "image_encoder": lambda: CLIPVisionModel(CLIPVisionConfig(**pipeline.image_encoder)),
+    }
+    with torch.device(device):
+        return {name: build[name]() for name in parts}
+
+
+def build_head(config: Head, network: Network, taps: int, device: torch.device | str = "meta") -> nn.Module:
+    """The discriminator's head for a backbone of this shape."""
+    from vpae.models.heads import SemanticHead
+
+    with torch.device(device):
+        return SemanticHead(config, network.width, taps, network.text_dim, network.image_dim)
+
+
+@cache
+def transformer_parameters(network: Network) -> tuple[int, int]:
+    """Parameters of the whole transformer and of one block, counted on the real model."""
+    model = network.build()
+    return count(model), count(model.blocks[0])
+
+
+@cache
+def head_parameters(config: Head, network: Network, taps: int) -> int:
+    """Parameters of the discriminator's head."""
+    return count(build_head(config, network, taps))
+
+
+@cache
+def adapter_parameters(network: Network, lora: Lora) -> int:
+    """Parameters of a low-rank adapter, counted on the real model with the real adapter."""
+    from vpae.models.adapters import SharedBase
+
+    with torch.device("meta"):
+        return count(SharedBase(network.build()).add("planned", lora))
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def as_dict(pipeline: Pipeline) -> dict:
+    """JSON-able shapes."""
+    return asdict(pipeline)
