@@ -1,0 +1,201 @@
+"""The model card: README.md beside a student's weights, and card.json, from which it is written.
+
+The stage writes what it knows (settings, inputs, licence); `vpae export` adds scores and how to load the form at hand.
+"""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from vpae.artifacts import PACKAGES, PROVENANCE, ArtifactError, code_version, identity, sha256, write_json, written
+from vpae.models.wan import GEOMETRY
+
+CARD = "README.md"
+FACTS = "card.json"
+PAPER = "https://arxiv.org/abs/2508.21019"
+STATED = ("code", "inputs", "packages")  # of a provenance; the rest is about the machine it was made on
+TRAINED_AS = ("seed", "geometry", "priming", "equilibrium")  # of the settings
+RELEASED = {"frames": 81, "height": 480, "width": 832, "fps": 16}  # what Wan2.1-I2V-14B-480P was made for
+RELATIONS = {"diffusers": "finetune", "wan": "finetune", "lora": "adapter", "lora-wan": "adapter"}
+
+
+def stage_provenance(inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What a stage knows of a student before its folder is finished: code, packages, and a digest of each input."""
+    return {
+        "code": code_version(),
+        "inputs": {name: identity(folder) for name, folder in inputs.items()},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def write_card(
+    folder: Path,
+    provenance: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    scores: Mapping[str, Any] | None = None,
+    form: str = "diffusers",
+    licence: Mapping[str, str] | None = None,
+) -> None:
+    """Write README.md and card.json into a folder whose weights are complete.
+
+    Args:
+        folder: where the weights are.
+        provenance: `code`, `inputs` and `packages`, as `stage_provenance` or a provenance.json gives them.
+        settings: resolved sections of the experiment, as plain values.
+        scores: content of the evaluation stage's scores.json.
+        form: one of `RELATIONS`: which kind of files the folder holds.
+        licence: front matter (`license`, ...); found out from folder and settings if not given.
+    """
+    licence = dict(licence or licence_of(folder, settings))
+    facts, settings = stated(provenance), _public(settings)
+    weights = {p.relative_to(folder).as_posix(): sha256(p) for p in _weights(folder)}
+    write_json(
+        folder / FACTS,
+        {"licence": licence, "provenance": facts, "settings": settings, "scores": scores, "weights": weights},
+    )
+    text = _template().render(
+        front=yaml.safe_dump(_front(settings, form, licence), sort_keys=False),
+        base=base_model(settings),
+        form=form,
+        paper=PAPER,
+        geometry={**RELEASED, **_geometry(folder, settings)},
+        known_geometry=bool(_geometry(folder, settings)),
+        shift=settings.get("teacher", {}).get("shift"),
+        trained=_trained(settings),
+        primed_only="priming" in settings and "equilibrium" not in settings,
+        table=_table(scores),
+        weights=weights,
+        licence=licence,
+        **{"code": {}, "inputs": {}, "packages": {}, **facts},
+    )
+    # Not into the old file: a student's folder is made of hard links, and that README is the teacher's as well.
+    with written(folder / CARD) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_facts(model: Path) -> dict[str, Any]:
+    """What is known of a model: its card.json, or else the provenance of the stage in whose folder it stands.
+
+    Returns:
+        `provenance`, `settings`, `scores` and perhaps `licence`, each empty where nothing is known.
+    """
+    if (model / FACTS).is_file():
+        return json.loads((model / FACTS).read_text())
+    for folder in (model, model.parent):
+        if (folder / PROVENANCE).is_file():
+            known = json.loads((folder / PROVENANCE).read_text())
+            return {"provenance": stated(known), "settings": known.get("settings", {}), "scores": None}
+    return {"provenance": {}, "settings": {}, "scores": None}
+
+
+def stated(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a provenance that a card states."""
+    return {key: provenance[key] for key in STATED if key in provenance}
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The content of a scores.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ArtifactError: it holds no rows of scores.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `vpae evaluation` writes it to results/EXPERIMENT/evaluation/")
+    try:
+        scores = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); name a scores.json of the evaluation stage") from error
+    if not isinstance(scores, dict) or not isinstance(scores.get("rows"), dict):
+        raise ArtifactError(f'{path} has no "rows"; name a scores.json of the evaluation stage')
+    return scores
+
+
+def licence_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The licence of a model's weights, as a card's front matter names it: the base model's, where it is known."""
+    card = folder / CARD
+    if card.is_file() and card.read_text(encoding="utf-8").startswith("---\n"):
+        front = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1]) or {}
+        stated = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
+        if "license" in stated:
+            return stated
+    teacher = settings.get("teacher", {})
+    if teacher.get("source") == "train" or str(teacher.get("path", "")).startswith("Wan-AI/"):
+        return {"license": "apache-2.0"}
+    return {"license": "other", "license_name": "that-of-the-base-model"}
+
+
+def base_model(settings: Mapping[str, Any]) -> str:
+    """The hub id of the distilled teacher; empty for a teacher that is not on the hub."""
+    teacher = settings.get("teacher", {})
+    return teacher.get("path", "") if teacher.get("source") == "hub" else ""
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vpae.export", "."),
+        autoescape=False,  # Markdown, not HTML
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("card.md.j2")
+
+
+def _front(settings: Mapping[str, Any], form: str, licence: Mapping[str, str]) -> dict[str, Any]:
+    base = base_model(settings)
+    return {
+        **licence,
+        **({"base_model": base, "base_model_relation": RELATIONS[form]} if base else {}),
+        "pipeline_tag": "image-to-video",
+        "library_name": "diffusers",
+        "tags": ["v-pae", "one-step", "distillation", "wan2.1", *(["lora"] if "lora" in form else [])],
+    }
+
+
+def _geometry(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if (folder / GEOMETRY).is_file():
+        return json.loads((folder / GEOMETRY).read_text())
+    return settings.get("geometry", {})
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a card needs; paths on the machine it was made on are not among them."""
+    teacher = settings.get("teacher", {})
+    names = ("source", "path", "revision", "shift") if teacher.get("source") == "hub" else ("source", "shift")
+    kept = {name: settings[name] for name in TRAINED_AS if name in settings}
+    return {"teacher": {name: teacher[name] for name in names if name in teacher}, **kept}
+
+
+def _trained(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False) if {"priming", "equilibrium"} & set(settings) else ""
+
+
+def _table(scores: Mapping[str, Any] | None) -> str:
+    """One line a row, with the half-widths of the 95% intervals; whatever was measured, in its own order."""
+    rows = (scores or {}).get("rows", {})
+    if not rows:
+        return ""
+    metrics = list(dict.fromkeys(metric for values in rows.values() for metric in values))
+    nfe = (scores or {}).get("nfe", {})
+    lines = ["| " + " | ".join(["row", "NFE", *metrics]) + " |", "|" + "---|" * (len(metrics) + 2)]
+    for name, values in rows.items():
+        cells = [_cell(values.get(metric)) for metric in metrics]
+        lines.append("| " + " | ".join([name, str(nfe.get(name, "")), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    return "" if value is None else f"{value['mean']:.3f} ± {(value['high'] - value['low']) / 2:.3f}"
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold what was trained: the transformer's, or an exported file's."""
+    trained = folder / "transformer"
+    return sorted((trained if trained.is_dir() else folder).glob("*.safetensors"))

@@ -1,0 +1,167 @@
+"""`vpae export`: a student in the form another tool reads; the result appears whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpae.artifacts import ArtifactError
+from vpae.export.card import licence_of, read_facts, read_scores, write_card
+from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline
+from vpae.models.sizes import stored_weights
+from vpae.models.wan import GEOMETRY
+from vpae.stages import require_free_space
+
+FORMS = {
+    "diffusers": "a pipeline folder",
+    "wan": "the transformer under the key names of Wan's own repository",
+    "lora": "the adapter of a student trained as a LoRA, for diffusers",
+    "lora-wan": "the same for ComfyUI and LightX2V",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILES = {
+    "wan": "diffusion_pytorch_model.safetensors",
+    "lora": "pytorch_lora_weights.safetensors",
+    "lora-wan": "pytorch_lora_weights.safetensors",
+}
+ADAPTER = "student_lora.safetensors"  # in a stage's folder, or in the student's
+
+
+def export(
+    model: Path,
+    form: str,
+    out: Path,
+    dtype: str | None = None,
+    scores: Path | None = None,
+    adapter: Path | None = None,
+) -> Path:
+    """Write a model in another form, with its model card.
+
+    Args:
+        model: the student's pipeline folder.
+        form: one of `FORMS`.
+        out: a folder to make, or, for all but "diffusers", the name of a .safetensors file to make without a card.
+        dtype: number format of the trained weights, one of `DTYPES`; as they are stored if not given.
+        scores: a scores.json of the evaluation stage, for the card.
+        adapter: the adapter's weights; found beside the student if not given.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError: there is no such model, adapter or scores file.
+        ArtifactError: the result exists, the disk is too small, or the model is no student.
+    """
+    _check(model, form, out)
+    facts = _facts(model)
+    if scores is not None:
+        facts["scores"] = read_scores(scores)
+    source = adapter or find_adapter(model) if form.startswith("lora") else model
+    number_format = DTYPES[dtype] if dtype else None
+    require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
+    with appearing(out) as place:
+        if form == "diffusers":
+            write_pipeline(model, place, number_format)
+        elif out.suffix == ".safetensors":
+            _write_file(form, source, place, number_format, facts)
+        else:
+            place.mkdir()
+            _write_file(form, source, place / FILES[form], number_format, facts)
+            if form == "wan":
+                write_original_config(model, place / "config.json")
+        if place.is_dir():
+            write_card(place, facts["provenance"], facts["settings"], facts["scores"], form, facts["licence"])
+    return out
+
+
+def _write_file(form: str, source: Path, out: Path, dtype: torch.dtype | None, facts: dict[str, Any]) -> None:
+    if form == "wan":
+        write_original(source, out, dtype, facts)
+    else:
+        write_lora(source, out, form, dtype, facts)
+
+
+def find_adapter(model: Path) -> Path:
+    """The adapter's file of a student trained as a LoRA.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (model, model.parent):
+        if (folder / ADAPTER).is_file():
+            return folder / ADAPTER
+    raise FileNotFoundError(
+        f"{model}: no {ADAPTER} there or beside it; only a student trained as a LoRA has one: name it with --adapter, "
+        "or export with --format diffusers or wan"
+    )
+
+
+def needed_bytes(source: Path, form: str, dtype: torch.dtype | None) -> int:
+    """What an export will take on disk, within some kilobytes."""
+    if form.startswith("lora"):
+        return source.stat().st_size if source.is_file() else 0
+    weights = stored_weights(source / "transformer")
+    trained = sum(w.values * (dtype or w.dtype).itemsize for w in weights.values())
+    if form == "wan":
+        return trained
+    others = (p for p in source.rglob("*") if p.is_file() and p.relative_to(source).parts[0] != "transformer")
+    return trained + sum(p.stat().st_size for p in others)
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Yield a temporary sibling, which becomes `out` if all goes well and vanishes otherwise.
+
+    Raises:
+        ArtifactError: `out` exists.
+    """
+    place = out.with_name(f".{out.name}.tmp")
+    _remove(place)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield place
+        _refuse_existing(out)
+        place.rename(out)
+    finally:
+        _remove(place)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ArtifactError(f"{out} exists, and export overwrites nothing; choose another --out, or remove it first")
+
+
+def _check(model: Path, form: str, out: Path) -> None:
+    if not (model / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{model} holds no model_index.json: name a pipeline folder, e.g. .../equilibrium/student"
+        )
+    _refuse_existing(out)
+    if out.resolve().is_relative_to(model.resolve()):
+        raise ArtifactError(f"{out} lies inside the model's own folder {model}; choose an --out elsewhere")
+    if form == "diffusers" and out.suffix == ".safetensors":
+        raise ArtifactError(f"{out}: --format diffusers makes a folder; name one without .safetensors")
+
+
+def _facts(model: Path) -> dict[str, Any]:
+    """What the card can say of a student; its sizes and shift stand in its own files."""
+    facts = read_facts(model)
+    settings = dict(facts["settings"])
+    if (model / GEOMETRY).is_file():
+        settings["geometry"] = json.loads((model / GEOMETRY).read_text())
+    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    if not scheduler.get("stochastic_sampling"):
+        raise ArtifactError(f"{model} is no student: its scheduler takes many steps; name e.g. .../equilibrium/student")
+    settings["teacher"] = {"shift": scheduler["shift"], **settings.get("teacher", {})}
+    return {**facts, "settings": settings, "licence": facts.get("licence") or licence_of(model, settings)}

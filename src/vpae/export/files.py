@@ -1,0 +1,79 @@
+"""What an export consists of: a diffusers folder, a file with Wan's own key names, a LoRA file. Each writes into a
+place that does not exist yet, and leaves making it appear to the command."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vpae.artifacts import PROVENANCE, write_json
+from vpae.export.card import CARD, FACTS
+from vpae.export.keys import to_original
+from vpae.export.lora import named_for, read_adapter
+from vpae.models.sizes import stored_dtype, stored_weights
+from vpae.models.wan import TEXT_TOKENS, load_transformer
+
+WRITTEN_ANEW = ("transformer", CARD, FACTS, PROVENANCE)
+
+
+def write_pipeline(model: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """Copy a pipeline folder, with its transformer in another number format if one is given.
+
+    Norms, modulation and the time embedding stay float32, as diffusers keeps them when it loads a model.
+    """
+    out.mkdir()
+    for path in sorted(model.iterdir()):
+        if path.name in WRITTEN_ANEW or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, out / path.name)
+        else:
+            shutil.copy2(path, out / path.name)
+    if dtype in (None, stored_dtype(stored_weights(model / "transformer"))):
+        shutil.copytree(model / "transformer", out / "transformer")
+    else:
+        load_transformer(model, dtype).save_pretrained(out / "transformer")
+
+
+def write_original(model: Path, out: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]) -> None:
+    """Write the transformer's weights under the names of Wan's own repository, all in one file."""
+    transformer = load_transformer(model, dtype or stored_dtype(stored_weights(model / "transformer")))
+    tensors = {to_original(key): tensor.contiguous() for key, tensor in transformer.state_dict().items()}
+    save_file(tensors, out, metadata=_metadata(facts))
+
+
+def write_original_config(model: Path, out: Path) -> None:
+    """Write the config.json with which Wan2.1's own `WanModel` and LightX2V build the network."""
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    original = {
+        "_class_name": "WanModel",
+        "_diffusers_version": config["_diffusers_version"],
+        "model_type": "i2v" if config["image_dim"] else "t2v",
+        "dim": config["num_attention_heads"] * config["attention_head_dim"],
+        "num_heads": config["num_attention_heads"],
+        "num_layers": config["num_layers"],
+        "ffn_dim": config["ffn_dim"],
+        "freq_dim": config["freq_dim"],
+        "in_dim": config["in_channels"],
+        "out_dim": config["out_channels"],
+        "text_dim": config["text_dim"],
+        "text_len": TEXT_TOKENS,
+        "eps": config["eps"],
+    }
+    write_json(out, original)
+
+
+def write_lora(adapter: Path, out: Path, form: str, dtype: torch.dtype | None, facts: Mapping[str, Any]) -> None:
+    """Write an adapter under the names that a form's readers expect, its scale multiplied in."""
+    tensors = named_for(form, read_adapter(adapter))
+    save_file({key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}, out, _metadata(facts))
+
+
+def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Where the weights come from, inside the file, which may travel alone."""
+    known = {key: facts[key] for key in ("licence", "provenance", "settings") if key in facts}
+    return {"format": "pt", "vpae": json.dumps(known)}

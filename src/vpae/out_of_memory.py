@@ -1,0 +1,172 @@
+"""What to do when sampling runs out of memory: one message with the switches that help, and what each saves."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from vpae.experiment import ConfigError
+from vpae.models.sizes import Weight, stored_weights
+from vpae.placement import Placement
+
+NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
+TILE = 256  # pixels, AutoencoderKLWan's
+# What comes as a bare RuntimeError: from the machine's allocators, and from CUDA's libraries.
+HOST_SIGNS = ("can't allocate memory", "not enough memory")
+GPU_SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The weights of a pipeline folder, network by network."""
+
+    networks: dict[str, dict[str, Weight]]
+    default: torch.dtype  # what `Placement.dtype = None` means for this model
+
+    @classmethod
+    def of(cls, model: Path) -> "Sizes":
+        """Read a folder's headers."""
+        return cls({name: stored_weights(model / name) for name in NETWORKS}, Placement().number_format(model))
+
+    def resident_bytes(self, placement: Placement, offload: str | None = None) -> int:
+        """The most bytes of weights that are on the device at a time.
+
+        Args:
+            placement: number format, 8-bit weights, offloading.
+            offload: instead of the placement's.
+        """
+        bytes_of = {network: self._bytes(network, placement) for network in self.networks}
+        whole = {name: sum(weights.values()) for name, weights in bytes_of.items()}
+        kind = offload or placement.offload
+        if kind == "none":
+            return sum(whole.values())
+        if kind == "model":
+            return max(whole.values())
+        blocks = _summed(bytes_of["transformer"], _block)
+        outside = blocks.pop("", 0)  # stays for the whole pass
+        transformer = outside + max(blocks.values(), default=0)
+        layers = [_summed(bytes_of[encoder], _layer).values() for encoder in ("text_encoder", "image_encoder")]
+        return whole["vae"] + max(transformer, *(max(sizes, default=0) for sizes in layers))
+
+    def _bytes(self, network: str, placement: Placement) -> dict[str, int]:
+        """Name -> bytes of a network's weights once it is placed."""
+        weights = self.networks[network]
+        dtype = getattr(torch, placement.dtype) if placement.dtype else self.default
+        if network in ("vae", "image_encoder"):
+            dtype = torch.float32
+        found = {name: weight.values * dtype.itemsize for name, weight in weights.items()}
+        if network == "transformer" and placement.quantize != "none":
+            for name, weight in weights.items():
+                if not name.startswith("blocks.") or len(weight.shape) != 2:
+                    continue
+                found[name] = weight.values
+                bias = f"{_layer(name)}.bias"
+                if placement.quantize == "fp8":
+                    found[bias] = weights[bias].values
+                else:
+                    found[name] += weight.shape[0] * torch.float32.itemsize  # the scale of each row
+        return found
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _block(name: str) -> str:
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
+
+
+def _summed(sizes: dict[str, int], group: Callable[[str], str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, size in sizes.items():
+        found[group(name)] = found.get(group(name), 0) + size
+    return found
+
+
+@contextmanager
+def explained(model: Path, placement: Placement, device: str, frames: int, height: int, width: int) -> Iterator[None]:
+    """Turn an exhausted memory into advice.
+
+    Raises:
+        ConfigError: in place of the allocator's error; names the switches that help, in the order to try them.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        exhausted = exhausted_memory(error)
+        if exhausted is None:
+            raise
+        place = _gpu(device) if exhausted == "gpu" else "this machine"
+        text = advice(Sizes.of(model), placement, place, exhausted == "gpu", frames, height, width)
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{text}\n({first_line})") from error
+
+
+def exhausted_memory(error: BaseException) -> Literal["gpu", "machine"] | None:
+    """Whose memory an error says is exhausted; None for other errors."""
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in GPU_SIGNS):
+        return "gpu"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in HOST_SIGNS):
+        return "machine"
+    return None
+
+
+def advice(sizes: Sizes, placement: Placement, place: str, on_gpu: bool, frames: int, height: int, width: int) -> str:
+    """The message: what was tried, and each switch with what it saves by itself."""
+    lines = [f"out of memory on {place}, sampling {frames} frames of {width} x {height}"]
+    # The machine's own memory holds every network, and holds it whole before it is quantised.
+    held = None if on_gpu else "none"
+    now = sizes.resident_bytes(placement, held)
+    if now:
+        lines[0] += f"; weights take {_gigabytes(now)} there"
+    options = [
+        (switch, f"saves {_gigabytes(now - after)} of weights")
+        for switch, other in _switches(sizes, placement, on_gpu)
+        if (after := sizes.resident_bytes(other, held)) < now
+    ]
+    if not placement.tile and max(height, width) > TILE:
+        share = height * width / (min(height, TILE) * min(width, TILE))
+        options.insert(0, ("--tile", f"the VAE works on one tile at a time, {share:.1f} times smaller"))
+    options.append(("--num-frames", "fewer frames take proportionally less beside the weights"))
+    if on_gpu and not options[:-1]:
+        lines[0] += "; every switch is on already"
+    return "\n".join([f"{lines[0]}. Try, in this order:", *(f"  {switch:22} {what}" for switch, what in options)])
+
+
+def _switches(sizes: Sizes, placement: Placement, on_gpu: bool) -> list[tuple[str, Placement]]:
+    """What can be changed, from the cheapest in speed and quality to the dearest."""
+    found = []
+    if (placement.dtype or str(sizes.default).removeprefix("torch.")) == "float32":
+        found.append(("--dtype bfloat16", replace(placement, dtype="bfloat16")))
+    if on_gpu and placement.offload == "none":
+        found.append(("--offload model", replace(placement, offload="model")))
+    if on_gpu and placement.quantize == "none":
+        eight_bits = "int8" if placement.compile else "fp8"
+        found.append((f"--quantize {eight_bits}", replace(placement, quantize=eight_bits)))
+    if on_gpu and placement.offload in ("none", "model"):
+        found.append(_in_groups(placement))
+    return found
+
+
+def _in_groups(placement: Placement) -> tuple[str, Placement]:
+    """The switch to group offloading, which excludes compilation and int8 weights."""
+    switch, other = "--offload group", replace(placement, compile=False, offload="group", quantize="none")
+    if placement.compile:
+        switch += " without --compile"
+    if placement.quantize == "int8":
+        return f"{switch} without --quantize", other
+    return switch, replace(other, quantize=placement.quantize)
+
+
+def _gpu(device: str) -> str:
+    if not torch.cuda.is_available():
+        return device
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} ({_gigabytes(properties.total_memory)})"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"

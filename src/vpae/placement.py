@@ -1,0 +1,140 @@
+"""How a pipeline is brought onto a device for sampling: number format, 8-bit weights, offloading, tiles, compilation.
+
+The means are diffusers' own, and torchao's for int8.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.hooks import apply_group_offloading
+from torch import Tensor, nn
+
+from vpae.experiment import ConfigError
+from vpae.models.sizes import stored_weights
+from vpae.models.wan import load_pipeline
+
+OFFLOADS = {
+    "none": "every network stays on the GPU",
+    "model": "one network at a time is there",
+    "group": "one transformer block at a time",
+}
+QUANTISED = {
+    "none": "weights as --dtype says",
+    "int8": "the transformer's blocks in int8, one scale a row (torchao)",
+    "fp8": "the transformer's blocks stored in float8 and computed in --dtype",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGE = 1_000_000_000  # parameters from which on a transformer is sampled in bfloat16 unless told otherwise
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How to bring a pipeline onto a device.
+
+    Attributes:
+        offload: one of `OFFLOADS`.
+        quantize: one of `QUANTISED`.
+        tile: encode and decode in overlapping tiles of 256 x 256 pixels.
+        compile: compile the transformer's blocks with torch.compile.
+        dtype: one of `DTYPES`; None takes bfloat16 for large transformers and float32 for small ones.
+
+    Raises:
+        ConfigError: two of them exclude each other.
+    """
+
+    offload: str = "none"
+    quantize: str = "none"
+    tile: bool = False
+    compile: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.offload == "group" and self.quantize == "int8":
+            raise ConfigError(
+                "--offload group with --quantize int8: int8 weights cannot be moved block by block; "
+                "take --quantize fp8, or --offload model"
+            )
+        if self.compile and self.offload == "group":
+            raise ConfigError(
+                "--compile with --offload group: compiled blocks cannot have their weights moved away; "
+                "leave one of them out, or take --offload model"
+            )
+        if self.compile and self.quantize == "fp8":
+            raise ConfigError(
+                "--compile with --quantize fp8: weights that change their format at every use cannot be compiled; take "
+                "--quantize int8, or leave --compile out"
+            )
+
+    def number_format(self, model: Path) -> torch.dtype:
+        """In which number format a pipeline folder's transformer and text encoder compute."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        values = sum(w.values for w in stored_weights(model / "transformer").values())
+        return torch.bfloat16 if values >= LARGE else torch.float32
+
+
+def load_placed(
+    model: Path, placement: Placement, device: torch.device | str, backend: str = "inductor"
+) -> WanImageToVideoPipeline:
+    """Load a pipeline folder and bring it onto a device.
+
+    Args:
+        model: the folder.
+        placement: how.
+        device: where the networks compute.
+        backend: of torch.compile.
+
+    Raises:
+        FileNotFoundError: the folder is not a pipeline.
+        ConfigError: int8 is wanted, and torchao is not installed.
+    """
+    device, dtype = torch.device(device), placement.number_format(model)
+    # The two small networks lose most by few digits, and gain least.
+    pipeline = load_pipeline(model, {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32})
+    transformer = pipeline.transformer
+    transformer.register_forward_pre_hook(_in_its_own_dtype, with_kwargs=True)
+    if placement.quantize == "int8":
+        _to_int8(transformer.blocks)
+    elif placement.quantize == "fp8":
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    if placement.tile:
+        pipeline.vae.enable_tiling()
+    if placement.compile:
+        transformer.compile_repeated_blocks(backend=backend)
+    _offload(pipeline, placement.offload, device)
+    return pipeline
+
+
+def _offload(pipeline: WanImageToVideoPipeline, offload: str, device: torch.device) -> None:
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipeline.transformer.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1)
+        for encoder in (pipeline.text_encoder, pipeline.image_encoder):
+            apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
+        pipeline.vae.to(device)
+    else:
+        pipeline.to(device)
+
+
+def _in_its_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Give the transformer its inputs as the pipeline does: all but the time in the number format of its weights."""
+
+    def cast(name: str, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(transformer.dtype) if floating and name != "timestep" else value
+
+    return args, {name: cast(name, value) for name, value in kwargs.items()}
+
+
+def _to_int8(blocks: nn.Module) -> None:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ConfigError(
+            "--quantize int8 needs torchao: `pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8"
+        ) from error
+    quantize_(blocks, Int8WeightOnlyConfig())

@@ -1,0 +1,325 @@
+"""Sampling where memory is short: every placement makes the same video, or nearly, and says what it saves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from conftest import CAPTIONS, FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer
+from vpae import placement as placement_module
+from vpae.artifacts import write_json
+from vpae.cli import main
+from vpae.distill.common import save_student
+from vpae.experiment import ConfigError
+from vpae.models.sizes import Weight
+from vpae.models.wan import GEOMETRY, load_pipeline
+from vpae.out_of_memory import Sizes, advice, exhausted_memory
+from vpae.placement import Placement, load_placed
+from vpae.sampling import animate
+
+NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
+ROOT = Path(__file__).parents[1]
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student's folder as the stage writes it, with its geometry."""
+    folder = tmp_path_factory.mktemp("student") / "student"
+    save_student(teacher, build_transformer(5), SHIFT, folder)
+    write_json(folder / GEOMETRY, {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": 8.0})
+    return folder
+
+
+def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def video(pipeline: WanImageToVideoPipeline, image: Image.Image | None = None, steps: int = 1, seed: int = SEED):
+    return animate(pipeline, image or picture(), CAPTIONS[0], steps, 1.0, seed, FRAMES).astype(int)
+
+
+@pytest.fixture(scope="module")
+def plain(student: Path) -> np.ndarray:
+    """The student's video without any of the options."""
+    return video(load_pipeline(student))
+
+
+def weight_bytes(pipeline: WanImageToVideoPipeline) -> int:
+    """What the weights really take; an int8 weight is a wrapper, which names the format that it computes in."""
+    total = 0
+    for network in NETWORKS:
+        for weight in getattr(pipeline, network).parameters():
+            parts = (weight.qdata, weight.scale) if hasattr(weight, "qdata") else (weight,)
+            total += sum(part.numel() * part.element_size() for part in parts)
+    return total
+
+
+def assert_same(one: np.ndarray, other: np.ndarray) -> None:
+    """The same video; weights at other addresses may round the last bit otherwise."""
+    assert np.abs(one - other).max() <= 1 and (one == other).mean() > 0.99
+
+
+# The same video.
+
+
+def test_without_options_nothing_changes(student, plain):
+    assert (video(load_placed(student, Placement(), "cpu")) == plain).all()
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloading_gives_the_same_video(student, plain, offload):
+    pipeline = load_placed(student, Placement(offload=offload), "cpu")
+    if offload == "model":
+        assert len(pipeline._all_hooks) == len(NETWORKS)
+    else:
+        assert all(_is_group_offload_enabled(block) for block in pipeline.transformer.blocks)
+    assert_same(video(pipeline), plain)
+    assert_same(video(pipeline), plain)  # and once more, after everything was moved away
+
+
+def test_bfloat16_is_what_plain_diffusers_makes_of_it(student, plain):
+    ours = video(load_placed(student, Placement(dtype="bfloat16"), "cpu"))
+    precision = {"default": torch.bfloat16, "vae": torch.float32, "image_encoder": torch.float32}
+    theirs = WanImageToVideoPipeline.from_pretrained(student, torch_dtype=precision)
+    frames = theirs(
+        image=picture(),
+        prompt=CAPTIONS[0],
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        max_sequence_length=512,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="np",
+    ).frames[0]
+    assert np.abs(np.rint(frames * 255) - ours).max() <= 1
+    assert 0 < np.abs(ours - plain).mean() < 2
+
+
+@pytest.fixture(scope="module")
+def another(student: Path, plain: np.ndarray) -> float:
+    """How far apart two different videos are: mean absolute difference of their pixels."""
+    return float(np.abs(video(load_pipeline(student), seed=SEED + 1) - plain).mean())
+
+
+@pytest.mark.parametrize(
+    ("quantize", "offload"), [("int8", "none"), ("int8", "model"), ("fp8", "none"), ("fp8", "model"), ("fp8", "group")]
+)
+def test_eight_bits_give_nearly_the_same_video_in_the_memory_that_is_promised(
+    student, plain, another, quantize, offload
+):
+    if quantize == "int8":
+        pytest.importorskip("torchao")
+    pipeline = load_placed(student, Placement(offload=offload, quantize=quantize), "cpu")
+    assert weight_bytes(pipeline) == Sizes.of(student).resident_bytes(Placement(quantize=quantize))
+    error = np.abs(video(pipeline) - plain).mean()
+    assert 0 < error < (0.05 if quantize == "int8" else 0.2) * another
+
+
+def test_eight_bits_without_their_library_say_what_to_install(student, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    with pytest.raises(ConfigError, match=r"pip install.*quantize.*or take --quantize fp8"):
+        load_placed(student, Placement(quantize="int8"), "cpu")
+
+
+def test_tiles_give_nearly_the_same_video(teacher):
+    image = Image.fromarray(np.asarray(picture(17, 18)).astype(np.uint8)).resize((288, 272), Image.Resampling.BICUBIC)
+    whole, tiled = (video(load_placed(teacher, Placement(tile=tile), "cpu"), image) for tile in (False, True))
+    assert whole.shape == tiled.shape == (FRAMES, 272, 288, 3)
+    difference = np.abs(whole - tiled).mean()
+    assert 0 < difference < 0.5 * np.abs(whole - whole.mean()).mean()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_compiled_blocks_give_the_same_video(student, quantize):
+    if quantize == "int8":
+        pytest.importorskip("torchao")
+    expected = video(load_placed(student, Placement(quantize=quantize), "cpu"), steps=2)
+    compiled = load_placed(student, Placement(quantize=quantize, compile=True), "cpu", backend="eager")
+    assert all(block._compiled_call_impl is not None for block in compiled.transformer.blocks)
+    assert_same(video(compiled, steps=2), expected)
+
+
+def test_large_models_are_sampled_in_bfloat16_unless_told_otherwise(student, monkeypatch):
+    assert Placement().number_format(student) == torch.float32
+    monkeypatch.setattr(placement_module, "LARGE", 1000)
+    assert Placement().number_format(student) == torch.bfloat16
+    assert Placement(dtype="float32").number_format(student) == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload": "group", "quantize": "int8"},
+        {"offload": "group", "compile": True},
+        {"quantize": "fp8", "compile": True},
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options):
+    with pytest.raises(ConfigError, match=r"take|leave"):
+        Placement(**options)
+
+
+# Out of memory.
+
+
+def arguments(student: Path, folder: Path, *more: str) -> list[str]:
+    picture().save(folder / "first.png")
+    found = ["sample", "--model", student, "--image", folder / "first.png", "--prompt", "x", "--seed", SEED]
+    return [str(a) for a in [*found, "--out", folder / "clip.mp4", *more]]
+
+
+def exhausted_gpu(*_args, **_kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.25 GiB.\nmore")
+
+
+def exhausted_machine(*_args, **_kwargs):
+    torch.empty(2**60)
+
+
+def test_a_gpu_out_of_memory_gets_advice_in_order_with_estimates(student, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vpae.models.wan.velocity", exhausted_gpu)
+    assert main(arguments(student, tmp_path)) == 2
+    text = capsys.readouterr().err
+    switches = [line.split("  ")[1] for line in text.splitlines() if line.startswith("  --")]
+    assert switches == [
+        "--dtype bfloat16",
+        "--offload model",
+        "--quantize fp8",
+        "--offload group",
+        "--num-frames",
+    ]
+    assert "CUDA out of memory. Tried to allocate 1.25 GiB." in text and "more" not in text
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_a_machine_out_of_memory_is_not_told_to_offload(student, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vpae.models.wan.velocity", exhausted_machine)
+    assert main(arguments(student, tmp_path, "--offload", "model")) == 2
+    text = capsys.readouterr().err
+    assert "--dtype bfloat16" in text and "--num-frames" in text
+    assert "--offload" not in text and "--quantize" not in text
+
+
+def test_other_errors_pass(student, tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("vpae.models.wan.velocity", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(arguments(student, tmp_path))
+
+
+def test_what_each_offloading_keeps_is_counted_from_the_networks_themselves(student):
+    pipeline, sizes = load_pipeline(student), Sizes.of(student)
+
+    def weigh(module: torch.nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    whole = {name: weigh(getattr(pipeline, name)) for name in NETWORKS}
+    blocks = [weigh(block) for block in pipeline.transformer.blocks]
+    layers = {
+        name: max(sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in network.modules())
+        for name, network in pipeline.components.items()
+        if name in NETWORKS
+    }
+    assert sizes.resident_bytes(Placement()) == sum(whole.values())
+    assert sizes.resident_bytes(Placement(offload="model")) == max(whole.values())
+    transformer = whole["transformer"] - sum(blocks) + max(blocks)
+    expected = whole["vae"] + max(transformer, layers["text_encoder"], layers["image_encoder"])
+    assert sizes.resident_bytes(Placement(offload="group")) == expected
+    assert sizes.resident_bytes(Placement(dtype="bfloat16")) == sum(
+        size // (2 if name in ("transformer", "text_encoder") else 1) for name, size in whole.items()
+    )
+
+
+def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks():
+    with torch.device("meta"):
+        networks = {
+            "transformer": WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+            "text_encoder": UMT5EncoderModel(
+                UMT5Config(
+                    vocab_size=256384,
+                    d_model=4096,
+                    d_ff=10240,
+                    num_layers=24,
+                    num_heads=64,
+                    feed_forward_proj="gated-gelu",
+                )
+            ),
+            "image_encoder": CLIPVisionModel(
+                CLIPVisionConfig(
+                    hidden_size=1280,
+                    intermediate_size=5120,
+                    num_hidden_layers=32,
+                    num_attention_heads=16,
+                    patch_size=14,
+                )
+            ),
+            "vae": AutoencoderKLWan(),
+        }
+    shapes = {
+        network: {
+            name: Weight(tuple(p.shape), torch.float32)
+            for name, p in module.named_parameters()
+            if not name.endswith("embed_tokens.weight")  # the text encoder's, which is stored once, as `shared`
+        }
+        for network, module in networks.items()
+    }
+    sizes, table = Sizes(shapes, torch.bfloat16), (ROOT / "docs" / "export.md").read_text()
+    for name, placement in (
+        ("`--dtype float32`", Placement(dtype="float32")),
+        ("`--dtype bfloat16`", Placement(dtype="bfloat16")),
+        ("with `--quantize int8`", Placement(quantize="int8")),
+        ("with `--quantize fp8`", Placement(quantize="fp8")),
+    ):
+        kinds = ("none", "model") if placement.quantize == "int8" else ("none", "model", "group")
+        cells = [f"{sizes.resident_bytes(placement, kind) / 1e9:.1f}" for kind in kinds]
+        assert f"| {' | '.join([name, *cells])} |" in table
+
+
+def test_advice_leaves_out_what_is_on_already_and_counts_tiles(student):
+    sizes = Sizes.of(student)
+    text = advice(sizes, Placement(dtype="bfloat16", offload="group", quantize="fp8"), "a GPU", True, 81, 480, 832)
+    assert "6.1 times smaller" in text  # 480 x 832 / 256²
+    assert "--dtype" not in text
+    assert "--offload" not in text and "--quantize" not in text
+    everything = Placement("group", "fp8", tile=True, dtype="bfloat16")
+    assert "every switch is on already" in advice(sizes, everything, "a GPU", True, 81, 480, 832)
+
+
+def test_advice_names_what_group_offloading_excludes(student):
+    placement = Placement("model", "int8", compile=True, dtype="bfloat16")
+    assert "--offload group without --compile without --quantize" in advice(
+        Sizes.of(student), placement, "a GPU", True, FRAMES, HEIGHT, WIDTH
+    )
+
+
+def test_libraries_of_the_gpu_have_their_own_words_for_it():
+    failed = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert exhausted_memory(failed) == "gpu"
+    assert exhausted_memory(MemoryError()) == "machine" and exhausted_memory(RuntimeError("shapes")) is None
+
+
+# The command.
+
+
+def test_the_command_takes_the_options(student, tmp_path, plain):
+    options = ["--offload", "group", "--quantize", "fp8", "--tile", "--dtype", "bfloat16"]
+    assert main(arguments(student, tmp_path, *options, "--frames", str(tmp_path / "frames.npy"))) == 0
+    assert (tmp_path / "clip.mp4").stat().st_size > 0
+    assert np.load(tmp_path / "frames.npy").shape == plain.shape
+
+
+def test_a_size_that_the_model_cannot_take_is_refused_before_it_is_loaded(teacher, tmp_path, capsys):
+    command = arguments(teacher, tmp_path)
+    picture(40, 33).save(tmp_path / "first.png")
+    assert main(command) == 2
+    assert "33 x 40 pixels" in capsys.readouterr().err
