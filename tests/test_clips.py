@@ -220,7 +220,8 @@ def test_what_a_killed_run_left_behind_is_not_taken_up(tmp_path: Path) -> None:
     (left / "half.mp4").write_bytes(b"half")
     folder = run_stage(experiment(tmp_path), "clips", tmp_path / "results")
     assert not (folder / "videos" / "half.mp4").exists()
-    assert [p.name for p in folder.parent.iterdir() if not p.name.endswith(".lock")] == ["clips"]
+    assert {p.name for p in folder.parent.iterdir()} == {"clips", ".clips.lock", ".state"}
+    assert list((folder.parent / ".state").iterdir()) == []
 
 
 def test_two_processes_cannot_build_one_folder(tmp_path: Path) -> None:

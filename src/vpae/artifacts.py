@@ -11,12 +11,14 @@ import json
 import os
 import platform
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +26,7 @@ from pathlib import Path
 import vpae
 
 PROVENANCE = "provenance.json"
+FICLONE = 0x40049409  # ioctl: let a file share another's blocks until one of the two is written to
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "decord", "av")
 
 
@@ -42,17 +45,32 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, which takes the file's name at the end; if that fails, there is no file.
+
+    Several processes, on several machines, may write the same file: it is always one of theirs, and whole.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON by way of a temporary file and a rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file of a folder, without hidden files and the provenance itself."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != PROVENANCE)
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in files if not p.name.startswith(".")}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != PROVENANCE]
+    files = [p for p in files if not p.name.startswith(".")]
+    with ThreadPoolExecutor() as pool:
+        return {p.relative_to(folder).as_posix(): h for p, h in zip(files, pool.map(sha256, files), strict=True)}
 
 
 def read_provenance(folder: Path) -> dict | None:
@@ -89,13 +107,16 @@ def is_finished(folder: Path, settings: dict, inputs: dict[str, str]) -> bool:
 
 
 @contextmanager
-def building(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tuple[Path, dict]]:
+def building(
+    folder: Path, settings: dict, inputs: dict[str, str], spent: Sequence[Path] = ()
+) -> Iterator[tuple[Path, dict]]:
     """Build a folder all or nothing.
 
     Args:
         folder: where the result will stand; an older result there is replaced at the end, in one rename.
         settings: the resolved sections that determine the result.
         inputs: name -> digest of everything read.
+        spent: folders of no use once the result stands, which are then removed.
 
     Yields:
         a temporary folder to write into, and a dict of counts to fill in.
@@ -103,17 +124,27 @@ def building(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[t
     Raises:
         ArtifactError: another process is building the same folder.
     """
-    with _alone(folder):
+    with locked(folder):
         yield from _build(folder, settings, inputs)
+        for path in spent:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it when the process ends, however it ends."""
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the folder's lock; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: what is to be built; it need not exist.
+        shared: let others in who share it, too, but nobody who wants it alone.
+
+    Raises:
+        ArtifactError: another process holds it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    with folder.with_name(f".{folder.name}.lock").open("a+") as lock:  # NFS shares a lock only if it may read, too
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ArtifactError(f"{folder} is being built by another process; wait for it, or end it") from error
         yield
@@ -179,15 +210,22 @@ def device_name() -> str:
     return f"{names[0]} ({torch.get_num_threads()} threads)" if names else platform.machine()
 
 
-def link_tree(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copy a folder without copying bytes where the file system allows hard links; `skip` names top-level entries."""
+def link_tree(source: Path, target: Path, skip: tuple[str, ...] = (), foreign: bool = False) -> None:
+    """Copy a folder without copying bytes where that is safe.
+
+    Args:
+        source: the folder.
+        target: where its files go.
+        skip: top-level entries to leave out.
+        foreign: the files are somebody's who may edit them in place, see `take`; otherwise they are hard-linked.
+    """
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         relative = path.relative_to(source)
         if relative.parts[0] in skip or path.name == PROVENANCE or path.name.startswith("."):
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
-        link(path.resolve(), destination)
+        (take if foreign else link)(path.resolve(), destination)
 
 
 def link(source: Path, target: Path) -> None:
@@ -196,3 +234,25 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def take(source: Path, target: Path) -> None:
+    """Take over a file such that no later change of it, not even in place, changes ours.
+
+    One that nobody may write to is hard-linked; others are cloned where the file system can (Btrfs, XFS and others:
+    the bytes are shared until one side is written to), and copied elsewhere.
+    """
+    if not source.stat().st_mode & 0o222:
+        link(source, target)
+    elif not _clone(source, target):
+        shutil.copy2(source, target)
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Whether the file system could do it; if not, `target` is an empty file."""
+    with source.open("rb") as original, target.open("wb") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), FICLONE, original.fileno())
+        except OSError:
+            return False
+    return True

@@ -7,20 +7,24 @@ the next smaller time. With one step and no guidance the two are the same.
 import json
 import re
 from collections import Counter
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vpae.config import Experiment, Sampler
+from vpae.artifacts import link, written
+from vpae.config import PATCH, VAE_STRIDE, Experiment, Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.latents import LatentDataset
 from vpae.data.video import write_video
+from vpae.experiment import ConfigError
 from vpae.flow import add_noise, schedule, x0_from_velocity
 from vpae.models.wan import (
     GEOMETRY,
@@ -31,8 +35,15 @@ from vpae.models.wan import (
     load_pipeline,
     load_transformer,
 )
+from vpae.out_of_memory import explained
+from vpae.parts import Part
+from vpae.placement import Placement, load_placed
 from vpae.progress import Progress
+from vpae.training.preemption import Interruption
 from vpae.training.randomness import derived_seed
+
+REAL = "real"  # the row of the clips themselves, which only go through the VAE
+SHEET = 16  # videos on a contact sheet
 
 
 def euler(
@@ -99,31 +110,108 @@ def model_folder(inputs: dict[str, Path], model: str) -> Path:
     return inputs["teacher"] if model == "teacher" else inputs[model] / "student"
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Videos of one row that are drawn together: the unit of resuming, and of sharing the work."""
+
+    row: str
+    start: int
+    size: int
+
+    def file(self, state: Path) -> Path:
+        """Where its latents go, last of all: once they are there, so are its videos."""
+        return state / self.row / f"{self.start:06d}.safetensors"
+
+
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Animate the held-out first frames by every row's model.
 
     Writes `ROW/latents.safetensors` (all of them), `ROW/{prompt}-{index}.mp4` (the first `decode`), a contact sheet
     `ROW.png`, the same for the real clips through the VAE (`real/`), and `suite.jsonl` (what was asked for).
     """
-    config, geometry = settings.samples, settings.geometry
+    config, batches = settings.samples, _batches(settings)
+    suite = _complete(batches, settings, inputs, state, "samples")
+    (out / "suite.jsonl").write_text("".join(json.dumps(item) + "\n" for item in suite))
+    for row, drawn in groupby(batches, key=lambda batch: batch.row):
+        found = [load_file(batch.file(state)) for batch in drawn]
+        (out / row).mkdir()
+        save_file({"x0": torch.cat([one["x0"] for one in found])}, out / row / "latents.safetensors")
+        for item in suite[: config.decode]:
+            link(state / row / item["file"], out / row / item["file"])
+        strips_NHW3 = torch.cat([one["strips"] for one in found if "strips" in one])[:SHEET]
+        Image.fromarray(strips_NHW3.flatten(0, 1).numpy()).save(out / f"{row}.png")
+    return {"rows": len(config.rows) + 1, "videos": config.decode, "latents": config.count}
+
+
+def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
+    """Draw and decode one part's share of the videos into the state folder."""
+    batches = _batches(settings)
+    rows = settings.samples.rows
+    # Decoding counts as one network evaluation. Neighbours are mostly of one row: few models to load.
+    costs = [batch.size * (1 + (rows[batch.row].nfe if batch.row in rows else 0)) for batch in batches]
+    _complete(part.stretch(batches, costs), settings, inputs, state, f"samples {part}")
+
+
+def _batches(settings: Experiment) -> list[Batch]:
+    config = settings.samples
+    starts = range(0, config.count, config.batch_size)
+    return [
+        Batch(row, start, min(config.batch_size, config.count - start))
+        for row in (REAL, *config.rows)
+        for start in starts
+    ]
+
+
+@torch.no_grad()
+def _complete(
+    batches: list[Batch], settings: Experiment, inputs: dict[str, Path], state: Path, label: str
+) -> list[dict]:
+    """See that all these videos are in the state folder; returns the whole suite.
+
+    Raises:
+        Interruption: asked to end; finished batches are kept.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = LatentDataset(inputs["latents"], "held_out")
-    suite = make_suite(dataset, config.count, settings.seed)
-    (out / "suite.jsonl").write_text("".join(json.dumps(item) + "\n" for item in suite))
-    shape = (16, *geometry.latent_shape)
-    state.mkdir(parents=True, exist_ok=True)
+    suite = make_suite(dataset, settings.samples.count, settings.seed)
+    missing = [batch for batch in batches if not batch.file(state).is_file()]
+    if not missing:
+        return suite
     vae = load_pipeline(inputs["teacher"], transformer=None, text_encoder=None, image_encoder=None).vae.to(device)
-    x0_real = torch.cat([dataset.batch([n])[0] for n in range(config.count)])
-    _write_row(out, "real", x0_real, suite, vae, settings)
-    for name, row in config.rows.items():
-        finished = state / f"{name}.safetensors"  # a row is the unit of resuming
-        if not finished.is_file():
-            model = load_transformer(model_folder(inputs, row.model)).to(device).eval()
-            x0 = _sample_row(model, name, row, dataset, suite, shape, settings, device)
-            save_file({"x0": x0}, finished.with_suffix(".tmp"))
-            finished.with_suffix(".tmp").replace(finished)
-        _write_row(out, name, load_file(finished)["x0"], suite, vae, settings)
-    return {"rows": len(config.rows) + 1, "videos": config.decode, "latents": config.count}
+    progress = Progress(sum(batch.size for batch in missing), label)
+    with Interruption.watch() as request:
+        for name, group in groupby(missing, key=lambda batch: batch.row):
+            row = settings.samples.rows.get(name)
+            model = load_transformer(model_folder(inputs, row.model)).to(device).eval() if row else None
+            for batch in group:
+                if request.requested:
+                    raise Interruption(f"{label}: {progress.done} more videos are in {state}")
+                x0, condition = dataset.batch(list(range(batch.start, batch.start + batch.size)), device)
+                items = suite[batch.start : batch.start + batch.size]
+                if row:
+                    seeds = [item["seed"] for item in items]
+                    x0 = draw(model, row, settings.teacher.shift, condition, tuple(x0.shape[1:]), seeds)
+                _keep(batch, x0, items[: max(0, settings.samples.decode - batch.start)], vae, settings, state)
+                progress.update(batch.size, name)
+            model = None  # two large models at a time may be too many
+    progress.close()
+    return suite
+
+
+def _keep(batch: Batch, x0: Tensor, decoded: list[dict], vae, settings: Experiment, state: Path) -> None:
+    """Write a batch to the state folder: the videos of its first items, and then its latents."""
+    batch.file(state).parent.mkdir(parents=True, exist_ok=True)
+    tensors, strips = {"x0": x0.cpu().contiguous()}, []
+    for item, latents in zip(decoded, x0, strict=False):
+        frames = decode_latents(vae, latents[None])[0].cpu().numpy()
+        with written(state / batch.row / item["file"]) as temporary:
+            write_video(temporary, frames, settings.geometry.fps, settings.samples.crf, reproducible=False)
+        if batch.start + len(strips) < SHEET:
+            strips.append(np.concatenate(frames[:: max(1, (len(frames) - 1) // 4)], axis=1))
+    if strips:
+        tensors["strips"] = torch.from_numpy(np.ascontiguousarray(np.stack(strips)))
+    with written(batch.file(state)) as temporary:
+        save_file(tensors, temporary)
 
 
 def make_suite(dataset: LatentDataset, count: int, seed: int) -> list[dict]:
@@ -147,32 +235,6 @@ def file_stem(prompt: str) -> str:
 
 
 @torch.no_grad()
-def _sample_row(model, name, row, dataset, suite, shape, settings, device) -> Tensor:
-    size, shift = settings.samples.batch_size, settings.teacher.shift
-    progress, parts = Progress(len(suite), f"samples/{name}"), []
-    for start in range(0, len(suite), size):
-        batch = suite[start : start + size]
-        _, condition = dataset.batch(list(range(start, start + len(batch))), device)
-        parts.append(draw(model, row, shift, condition, shape, [item["seed"] for item in batch]).cpu())
-        progress.update(len(batch))
-    progress.close()
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def _write_row(out: Path, name: str, x0: Tensor, suite: list[dict], vae, settings: Experiment) -> None:
-    folder = out / name
-    folder.mkdir()
-    save_file({"x0": x0.contiguous()}, folder / "latents.safetensors")
-    sheet = []
-    for item, latents in zip(suite[: settings.samples.decode], x0, strict=False):
-        frames = decode_latents(vae, latents[None])[0].cpu().numpy()
-        write_video(folder / item["file"], frames, settings.geometry.fps, settings.samples.crf, reproducible=False)
-        sheet.append(np.concatenate(frames[:: max(1, (len(frames) - 1) // 4)], axis=1))
-    Image.fromarray(np.concatenate(sheet[:16])).save(out / f"{name}.png")
-
-
-@torch.no_grad()
 def sample_one(
     model: Path,
     image: Path,
@@ -183,20 +245,32 @@ def sample_one(
     num_frames: int | None,
     out: Path,
     frames_out: Path | None,
+    placement: Placement = Placement(),  # noqa: B008, it is frozen
 ) -> None:
     """Animate one image and write the mp4 (and, if wanted, the exact frames as .npy).
 
     Raises:
         FileNotFoundError: no such model or image.
+        ConfigError: the image's size is not one the model can animate, or memory does not suffice.
     """
     if not image.is_file():
         raise FileNotFoundError(f"{image}: no such image")
-    pipeline = load_pipeline(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     geometry = json.loads((model / GEOMETRY).read_text()) if (model / GEOMETRY).is_file() else {}
     picture = Image.open(image).convert("RGB")
     if geometry:
         picture = picture.resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
-    frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, num_frames or geometry.get("frames", 81))
+    width, height = picture.size
+    multiples = VAE_STRIDE[2] * PATCH[2], VAE_STRIDE[1] * PATCH[1]
+    if width % multiples[0] or height % multiples[1]:
+        raise ConfigError(
+            f"{image}: {width} x {height} pixels; this model says no size of its own and can take multiples of "
+            f"{multiples[0]} x {multiples[1]}: scale the image, for instance to 832 x 480"
+        )
+    length = num_frames or geometry.get("frames", 81)
+    with explained(model, placement, device, length, height, width):
+        pipeline = load_placed(model, placement, device)
+        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_video(out, frames, geometry.get("fps", 16.0), crf=10, reproducible=False)
     if frames_out is not None:
@@ -214,7 +288,7 @@ def animate(
     num_frames: int,
 ) -> np.ndarray:
     """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not."""
-    encoders, device = Encoders(pipeline), pipeline.vae.device
+    encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
     first = np.asarray(picture)
     frame = encoders.conditions([first], num_frames)
     texts = encoders.texts([prompt, ""])

@@ -2,12 +2,15 @@
 
 import importlib
 import os
-import shutil
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from vpae.artifacts import ArtifactError, building, digest, identity, is_finished
+from vpae.artifacts import ArtifactError, building, digest, identity, is_finished, locked
 from vpae.experiment import RESULTS, Source, stage_folder, stage_settings, upstream
+from vpae.parts import Part
 
 FUNCTIONS = {
     "clips": "vpae.data.catalog",
@@ -29,6 +32,38 @@ def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
     return folder.parent / ".state" / f"{folder.name}-{digest([settings, inputs])[:12]}"
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A stage of one experiment: its module, its folder, and all that determines what will be in it."""
+
+    module: ModuleType
+    folder: Path
+    settings: dict
+    folders: dict[str, Path]
+    digests: dict[str, str]
+
+    @property
+    def state(self) -> Path:
+        return state_folder(self.folder, self.settings, self.digests)
+
+    def is_done(self) -> bool:
+        if is_finished(self.folder, self.settings, self.digests):
+            print(f"{self.folder.name}: {self.folder} is up to date", file=sys.stderr)
+            return True
+        return False
+
+
+def _task(source: Source, stage: str, results: Path) -> _Task:
+    folder = stage_folder(source, stage, results)
+    settings = stage_settings(source.settings, stage)
+    folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
+    digests = {name: identity(path) for name, path in folders.items()}
+    module = importlib.import_module(FUNCTIONS[stage])
+    if hasattr(module, "external_inputs"):
+        digests |= module.external_inputs(source.settings)
+    return _Task(module, folder, settings, folders, digests)
+
+
 def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     """Run one stage unless it is done.
 
@@ -39,24 +74,36 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         the stage's folder.
 
     Raises:
-        ArtifactError: an input is missing.
+        ArtifactError: an input is missing, or another process, perhaps one that runs a part, is at work on the stage.
     """
-    folder = stage_folder(source, stage, results)
-    settings = stage_settings(source.settings, stage)
-    folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
-    digests = {name: identity(path) for name, path in folders.items()}
-    module = importlib.import_module(FUNCTIONS[stage])
-    if hasattr(module, "external_inputs"):
-        digests |= module.external_inputs(source.settings)
-    if is_finished(folder, settings, digests):
-        print(f"{stage}: {folder} is up to date", file=sys.stderr)
-        return folder
-    state = state_folder(folder, settings, digests)
-    with building(folder, settings, digests) as (out, counts):
-        counts.update(module.run(source.settings, folders, out, state) or {})
-    for old in state.parent.glob(f"{stage}-*"):
-        shutil.rmtree(old)
-    return folder
+    task = _task(source, stage, results)
+    if task.is_done():
+        return task.folder
+    if int(os.environ.get("RANK", "0")) > 0:  # one of several processes of torchrun: the first one writes the folder
+        with tempfile.TemporaryDirectory() as nowhere:
+            task.module.run(source.settings, task.folders, Path(nowhere), task.state)
+        return task.folder
+    states = [task.state, *task.state.parent.glob(f"{stage}-*")]
+    with building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
+        counts.update(task.module.run(source.settings, task.folders, out, task.state) or {})
+    return task.folder
+
+
+def run_part(source: Source, stage: str, part: Part, results: Path = RESULTS) -> None:
+    """Do one part of a stage's work and leave it in the state folder, unless the stage is done.
+
+    Parts may run at the same time, but not beside `run_stage`. The modules of stages that can be cut have
+    `part(settings, inputs, state, part)`: it fills the state folder of `run` with its share of the work. What others
+    write there, perhaps the same things, they write at the same time.
+
+    Raises:
+        ArtifactError: an input is missing, or another process is at work on the whole stage.
+    """
+    task = _task(source, stage, results)
+    with locked(task.folder, shared=True):
+        if not task.is_done():
+            task.state.mkdir(parents=True, exist_ok=True)
+            task.module.part(source.settings, task.folders, task.state, part)
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:

@@ -1,6 +1,7 @@
 rule clips:
     input:
         folders_read_by("clips"),
+        parts_of("clips"),
         videos,
     output:
         directory("results/{experiment}/clips"),
@@ -10,12 +11,26 @@ rule clips:
         "results/{experiment}/logs/clips.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: lambda wildcards: experiment(wildcards.experiment).settings.clips.workers
+    threads: cpus("clips")
     resources:
-        gpu=0,
-        mem_mb=scaled(4000, 64000),
-        runtime=scaled(60, 1440),
+        **needs("clips"),
     params:
         settings=settings_of("clips"),
+        part="",
     shell:
-        "vpae clips --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"
+        "vpae clips --config configs/{wildcards.experiment}.yaml {params.part} 2>&1 | tee {log}"
+
+
+# A share of the stage's work, as large as the experiment's `jobs` say; the stage itself then only gathers.
+use rule clips as clips_part with:
+    input:
+        folders_read_by("clips"),
+        videos,
+    output:
+        temp(touch("results/{experiment}/.parts/clips/{part}-of-{parts}")),
+    log:
+        "results/{experiment}/logs/clips/{part}-of-{parts}.log",
+    benchmark:
+        "results/{experiment}/logs/clips/{part}-of-{parts}.benchmark.tsv"
+    params:
+        part="--part {part}/{parts}",

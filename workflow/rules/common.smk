@@ -2,11 +2,12 @@
 import json
 import sys
 from functools import cache
-from math import prod
 from pathlib import Path
+from typing import get_args
 
-from vpae.config import PATCH
+from vpae.config import VBenchDimension
 from vpae.experiment import STAGES, ConfigError, load, owner, stage_folder, stage_settings, upstream
+from vpae.planning.presence import missing_teacher
 
 # A stage that is told to end (TERM, USR1) saves its state first; shell and tee must live on until it has.
 shell.prefix("set -euo pipefail; trap : TERM USR1; tee() {{ trap '' INT TERM USR1; command tee \"$@\"; }}; ")
@@ -14,6 +15,8 @@ shell.prefix("set -euo pipefail; trap : TERM USR1; tee() {{ trap '' INT TERM USR
 
 wildcard_constraints:
     experiment="[^/]+",
+    part="[0-9]+",
+    parts="[0-9]+",
 
 
 def stop(message):
@@ -41,12 +44,43 @@ def folders_read_by(stage):
     """Input function: the results that a stage reads."""
 
     def folders(wildcards):
-        source = experiment(wildcards.experiment)
-        if owner(source, stage) is not source:
-            stop(f"{source.path} leaves {stage} as it is in its base; ask for {stage_folder(source, stage)}")
-        return [str(stage_folder(source, name)) for name in upstream(source.settings, stage)]
+        return upstream_folders(wildcards.experiment, stage)
 
     return folders
+
+
+@cache
+def upstream_folders(name, stage):
+    """The results that a stage of the experiment NAME reads."""
+    source = experiment(name)
+    if owner(source, stage) is not source:
+        stop(f"{source.path} leaves {stage} as it is in its base; ask for {stage_folder(source, stage)}")
+    return [str(stage_folder(source, above)) for above in upstream(source.settings, stage)]
+
+
+def parts_of(stage):
+    """Input function: the marks of the jobs that share a stage's work; none where its own job does it all."""
+
+    def marks(wildcards):
+        jobs = getattr(experiment(wildcards.experiment).settings.jobs, stage)
+        folder = f"results/{wildcards.experiment}/.parts/{stage}"
+        return [f"{folder}/{number}-of-{jobs}" for number in range(1, jobs + 1)] if jobs > 1 else []
+
+    return marks
+
+
+def vbench_parts(wildcards):
+    """Input function: the marks of all jobs that measure an experiment's samples."""
+    vbench = experiment(wildcards.experiment).settings.evaluation.vbench
+    if vbench.backbones != "official":
+        return []
+    return expand(
+        "results/{experiment}/.parts/vbench/{dimension}/{part}-of-{parts}",
+        experiment=wildcards.experiment,
+        dimension=vbench.dimensions or get_args(VBenchDimension),
+        part=range(1, vbench.shards + 1),
+        parts=vbench.shards,
+    )
 
 
 def videos(wildcards):
@@ -60,9 +94,12 @@ def teacher_files(wildcards):
     """Input function: index and weights of a teacher taken from a folder."""
     source = experiment(wildcards.experiment)
     teacher = source.settings.teacher
+    if teacher.source == "folder":
+        index = existing(Path(teacher.path) / "model_index.json", source, "teacher.path")
+    if problems := missing_teacher(source):
+        stop("\n".join(problems))
     if teacher.source != "folder":
         return []
-    index = existing(Path(teacher.path) / "model_index.json", source, "teacher.path")
     return [index, *map(str, sorted(Path(teacher.path).glob("*/*.safetensors")))]
 
 
@@ -76,20 +113,57 @@ def existing(path, source, key):
 def settings_of(stage):
     """Params function: just the settings a stage depends on, so that a change re-runs what it concerns and no more.
 
+    What it reads stands among them, because the default profile tells Snakemake not to compare sets of input files: the
+    marks of a stage's parts would count, and another number of jobs would run it again.
     As text with sorted keys, because Snakemake, unlike vpae, would take another order for another value.
     """
 
     def settings(wildcards):
-        return json.dumps(stage_settings(experiment(wildcards.experiment).settings, stage), sort_keys=True)
+        found = dependencies(wildcards.experiment, stage)
+        return found if stage not in FILES_READ else f"{found} {FILES_READ[stage](wildcards)}"
 
     return settings
 
 
-def scaled(small, large):
-    """Resource function: one value for experiments like `tiny`, another from about 480p on [estimates]."""
+@cache
+def dependencies(name, stage):
+    """The settings and folders on which a stage of the experiment NAME depends, as text."""
+    reads = upstream_folders(name, stage)
+    return json.dumps(stage_settings(experiment(name).settings, stage) | {"reads": reads}, sort_keys=True)
 
-    def value(wildcards):
-        tokens = prod(experiment(wildcards.experiment).settings.geometry.latent_shape) // prod(PATCH)
-        return small if tokens < 2000 else large
 
-    return value
+# What stages read beside the results of others.
+FILES_READ = {"clips": videos, "teacher": teacher_files}
+
+
+def needs(stage):
+    """Resources of a stage's jobs, from the experiment's section `cluster`, in the words of Snakemake's SLURM plugin.
+
+    Those that do not apply are None, which Snakemake takes for absent. GPUs are asked for per node (gres), not in all
+    (gpu), which SLURM could spread over nodes as it likes.
+    """
+
+    def resource(value):
+        def of(wildcards):
+            settings = experiment(wildcards.experiment).settings
+            return value(getattr(settings.cluster, stage), settings)
+
+        return of
+
+    return {
+        "nodes": resource(lambda job, _: job.nodes),
+        "gpus_per_node": resource(lambda job, _: job.gpus),
+        "gres": resource(lambda job, _: f"gpu:{job.gpus}" if job.gpus else None),
+        "cpus_per_task": resource(lambda job, settings: settings.clips.workers if stage == "clips" else job.cpus),
+        "mem_mb": resource(lambda job, _: 1000 * job.memory_gb),
+        "runtime": resource(lambda job, _: job.minutes),
+        # With several nodes the job itself calls srun, once per node; the plugin calls that mpi.
+        "mpi": resource(lambda job, _: "srun" if job.nodes > 1 else None),
+        "tasks": resource(lambda job, _: job.nodes if job.nodes > 1 else None),
+        "tasks_per_gpu": resource(lambda job, _: 0 if job.nodes > 1 else None),
+    }
+
+
+def cpus(stage):
+    """Threads function: the CPUs that a stage's jobs ask for."""
+    return needs(stage)["cpus_per_task"]

@@ -1,6 +1,7 @@
 rule latents:
     input:
         folders_read_by("latents"),
+        parts_of("latents"),
     output:
         directory("results/{experiment}/latents"),
     log:
@@ -9,12 +10,25 @@ rule latents:
         "results/{experiment}/logs/latents.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: scaled(2, 8)
+    threads: cpus("latents")
     resources:
-        gpu=scaled(0, 1),
-        mem_mb=scaled(4000, 128000),
-        runtime=scaled(60, 1440),
+        **needs("latents"),
     params:
         settings=settings_of("latents"),
+        part="",
     shell:
-        "vpae latents --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"
+        "vpae latents --config configs/{wildcards.experiment}.yaml {params.part} 2>&1 | tee {log}"
+
+
+# A share of the stage's work, as large as the experiment's `jobs` say; the stage itself then only gathers.
+use rule latents as latents_part with:
+    input:
+        folders_read_by("latents"),
+    output:
+        temp(touch("results/{experiment}/.parts/latents/{part}-of-{parts}")),
+    log:
+        "results/{experiment}/logs/latents/{part}-of-{parts}.log",
+    benchmark:
+        "results/{experiment}/logs/latents/{part}-of-{parts}.benchmark.tsv"
+    params:
+        part="--part {part}/{parts}",

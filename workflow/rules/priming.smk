@@ -9,12 +9,11 @@ rule priming:
         "results/{experiment}/logs/priming.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: scaled(2, 8)
+    threads: cpus("priming")
     resources:
-        gpu=scaled(0, 1),
-        mem_mb=scaled(4000, 256000),
-        runtime=scaled(120, 1440),
+        **needs("priming"),
     params:
         settings=settings_of("priming"),
     shell:
-        "vpae priming --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"
+        "workflow/launch.sh {resources.nodes} {resources.gpus_per_node} {resources.cpus_per_task}"
+        " vpae priming --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"

@@ -9,11 +9,9 @@ rule report:
         "results/{experiment}/logs/report.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: 1
+    threads: cpus("report")
     resources:
-        gpu=0,
-        mem_mb=4000,
-        runtime=15,
+        **needs("report"),
     params:
         settings=settings_of("report"),
     shell:

@@ -1,6 +1,7 @@
 rule samples:
     input:
         folders_read_by("samples"),
+        parts_of("samples"),
     output:
         directory("results/{experiment}/samples"),
     log:
@@ -9,12 +10,25 @@ rule samples:
         "results/{experiment}/logs/samples.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: scaled(2, 8)
+    threads: cpus("samples")
     resources:
-        gpu=scaled(0, 1),
-        mem_mb=scaled(4000, 128000),
-        runtime=scaled(120, 1440),
+        **needs("samples"),
     params:
         settings=settings_of("samples"),
+        part="",
     shell:
-        "vpae samples --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"
+        "vpae samples --config configs/{wildcards.experiment}.yaml {params.part} 2>&1 | tee {log}"
+
+
+# A share of the stage's work, as large as the experiment's `jobs` say; the stage itself then only gathers.
+use rule samples as samples_part with:
+    input:
+        folders_read_by("samples"),
+    output:
+        temp(touch("results/{experiment}/.parts/samples/{part}-of-{parts}")),
+    log:
+        "results/{experiment}/logs/samples/{part}-of-{parts}.log",
+    benchmark:
+        "results/{experiment}/logs/samples/{part}-of-{parts}.benchmark.tsv"
+    params:
+        part="--part {part}/{parts}",

@@ -10,12 +10,11 @@ rule teacher:
         "results/{experiment}/logs/teacher.benchmark.tsv"
     conda:
         "../../environment.yml"
-    threads: scaled(2, 8)
+    threads: cpus("teacher")
     resources:
-        gpu=0,
-        mem_mb=scaled(8000, 64000),
-        runtime=480,
+        **needs("teacher"),
     params:
         settings=settings_of("teacher"),
     shell:
-        "vpae teacher --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"
+        "workflow/launch.sh {resources.nodes} {resources.gpus_per_node} {resources.cpus_per_task}"
+        " vpae teacher --config configs/{wildcards.experiment}.yaml 2>&1 | tee {log}"

@@ -9,7 +9,8 @@ import csv
 import io
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,14 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae.artifacts import ArtifactError, digest, sha256
+from vpae.artifacts import ArtifactError, digest, link, sha256, write_json, written
 from vpae.config import Experiment, Geometry
 from vpae.data.video import VideoError, probe, read_clip, write_video
 from vpae.data.world import Truth, draw_truth, render
-from vpae.progress import track
+from vpae.parts import Part
+from vpae.progress import Progress, track
+from vpae.training.preemption import SIGNALS, Interruption
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 SPLITS = ("train", "held_out")
+STRETCH = 32
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,16 @@ def read_truth(folder: Path) -> dict[str, Truth]:
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Build the catalogue; returns the number of clips per split and in quarantine."""
     if settings.clips.source == "world":
-        return _render_world(settings, out)
-    return _catalogue(settings, out)
+        return _render_world(settings, out, state)
+    return _catalogue(settings, out, state)
+
+
+def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
+    """Render or check one part's share of the clips, into the state folder."""
+    if settings.clips.source == "world":
+        _rendered(part.share(_world(settings)), settings, state, f"clips {part}")
+    else:
+        _checked(part.share(_stretches(_candidates(settings))), settings, state, f"clips {part}")
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
@@ -86,21 +98,29 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
     return {settings.clips.path: digest(listing)}
 
 
-def _render_world(settings: Experiment, out: Path) -> dict:
+def _render_world(settings: Experiment, out: Path, state: Path) -> dict:
+    rendered = _rendered(_world(settings), settings, state, "clips")
     (out / "videos").mkdir()
-    jobs = [("train", i) for i in range(settings.clips.train)] + [
-        ("held_out", i) for i in range(settings.clips.held_out)
-    ]
-    clips, truths = [], []
-    work = partial(_render_one, settings=settings, out=out)
-    for clip, truth in track(_in_processes(work, jobs, settings.clips.workers), len(jobs), "clips"):
-        clips.append(clip)
-        truths.append({"key": clip.key, **truth.to_json()})
-    _write_lines(out / "truth.jsonl", truths)
-    return _write_tables(out, clips, [])
+    for clip, _ in rendered:
+        link(state / clip.path, out / clip.path)
+    _write_lines(out / "truth.jsonl", ({"key": clip.key, **truth.to_json()} for clip, truth in rendered))
+    return _write_tables(out, [clip for clip, _ in rendered], [])
+
+
+def _world(settings: Experiment) -> list[tuple[str, int]]:
+    """Split and index of every clip of the procedural world."""
+    return [(split, index) for split in SPLITS for index in range(getattr(settings.clips, split))]
+
+
+def _rendered(jobs: list[tuple[str, int]], settings: Experiment, state: Path, label: str) -> list[tuple[Clip, Truth]]:
+    """These clips, whose videos are then in the state folder."""
+    (state / "videos").mkdir(parents=True, exist_ok=True)
+    work = partial(_render_one, settings=settings, out=state)
+    return list(track(_in_processes(work, jobs, settings.clips.workers), len(jobs), label))
 
 
 def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[Clip, Truth]:
+    """A clip, rendered unless its video is there, and its truth."""
     split, index = job
     geometry, world = settings.geometry, settings.clips.world
     truth = draw_truth(
@@ -112,18 +132,19 @@ def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[
     )
     key = f"{split}-{index:06d}"
     path = Path("videos") / f"{key}.mp4"
-    write_video(out / path, render(truth, geometry.height, geometry.width), geometry.fps, world.crf)
+    if not (out / path).is_file():
+        with written(out / path) as temporary:
+            write_video(temporary, render(truth, geometry.height, geometry.width), geometry.fps, world.crf)
     size = (geometry.width, geometry.height, geometry.fps)
     return Clip(key, str(path), split, truth.caption, *size, sha256(out / path)), truth
 
 
-def _catalogue(settings: Experiment, out: Path) -> dict:
+def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
     rows = _candidates(settings)
     if not rows:
         raise ArtifactError(f"clips.path = {settings.clips.path}: no videos there ({', '.join(SUFFIXES)})")
     good, bad, seen = [], [], {}
-    work = partial(_check_one, geometry=settings.geometry)
-    for row, found in track(_in_processes(work, rows, settings.clips.workers), len(rows), "clips"):
+    for row, found in zip(rows, _checked(_stretches(rows), settings, state, "clips"), strict=True):
         if isinstance(found, str):
             bad.append({"path": row["path"], "reason": found})
         elif found["sha256"] in seen:
@@ -186,24 +207,68 @@ def _text(path: Path) -> str:
         raise ArtifactError(f"{path}: not UTF-8 text ({error}); convert it") from error
 
 
-def _check_one(row: dict, geometry: Geometry) -> tuple[dict, dict | str]:
+def _stretches(rows: list[dict]) -> list[tuple[int, list[dict]]]:
+    """Rows that are checked together, with the number of the first one: the unit of resuming."""
+    return [(start, rows[start : start + STRETCH]) for start in range(0, len(rows), STRETCH)]
+
+
+def _checked(
+    stretches: list[tuple[int, list[dict]]], settings: Experiment, state: Path, label: str
+) -> list[dict | str]:
+    """What `_check_one` found of each row of these stretches, which is then in the state folder."""
+    state.mkdir(parents=True, exist_ok=True)
+    work = partial(_check_stretch, geometry=settings.geometry, state=state)
+    progress, found = Progress(sum(len(rows) for _, rows in stretches), label), []
+    for checked in _in_processes(work, stretches, settings.clips.workers):
+        found += checked
+        progress.update(len(checked))
+    progress.close()
+    return found
+
+
+def _check_stretch(stretch: tuple[int, list[dict]], geometry: Geometry, state: Path) -> list[dict | str]:
+    """Check rows, unless the state folder tells what was found; its name says from which videos and captions."""
+    start, rows = stretch
+    record = state / f"{start:08d}.json"
+    if not record.is_file():
+        write_json(record, [_check_one(row, geometry) for row in rows])
+    return json.loads(record.read_text())
+
+
+def _check_one(row: dict, geometry: Geometry) -> dict | str:
     """Decode a clip in the experiment's geometry: its measures, or the reason why it cannot be used."""
     path = Path(row["path"])
     try:
         info = probe(path)
         read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps)
     except VideoError as error:
-        return row, str(error)
-    return row, {"width": info.width, "height": info.height, "fps": info.fps, "sha256": sha256(path)}
+        return str(error)
+    return {"width": info.width, "height": info.height, "fps": info.fps, "sha256": sha256(path)}
 
 
-def _in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator:
-    """Map in order over processes; spawned, because forking a process with threads can deadlock."""
-    if workers == 1:
-        yield from map(work, jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(work, jobs, chunksize=8)
+def _in_processes(work: Callable, jobs: Sequence, workers: int) -> Iterator:
+    """Map in order over processes; spawned, because forking a process with threads can deadlock.
+
+    Raises:
+        Interruption: asked to end; what is finished is kept.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with Interruption.watch() as request:
+        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_leave_signals) if workers > 1 else None
+        try:
+            for done in pool.map(work, jobs) if pool else map(work, jobs):
+                yield done
+                if request.requested:
+                    raise Interruption("clips: finished ones are kept")
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
+
+
+def _leave_signals() -> None:
+    """In a worker: a cluster signals every process of a job, and the one that started the workers ends them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _write_tables(out: Path, clips: list[Clip], bad: list[dict]) -> dict:

@@ -43,7 +43,7 @@ class Encoders:
     def images(self, first_frames: Sequence[np.ndarray]) -> Tensor:
         """CLIP's last but one hidden states of uint8 frames (H, W, 3), as (B, N, D)."""
         images = [Image.fromarray(f) for f in first_frames]
-        return self.pipeline.encode_image(images, self.pipeline.image_encoder.device).cpu()
+        return self.pipeline.encode_image(images, "cpu")
 
     @torch.no_grad()
     def videos(self, frames_BTHW3: np.ndarray) -> Tensor:

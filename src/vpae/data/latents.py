@@ -11,7 +11,9 @@ A shard whose clips and encoders are unchanged is taken over from the last run, 
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,14 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import digest, file_hashes, link, read_provenance, write_json
+from vpae.artifacts import digest, file_hashes, link, read_provenance, write_json, written
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS, Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
+from vpae.parts import Part
 from vpae.progress import Progress
+from vpae.training.preemption import Interruption, Request
 
 INDEX = "index.json"
 ENCODERS = ("vae/", "text_encoder/", "tokenizer/", "image_encoder/", "image_processor/")
@@ -45,37 +49,97 @@ class Entry:
     size: int
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Clips of one split that are stored in one file, and a digest of everything that determines its bytes."""
+
+    name: str
+    clips: list[Clip]
+    recipe: str
+
+
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Encode all clips; returns counts of clips and shards, and of shards taken over."""
-    clips = read_manifest(inputs["clips"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(inputs["teacher"], transformer=None).to(device)
-    encoders = Encoders(pipeline)
-    encoder_hash = _encoder_hash(inputs["teacher"])
-    state.mkdir(parents=True, exist_ok=True)
-    previous = [state, out.parent / "latents"]
-    progress, entries, reused = Progress(len(clips), "latents"), [], 0
-    shards = [(split, part) for split in SPLITS for part in _parts(clips, split, settings.latents.shard_size)]
-    for number, (split, part) in enumerate(shards):
-        name = f"{split}-{number:05d}.tar"
-        # Everything that determines the shard's bytes.
-        made_of = [(clip.key, clip.sha256, clip.caption) for clip in part]
-        recipe = digest([encoder_hash, settings.latents.dtype, settings.geometry.model_dump(), made_of])
-        if _take_over(previous, recipe, out / name):
-            reused += 1
-        else:
-            _encode_shard(part, settings, inputs["clips"], encoders, state / name)
-            link(state / name, out / name)
-            (state / f"{name}.recipe").write_text(recipe)
-        (out / f"{name}.recipe").write_text(recipe)
-        entries += _entries(out / name, split, part)
-        progress.update(len(part))
-    progress.close()
+    clips, shards = _plan(settings, inputs)
+    encoders = _encoders(inputs)
+    encoded = _complete(shards, settings, inputs, state, encoders, "latents")
+    entries: list[Entry] = []
+    for shard in shards:
+        link(_in_state(state, shard), out / shard.name)
+        (out / f"{shard.name}.recipe").write_text(shard.recipe)
+        entries += _entries(out / shard.name, shard.clips)
     negative = settings.latents.negative_prompt
-    save_file({"text": encoders.texts([negative])[0]}, out / "negative.safetensors")
-    tokens = text_tokens_for(encoders.longest_text([negative, *{clip.caption for clip in clips}]))
-    write_json(out / INDEX, {"encoders": encoder_hash, "text_tokens": tokens, "entries": [asdict(e) for e in entries]})
-    return {"clips": len(clips), "shards": len(shards), "shards_taken_over": reused}
+    save_file({"text": encoders().texts([negative])[0]}, out / "negative.safetensors")
+    tokens = text_tokens_for(encoders().longest_text([negative, *{clip.caption for clip in clips}]))
+    hashes = {"encoders": _encoder_hash(inputs["teacher"])}
+    write_json(out / INDEX, {**hashes, "text_tokens": tokens, "entries": [asdict(e) for e in entries]})
+    return {"clips": len(clips), "shards": len(shards), "shards_taken_over": len(shards) - encoded}
+
+
+def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
+    """Encode one part's share of the shards into the state folder."""
+    mine = part.share(_plan(settings, inputs)[1])
+    _complete(mine, settings, inputs, state, _encoders(inputs), f"latents {part}")
+
+
+def _plan(settings: Experiment, inputs: dict[str, Path]) -> tuple[list[Clip], list[Shard]]:
+    """All clips, and the shards that they are to be stored in."""
+    clips, shards = read_manifest(inputs["clips"]), []
+    made_with = [_encoder_hash(inputs["teacher"]), settings.latents.dtype, settings.geometry.model_dump()]
+    for split in SPLITS:
+        for members in _parts(clips, split, settings.latents.shard_size):
+            made_of = [(clip.key, clip.sha256, clip.caption) for clip in members]
+            shards.append(Shard(f"{split}-{len(shards):05d}.tar", members, digest([*made_with, made_of])))
+    return clips, shards
+
+
+def _complete(
+    shards: list[Shard],
+    settings: Experiment,
+    inputs: dict[str, Path],
+    state: Path,
+    encoders: Callable[[], Encoders],
+    label: str,
+) -> int:
+    """See that each shard is in the state folder; returns how many had to be encoded.
+
+    Raises:
+        Interruption: asked to end; finished shards are kept.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    previous = _recipes(state.parents[1] / "latents")
+    progress, encoded = Progress(sum(len(shard.clips) for shard in shards), label), 0
+    with Interruption.watch() as request:
+        for shard in shards:
+            path = _in_state(state, shard)
+            if path.is_file():
+                pass
+            elif shard.recipe in previous:
+                with written(path) as temporary:
+                    link(previous[shard.recipe], temporary)
+            else:
+                with written(path) as temporary:
+                    if not _encode_shard(shard.clips, settings, inputs["clips"], encoders(), temporary, request):
+                        raise Interruption(f"{label}: {encoded} more shards are in {state}")
+                encoded += 1
+            progress.update(len(shard.clips))
+    progress.close()
+    return encoded
+
+
+def _in_state(state: Path, shard: Shard) -> Path:
+    return state / f"{shard.recipe}.tar"
+
+
+def _encoders(inputs: dict[str, Path]) -> Callable[[], Encoders]:
+    """The teacher's encoders, loaded at the first call: not at all where everything is encoded."""
+
+    @cache
+    def load_them() -> Encoders:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Encoders(load_pipeline(inputs["teacher"], transformer=None).to(device))
+
+    return load_them
 
 
 def _encoder_hash(teacher: Path) -> str:
@@ -100,23 +164,22 @@ def _parts(clips: list[Clip], split: str, size: int) -> list[list[Clip]]:
     return parts
 
 
-def _take_over(folders: list[Path], recipe: str, target: Path) -> bool:
-    """Link an existing shard with the same recipe."""
-    for folder in folders:
-        for path in folder.glob("*.recipe"):
-            shard = path.with_suffix("")
-            if path.read_text() == recipe and shard.is_file():
-                link(shard, target)
-                return True
-    return False
+def _recipes(folder: Path) -> dict[str, Path]:
+    """Recipe -> shard of an earlier result."""
+    shards = ((path.read_text(), path.with_suffix("")) for path in folder.glob("*.recipe"))
+    return {recipe: shard for recipe, shard in shards if shard.is_file()}
 
 
-def _encode_shard(part: list[Clip], settings: Experiment, folder: Path, encoders: Encoders, path: Path) -> None:
+def _encode_shard(
+    clips: list[Clip], settings: Experiment, folder: Path, encoders: Encoders, path: Path, request: Request
+) -> bool:
+    """Write a shard; returns whether it is whole, which it is not after a request to end."""
     dtype, geometry, step = getattr(torch, settings.latents.dtype), settings.geometry, settings.latents.batch_size
-    temporary = path.with_suffix(".tmp")
-    with TarWriter(str(temporary), mtime=0, user="vpae", group="vpae") as tar:
-        for start in range(0, len(part), step):
-            batch = part[start : start + step]
+    with TarWriter(str(path), mtime=0, user="vpae", group="vpae") as tar:
+        for start in range(0, len(clips), step):
+            if request.requested:
+                return False
+            batch = clips[start : start + step]
             frames_BTHW3 = np.stack([clip.frames(geometry, folder) for clip in batch])
             first = list(frames_BTHW3[:, 0])
             x0, condition = encoders.videos(frames_BTHW3), encoders.conditions(first, geometry.frames)
@@ -133,16 +196,17 @@ def _encode_shard(part: list[Clip], settings: Experiment, folder: Path, encoders
                         "json": json.dumps({"caption": clip.caption}).encode(),
                     }
                 )
-    temporary.replace(path)
+    return True
 
 
-def _entries(shard: Path, split: str, part: list[Clip]) -> list[Entry]:
+def _entries(shard: Path, clips: list[Clip]) -> list[Entry]:
     with tarfile.open(shard) as tar:
         members = {m.name: m for m in tar.getmembers()}
     found = []
-    for clip in part:
+    for clip in clips:
         member = members[f"{clip.key}.safetensors"]
-        found.append(Entry(clip.key, split, clip.caption, clip.sha256, shard.name, member.offset_data, member.size))
+        place = (shard.name, member.offset_data, member.size)
+        found.append(Entry(clip.key, clip.split, clip.caption, clip.sha256, *place))
     return found
 
 

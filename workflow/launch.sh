@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Runs a training stage as its experiment asks:
+#
+#     workflow/launch.sh NODES GPUS CPUS COMMAND...        GPUS and CPUS of each node
+#
+# One node with at most one GPU runs the command as it is. Otherwise there is a process for each GPU, or for each node
+# where there are none, started by torchrun, which srun starts on each node.
+#
+# Under SLURM, a command that was told to end and saved its state (exit 3) puts its job back into the queue, where it
+# keeps its number: the workflow goes on waiting for it, and none of its retries is spent. That is meant for a time
+# limit, or for notice of preemption. Of a job that is cancelled, or that SLURM is requeueing already, the state is
+# saved just the same, and the rest is left to whoever did it.
+set -uo pipefail
+
+nodes=$1 gpus=$2 cpus=$3
+shift 3
+processes=$((gpus > 1 ? gpus : 1)) # on each node
+saved=3
+trap : TERM USR1 # live on until the command has saved
+
+torchrun_here() { # RENDEZVOUS... COMMAND...
+    ((gpus)) || export ACCELERATE_USE_CPU=true # or accelerate would not see that there are several processes
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
+    # SLURM signals all processes. torchrun would pass it on, and kill after 30 seconds what is still saving.
+    trap '' TERM USR1
+    torchrun --signals-to-handle=SIGINT --nproc-per-node="$processes" --max-restarts=0 --no-python "$@"
+}
+
+train_here() {
+    torchrun_here --standalone "${marked[@]}"
+}
+
+train_on_nodes() {
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        echo "launch.sh: this stage asks for $nodes nodes; run it with \`snakemake --profile slurm\`, or set its nodes" \
+            "to 1 in the section cluster of the configuration" >&2
+        return 2
+    fi
+    export -f torchrun_here
+    export processes gpus cpus
+    export port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+    # shellcheck disable=SC2016 # SLURM sets these variables on each node
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1 bash -c '
+        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        torchrun_here --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
+            --master-addr="$first" --master-port="$port" "$@"' bash "${marked[@]}"
+}
+
+if ((nodes * processes == 1)); then
+    "$@"
+    code=$?
+else
+    # torchrun turns every exit code into 1, so the command leaves a mark where all nodes see it.
+    mark=$PWD/.snakemake/saved.$$.${SLURM_JOB_ID:-local}
+    mkdir -p .snakemake && rm -f "$mark"
+    # shellcheck disable=SC2016 # for the inner shell
+    marked=(bash -c 'trap : TERM USR1; mark=$0; "$@"; code=$?; if ((code == 3)); then touch "$mark"; fi; exit "$code"'
+        "$mark" "$@")
+    if ((nodes == 1)); then (train_here); else train_on_nodes; fi
+    code=$?
+    [[ ! -e $mark ]] || code=$saved
+    rm -f "$mark"
+fi
+
+if ((code == saved)) && [[ -n ${SLURM_JOB_ID:-} && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+    echo "launch.sh: the state is saved; job $SLURM_JOB_ID goes back into the queue" >&2
+    scontrol requeue "$SLURM_JOB_ID" && sleep 300 # SLURM ends the job while it sleeps
+fi
+exit "$code"
