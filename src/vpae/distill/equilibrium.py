@@ -1,32 +1,54 @@
 """Stage `equilibrium`: Phase II, unified adversarial equilibrium.
 
 The one-step generator, primed, against a discriminator whose backbone is the generator's own EMA. Writes `student/`
-(the pipeline folder of the result, with EMA weights), `head.safetensors` and `metrics.jsonl`.
+(the pipeline folder of the result, with EMA weights), `head.safetensors`, `metrics.jsonl` and, of a student trained as
+an adapter, `student_lora.safetensors`.
 """
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vpae.config import Equilibrium, Experiment
 from vpae.distill.adversarial import discriminator_hinge, generator_adversarial
-from vpae.distill.common import accelerator_for, batches_of, finish, noise_like
+from vpae.distill.common import (
+    STUDENT_LORA,
+    accelerator_for,
+    batches_of,
+    finish,
+    load_network,
+    networks_of,
+    noise_like,
+    save_weights,
+)
 from vpae.distill.csds import csds_loss
 from vpae.distill.priming import motion_monitors
 from vpae.distill.str1 import spatial_perturbation, str1_penalty, temporal_perturbation
 from vpae.flow import add_noise, sample_times
+from vpae.models.adapters import STUDENT, Adapted, SharedBase
 from vpae.models.heads import SemanticHead
-from vpae.models.wan import Condition, default_taps, features, load_transformer, predict_x0
+from vpae.models.wan import Condition, default_taps, features, predict_x0
 from vpae.training.ema import make_ema
 from vpae.training.loop import Role, progress_at, train
+from vpae.training.precision import finer_autocast
 from vpae.training.randomness import derived_seed
+from vpae.training.sharding import spread, whole_sequence
 
 
 class EquilibriumPhase:
-    """Roles: generator (trained; has the EMA), head (trained), EMA = discriminator's backbone, teacher (frozen)."""
+    """Roles: generator (trained; has the EMA), head (trained), EMA = discriminator's backbone, teacher (frozen).
+
+    Args:
+        config, shift: settings.
+        generator, teacher: whole networks, or an adapter and the base it is on.
+        head: the discriminator's.
+        taps: blocks whose outputs it sees.
+    """
 
     name = "equilibrium"
     main = "generator"
@@ -35,16 +57,23 @@ class EquilibriumPhase:
         self,
         config: Equilibrium,
         shift: float,
-        generator: WanTransformer3DModel,
-        teacher: WanTransformer3DModel,
+        generator: WanTransformer3DModel | Adapted,
+        teacher: WanTransformer3DModel | Adapted,
         head: SemanticHead,
         taps: tuple[int, ...],
     ):
         self.config, self.shift, self.taps = config, shift, taps
         self.generator, self.teacher, self.head = generator, teacher.requires_grad_(False), head
-        self.roles = {"generator": Role(generator, config.generator), "head": Role(head, config.discriminator)}
         self.ema = make_ema(generator)
-        self.backbone = self.ema if config.backbone == "ema" else self.teacher
+        self.networks = networks_of(generator=generator, ema=self.ema, teacher=teacher)
+        if config.backbone == "copy":
+            self.backbone = copy.deepcopy(teacher).float().requires_grad_(True)
+            self.networks |= networks_of(backbone=self.backbone)
+            discriminator = nn.ModuleDict({"head": head, "backbone": self.backbone})
+        else:
+            self.backbone = self.ema if config.backbone == "ema" else teacher
+            discriminator = head
+        self.roles = {"generator": Role(generator, config.generator), "head": Role(discriminator, config.discriminator)}
 
     def turns(self, step: int) -> list[str]:
         """The head learns first; then the generator moves once."""
@@ -67,16 +96,21 @@ class EquilibriumPhase:
         return self._generator_loss(x, xh, xh_t, t, c, progress, rng)
 
     def logits(self, xt_BCFHW: Tensor, t_B: Tensor, c: Condition) -> Tensor:
-        """D(x_t): (B,). The backbone's weights get no gradient, its input may."""
-        return self.head(features(self.backbone, xt_BCFHW, t_B, c, self.taps), c)
+        """D(x_t): (B,). A backbone that is no copy of its own gets no gradient for its weights; its input may."""
+        layers = whole_sequence(self.backbone, features(self.backbone, xt_BCFHW, t_B, c, self.taps))
+        # Logits that are compared with each other's perturbations must not be rounded to bf16.
+        with torch.autocast(xt_BCFHW.device.type, enabled=False):
+            return self.head(layers, c)
 
     def _head_loss(
         self, x_t: Tensor, xh_t: Tensor, t: Tensor, c: Condition, rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         r1 = self.config.r1
-        real, fake = self.logits(x_t, t, c), self.logits(xh_t, t, c)
-        spatial = self.logits(x_t + spatial_perturbation(x_t, r1.sigma_spatial, rng), t, c)
-        temporal = self.logits(x_t + temporal_perturbation(x_t, r1.sigma_temporal, rng), t, c)
+        # The penalty is to measure the probes and not the rounding of the backbone's activations.
+        with nullcontext() if self.config.backbone == "copy" else finer_autocast(x_t.device.type):
+            real, fake = self.logits(x_t, t, c), self.logits(xh_t, t, c)
+            spatial = self.logits(x_t + spatial_perturbation(x_t, r1.sigma_spatial, rng), t, c)
+            temporal = self.logits(x_t + temporal_perturbation(x_t, r1.sigma_temporal, rng), t, c)
         hinge, penalty = discriminator_hinge(real, fake), str1_penalty(real, spatial, temporal)
         logs = {
             "hinge": hinge,
@@ -109,8 +143,13 @@ class EquilibriumPhase:
 def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -> EquilibriumPhase:
     """The phase at its start: the primed generator (its EMA weights), the teacher, and an untrained head."""
     config = settings.equilibrium
-    generator = load_transformer(inputs["priming"] / "student").to(device)
-    teacher = load_transformer(inputs["teacher"]).to(device)
+    teacher = load_network(inputs["teacher"], config.training, device, trained=False)
+    if config.student_lora is None:
+        generator = load_network(inputs["priming"] / "student", config.training, device, trained=True)
+    else:
+        shared = SharedBase(teacher)
+        generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
+        generator.start_from(load_file(inputs["priming"] / STUDENT_LORA))
     wan = generator.config
     taps = config.head.taps or default_taps(wan.num_layers)
     with torch.random.fork_rng():
@@ -125,7 +164,8 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     training = settings.equilibrium.training
     accelerator = accelerator_for(training)
     phase = build(settings, inputs, accelerator.device)
+    spread(phase, training, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, "equilibrium", accelerator)
     metrics = train(phase, batches, training, settings.seed, state, accelerator)
-    save_file({k: v.contiguous() for k, v in phase.head.state_dict().items()}, out / "head.safetensors")
+    save_weights(phase.head, out / "head.safetensors")
     return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)

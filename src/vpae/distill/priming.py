@@ -1,37 +1,59 @@
 """Stage `priming`: Phase I, stability priming by variational score distillation.
 
 Brings the distribution of one-step videos to that of real ones before any adversary sees them. Writes `student/` (a
-pipeline folder with the EMA weights), `generator.safetensors`, `fake_lora.safetensors` and `metrics.jsonl`.
+pipeline folder with the EMA weights), `generator.safetensors`, `fake_lora.safetensors` (`fake.safetensors` of a full
+copy) and `metrics.jsonl`; of a student trained as an adapter also `student_lora.safetensors`, its EMA.
 """
 
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vpae.config import Experiment, Priming
-from vpae.distill.common import accelerator_for, batches_of, finish, noise_like
+from vpae.distill.common import (
+    accelerator_for,
+    batches_of,
+    finish,
+    load_network,
+    networks_of,
+    noise_like,
+    save_weights,
+)
 from vpae.distill.vsd import flow_matching_loss, vsd_direction, vsd_loss
 from vpae.flow import add_noise, sample_times
-from vpae.models.adapters import SharedBase, adapter_state
-from vpae.models.wan import Condition, guided_velocity, load_transformer, predict_x0, velocity
+from vpae.models.adapters import STUDENT, Adapted, SharedBase
+from vpae.models.wan import Condition, guided_velocity, predict_x0, velocity
 from vpae.training.ema import make_ema
 from vpae.training.loop import Role, progress_at, train
 from vpae.training.randomness import derived_seed
+from vpae.training.sharding import spread
 
 
 class PrimingPhase:
-    """Roles: generator (starts as the teacher; trained; has the EMA), and teacher + fake on one base (fake trained)."""
+    """Roles: generator (starts as the teacher; trained; has the EMA), and teacher + fake on one base (fake trained).
+
+    Args:
+        config, shift: settings.
+        generator: a whole network, or an adapter on the shared base.
+        shared: teacher and fake model.
+    """
 
     name = "priming"
     main = "generator"
 
-    def __init__(self, config: Priming, shift: float, generator: WanTransformer3DModel, shared: SharedBase):
+    def __init__(
+        self,
+        config: Priming,
+        shift: float,
+        generator: WanTransformer3DModel | Adapted,
+        shared: SharedBase,
+    ):
         self.config, self.shift, self.generator, self.shared = config, shift, generator, shared
-        self.roles = {"generator": Role(generator, config.generator), "fake": Role(shared, config.fake)}
         self.ema = make_ema(generator)
+        self.networks = networks_of(generator=generator, ema=self.ema, **shared.networks)
+        self.roles = {"generator": Role(generator, config.generator), "fake": Role(shared.fake, config.fake)}
 
     def turns(self, step: int) -> list[str]:
         """Two time scales: the fake model first follows the generator, then the generator moves once."""
@@ -71,11 +93,16 @@ def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
 
 def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -> PrimingPhase:
     """The phase at its start: generator and shared base from the teacher's weights."""
-    generator = load_transformer(inputs["teacher"]).to(device)
+    config = settings.priming
+    teacher = load_network(inputs["teacher"], config.training, device, trained=False)
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(settings.seed, "priming", "fake"))
-        shared = SharedBase(load_transformer(inputs["teacher"]), settings.priming.fake_lora).to(device)
-    return PrimingPhase(settings.priming, settings.teacher.shift, generator, shared)
+        shared = SharedBase(teacher, config.fake_lora if config.fake_form == "lora" else "copy")
+        if config.student_lora is None:
+            generator = load_network(inputs["teacher"], config.training, device, trained=True)
+        else:
+            generator = shared.add(STUDENT, config.student_lora)
+    return PrimingPhase(config, settings.teacher.shift, generator, shared)
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
@@ -83,8 +110,12 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     training = settings.priming.training
     accelerator = accelerator_for(training)
     phase = build(settings, inputs, accelerator.device)
+    spread(phase, training, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, "priming", accelerator)
     metrics = train(phase, batches, training, settings.seed, state, accelerator)
-    save_file({k: v.contiguous() for k, v in phase.generator.state_dict().items()}, out / "generator.safetensors")
-    save_file(adapter_state(phase.shared.transformer), out / "fake_lora.safetensors")
+    save_weights(phase.generator, out / "generator.safetensors")
+    save_weights(
+        phase.shared.fake,
+        out / ("fake_lora.safetensors" if settings.priming.fake_form == "lora" else "fake.safetensors"),
+    )
     return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)

@@ -1,65 +1,212 @@
-"""The fake model as a low-rank adapter on the frozen teacher's own weights (Phase I).
+"""Several networks on one set of frozen base weights: the teacher itself, and one for each low-rank adapter.
 
-One network plays two roles, so the choice of role must hold until a differentiated pass has gone backward: each role
-is a context manager, only the fake one allows gradients, and they do not nest.
+The base plays one role at a time. A role ends with its context, but its backward pass may come later: what runs a block
+again then (activation checkpointing) has to select the adapter of the first run, see `training.sharding`.
 """
 
-from collections.abc import Iterator
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from vpae.config import Lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"]
-NAME = "fake"
+FAKE, STUDENT, EMA = "fake", "student", "ema"
+
+Selection = list[tuple[LoraLayer, list[str], bool]]
+
+
+def adapted_layers(module: nn.Module) -> list[LoraLayer]:
+    """The layers of a module that have adapters."""
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def selection_of(layers: Iterable[LoraLayer]) -> Selection:
+    """Which adapter each layer uses now."""
+    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+
+
+@contextmanager
+def selected(selection: Selection) -> Iterator[None]:
+    """Use these adapters inside the block.
+
+    peft's own switches also change `requires_grad`, of all adapters at once; what is trained is not theirs to say here.
+    """
+    before = selection_of(layer for layer, *_ in selection)
+    _select(selection)
+    try:
+        yield
+    finally:
+        _select(before)
+
+
+def _select(selection: Selection) -> None:
+    for layer, names, disabled in selection:
+        layer._active_adapter, layer._disable_adapters = names, disabled
 
 
 class SharedBase(nn.Module):
-    """A frozen teacher and a trainable fake model on the same base weights.
+    """A frozen teacher and networks with adapters on the same base weights; first of all the fake model.
 
-    The adapter's second factor starts at zero, so that the fake model starts as the teacher, bit for bit.
+    An adapter's second factor starts at zero, so that its network starts as the teacher, bit for bit.
+
+    Args:
+        transformer: the teacher; from now on frozen.
+        fake: the fake model's adapter; "copy" for a full, trained copy of the teacher in its place; or no fake model.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, lora: Lora):
+    def __init__(self, transformer: WanTransformer3DModel, fake: Lora | Literal["copy"] | None = None):
         super().__init__()
-        transformer.requires_grad_(False)
-        transformer.add_adapter(
-            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS), adapter_name=NAME
-        )
-        self.transformer = transformer
         self._role: str | None = None
+        self.copy = copy.deepcopy(transformer).float().requires_grad_(True) if fake == "copy" else None
+        self.transformer = transformer.requires_grad_(False)
+        if isinstance(fake, Lora):
+            self.add(FAKE, fake)
+
+    def add(self, name: str, lora: Lora) -> "Adapted":
+        """A new trained network: the base with an adapter in float32, whatever the base has."""
+        trained = [p for p in self.transformer.parameters() if p.requires_grad]
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what it is for
+            self.transformer.add_adapter(config, adapter_name=name)
+        network = self.network(name)
+        network.float()
+        for parameter in trained:  # peft takes only the newest adapter for trained
+            parameter.requires_grad_(True)
+        return network
+
+    def network(self, name: str | None) -> "Adapted":
+        """The network of one adapter, or with no adapter the teacher."""
+        return Adapted(self, name)
+
+    @property
+    def networks(self) -> dict[str, WanTransformer3DModel]:
+        """What holds weights, by name."""
+        return {"base": self.transformer} | ({FAKE: self.copy} if self.copy is not None else {})
+
+    @property
+    def fake(self) -> nn.Module:
+        """The fake model: what of it is trained."""
+        return self.network(FAKE) if self.copy is None else self.copy
 
     @contextmanager
     def as_teacher(self) -> Iterator[WanTransformer3DModel]:
         """The frozen teacher; no gradients."""
-        with self._as("teacher"), torch.no_grad():
-            self.transformer.disable_adapters()
-            try:
-                yield self.transformer
-            finally:
-                self.transformer.enable_adapters()
-
-    @contextmanager
-    def as_fake(self) -> Iterator[WanTransformer3DModel]:
-        """The fake model; its backward pass must end before the teacher is asked again."""
-        with self._as("fake"):
+        with self.acting_as("teacher", None), torch.no_grad():
             yield self.transformer
 
     @contextmanager
-    def _as(self, role: str) -> Iterator[None]:
+    def as_fake(self) -> Iterator[WanTransformer3DModel]:
+        """The fake model."""
+        with self.acting_as(FAKE, FAKE if self.copy is None else None):
+            yield self.transformer if self.copy is None else self.copy
+
+    @contextmanager
+    def acting_as(self, role: str, adapter: str | None) -> Iterator[None]:
+        """Let the base run with one adapter alone, or with none.
+
+        Raises:
+            RuntimeError: it has another role, or this one, already.
+        """
         if self._role is not None:
             raise RuntimeError(f"the shared base acts as {self._role} already; end that role before {role} begins")
         self._role = role
         try:
-            yield
+            with selected([(layer, [adapter], adapter is None) for layer in adapted_layers(self.transformer)]):
+                yield
         finally:
             self._role = None
 
 
-def adapter_state(transformer: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights alone, by name."""
-    return {k: v.detach().contiguous() for k, v in transformer.state_dict().items() if f".{NAME}." in k}
+class Adapted(nn.Module):
+    """One network on a shared base: called like a Wan transformer, but its weights are its adapter's alone."""
+
+    def __init__(self, shared: SharedBase, name: str | None):
+        super().__init__()
+        self.name, self._shared = name, (shared,)  # in a tuple: the base is not a part of this module
+        self.factors = nn.ModuleDict(
+            {
+                path.replace(".", "-"): nn.ModuleDict({"A": layer.lora_A[name], "B": layer.lora_B[name]})
+                for path, layer in shared.transformer.named_modules()
+                if isinstance(layer, LoraLayer) and name in layer.lora_A
+            }
+        )
+
+    @property
+    def base(self) -> WanTransformer3DModel:
+        """The transformer that runs."""
+        return self._shared[0].transformer
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks of the base."""
+        return self.base.blocks
+
+    @property
+    def config(self):
+        """The configuration of the base."""
+        return self.base.config
+
+    def forward(self, *args, **kwargs):
+        """As the base's, with this adapter."""
+        with self._shared[0].acting_as(self.name or "teacher", self.name):
+            return self.base(*args, **kwargs)
+
+    def follower(self, name: str = EMA) -> "Adapted":
+        """A frozen network with an adapter of its own that starts as a copy of this one, on the same base."""
+        config = self.base.peft_config[self.name]
+        twin = self._shared[0].add(name, Lora(rank=config.r, alpha=config.lora_alpha)).requires_grad_(False)
+        if not any(p.is_meta for p in self.parameters()):
+            twin.load_state_dict(self.state_dict())
+        return twin
+
+    @property
+    def alpha(self) -> float:
+        """The update is scaled by alpha / rank."""
+        return self.base.peft_config[self.name].lora_alpha
+
+    def start_from(self, lora: dict[str, Tensor]) -> None:
+        """Take the weights of an adapter's file, unless this network has no memory of its own yet.
+
+        Raises:
+            RuntimeError: other layers or another rank.
+        """
+        if not any(p.is_meta for p in self.parameters()):
+            self.load_state_dict({_own_name(name): value for name, value in lora.items()})
+
+
+def lora_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an `Adapted` under the names that LoRA files have: `blocks.0.attn1.to_q.lora_A.weight`."""
+    parts = {name: name.split(".") for name in state}  # factors, layer, A or B, weight
+    return {f"{parts[n][1].replace('-', '.')}.lora_{parts[n][2]}.weight": value for n, value in state.items()}
+
+
+def _own_name(name: str) -> str:
+    layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+    return f"factors.{layer.replace('.', '-')}.{factor}.weight"
+
+
+@torch.no_grad()
+def merge(base: WanTransformer3DModel, lora: dict[str, Tensor], alpha: float) -> WanTransformer3DModel:
+    """One network with whole weights from the base's and an adapter's file; the base given is changed."""
+    weights = dict(base.named_parameters())
+    for name, down in lora.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+        if factor == "A":
+            up = lora[f"{layer}.lora_B.weight"]
+            weights[f"{layer}.weight"].add_(up @ down, alpha=alpha / len(down))
+    return base
+
+
+def adapter_state(transformer: nn.Module, name: str = FAKE) -> dict[str, Tensor]:
+    """An adapter's weights alone, by name."""
+    return {k: v.detach().contiguous() for k, v in transformer.state_dict().items() if f".{name}." in k}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from vpae.flow import x0_from_velocity
@@ -161,7 +162,7 @@ def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Ten
 
 def encode_video(vae: AutoencoderKLWan, video_B3THW: Tensor) -> Tensor:
     """Encode pixels in [-1, 1] to normalised latents (B, 16, F, H, W), float32: the mode of the posterior."""
-    z = vae.encode(video_B3THW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    z = vae.encode(video_B3THW.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode().float()
     mean, std = _latent_statistics(vae, z)
     return (z - mean) * (1.0 / std)
 
@@ -184,13 +185,16 @@ def encode_condition(vae: AutoencoderKLWan, first_B3HW: Tensor, frames: int) -> 
 def decode_latents(vae: AutoencoderKLWan, x_BCFHW: Tensor) -> Tensor:
     """Decode normalised latents to uint8 frames (B, T, H, W, 3), as the pipeline does."""
     mean, std = _latent_statistics(vae, x_BCFHW)
-    video = vae.decode((x_BCFHW / (1.0 / std) + mean).to(vae.device, vae.dtype), return_dict=False)[0]
+    z = (x_BCFHW / (1.0 / std) + mean).to(get_module_execution_device(vae), vae.dtype)
+    video = vae.decode(z, return_dict=False)[0]
     scaled = (video.float() * 0.5 + 0.5).clamp(0, 1) * 255
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
-def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **components) -> WanImageToVideoPipeline:
-    """Load a pipeline folder; `components` replace parts of it (None leaves a part out).
+def load_pipeline(
+    folder: Path | str, dtype: torch.dtype | dict[str, torch.dtype] | None = None, **components
+) -> WanImageToVideoPipeline:
+    """Load a pipeline folder, in one number format or one for each part; `components` replace parts (None omits one).
 
     Raises:
         FileNotFoundError: the folder is not a pipeline.

@@ -1,7 +1,7 @@
 """Resumable states of a phase, by torch.distributed.checkpoint: whole or absent, sharded or not.
 
-A state holds, for every role, the trained parameters and the optimiser, and the EMA. Frozen weights (the teacher's)
-are not in it: they are an input.
+A state holds, for every role, the trained parameters and the optimiser's moments, and the EMA. Frozen weights (the
+teacher's) are not in it: they are an input. It can be taken up by another number of processes.
 """
 
 import json
@@ -61,8 +61,8 @@ def load_latest(folder: Path, phase) -> dict | None:
     saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
     for name in phase.roles:
         # Weights that had got no gradient had no moments to save, but the template above has moments for all.
-        place, moments = f"{name}.optimizer.state", state[f"{name}.optimizer"]["state"]
-        state[f"{name}.optimizer"]["state"] = {
+        place, moments = f"{name}.moments", state[f"{name}.moments"]
+        state[place] = {
             weight: slots for weight, slots in moments.items() if any(f"{place}.{weight}.{s}" in saved for s in slots)
         }
     with warnings.catch_warnings():
@@ -70,7 +70,10 @@ def load_latest(folder: Path, phase) -> dict | None:
         dcp.load(state, checkpoint_id=found[-1])
     for name, role in phase.roles.items():
         set_model_state_dict(role.module, state[f"{name}.model"], options=_TRAINED)
-        set_optimizer_state_dict(role.module, role.optimizer, state[f"{name}.optimizer"], options=_TRAINED)
+        # The rest of an optimiser's state is settings, grouped by where its weights are.
+        groups = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["param_groups"]
+        optimizer = {"state": state[f"{name}.moments"], "param_groups": groups}
+        set_optimizer_state_dict(role.module, role.optimizer, optimizer, options=_TRAINED)
     if phase.ema is not None:
         set_model_state_dict(phase.ema, state["ema"])
     return json.loads((found[-1] / "position.json").read_text())
@@ -80,7 +83,7 @@ def _state(phase) -> dict:
     state = {}
     for name, role in phase.roles.items():
         state[f"{name}.model"] = get_model_state_dict(role.module, options=_TRAINED)
-        state[f"{name}.optimizer"] = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)
+        state[f"{name}.moments"] = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["state"]
     if phase.ema is not None:
         state["ema"] = get_model_state_dict(phase.ema)
     return state

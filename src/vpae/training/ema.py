@@ -5,9 +5,13 @@ import copy
 import torch
 from torch import nn
 
+from vpae.models.adapters import Adapted
+
 
 def make_ema(module: nn.Module) -> nn.Module:
-    """A frozen copy that will follow `module`."""
+    """A frozen copy that will follow `module`; of an adapted network only the adapter is copied."""
+    if isinstance(module, Adapted):
+        return module.follower().eval()
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
@@ -18,4 +22,4 @@ def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 def _local(module: nn.Module) -> list[torch.Tensor]:
-    return [p.to_local() if hasattr(p, "to_local") else p.data for p in module.parameters()]
+    return [p.to_local() if hasattr(p, "to_local") else p.detach() for p in module.parameters()]

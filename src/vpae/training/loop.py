@@ -2,8 +2,9 @@
 
 A phase owns its roles and says what one update of each costs (`loss`); the loop owns steps, accumulation, precision,
 clipping, EMA, metrics, checkpoints and signals. Nothing random is carried along: the noise of a micro-batch and the
-clips in it follow from (seed, step, turn, micro-batch, rank), so a resumed run continues bit for bit from the last
-state, whichever step that was.
+clips in it follow from (seed, step, turn, micro-batch), so a resumed run continues bit for bit from the last state,
+whichever step that was. Micro-batches are numbered over all processes: two processes do what one does that accumulates
+twice as often.
 """
 
 import json
@@ -16,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vpae.config import Optimizer, Training
 from vpae.progress import Progress
-from vpae.training import checkpoint
+from vpae.training import checkpoint, sharding
 from vpae.training.ema import update_ema
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import generator_for
@@ -36,18 +38,27 @@ class Role:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        s = self.settings
-        self.optimizer = torch.optim.AdamW(
-            self.parameters(), lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay
-        )
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """A fresh optimiser of the module's parameters as they are now, which sharding replaces."""
+        s, trained = self.settings, [p for p in self.module.parameters() if p.requires_grad]
+        kinds = [[p for p in trained if isinstance(p, DTensor) == kind] for kind in (False, True)]  # they do not mix
+        groups = [{"params": kind} for kind in kinds if kind]
+        self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves."""
-        return [p for p in self.module.parameters() if p.requires_grad]
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def require_gradients(self, wanted: bool) -> None:
+        """Switch the gradients of what is trained on or off."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(wanted)
 
 
 class Phase(Protocol):
-    """What the loop asks of a phase."""
+    """What the loop asks of a phase; one that can be sharded also has `networks`, see `sharding.spread`."""
 
     name: str
     roles: dict[str, Role]
@@ -103,10 +114,11 @@ def train(
     state.mkdir(parents=True, exist_ok=True)
     metrics = state / "metrics.jsonl"
     position = checkpoint.load_latest(state, phase)
-    start, drawn = (position["step"], position["drawn"]) if position else (0, 0)
+    _, ranks = sharding.data_rank(training.sharding, accelerator)
+    start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
-    progress = Progress(training.steps, phase.name, initial=start)
+    progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
             logs: dict[str, Tensor] = {}
@@ -116,26 +128,34 @@ def train(
             if phase.ema is not None:
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
-            values = {key: float(value) for key, value in logs.items()}
+            values = _averaged(logs, accelerator)
             if accelerator.is_main_process and (done % training.log_every == 0 or done == training.steps):
                 with metrics.open("a") as file:
                     file.write(json.dumps({"step": done, **values}) + "\n")
-            progress.update(text=_brief(values))
+            if progress:
+                progress.update(text=_brief(values))
             wanted = _anywhere(interruption.requested, accelerator)
             if done % training.checkpoint_every == 0 or done == training.steps or wanted:
-                checkpoint.save(state, phase, {"step": done, "drawn": drawn})
+                checkpoint.save(state, phase, {"step": done, "drawn": drawn * ranks})
             if wanted and done < training.steps:
                 raise Interruption(f"{phase.name}: stopped by a signal after step {done}; the state is in {state}")
-    progress.close()
+    if progress:
+        progress.close()
     return metrics
 
 
 def _update(phase, turn, number, batches, drawn, training, seed, step, accelerator) -> tuple[dict[str, Tensor], int]:
     """One optimiser step of one role; returns its logs and the number of micro-batches drawn so far."""
     role = phase.roles[turn]
+    rank, ranks = sharding.data_rank(training.sharding, accelerator)
+    for name, other in phase.roles.items():
+        other.require_gradients(name == turn)
     logs: dict[str, Tensor] = {}
     for micro in range(training.accumulate):
-        rng = generator_for(accelerator.device, seed, phase.name, step, number, micro, accelerator.process_index)
+        last = micro == training.accumulate - 1
+        sharding.reduce_gradients_in_backward(phase, last or training.sharding.reduce_every_micro_batch)
+        place = micro * ranks + rank  # among the micro-batches of all processes
+        rng = generator_for(accelerator.device, seed, phase.name, step, number, place, 0)  # 0 keeps earlier runs' noise
         with accelerator.autocast():
             loss, values = phase.loss(turn, batches(drawn), rng, step)
         (loss / training.accumulate).backward()
@@ -143,12 +163,8 @@ def _update(phase, turn, number, batches, drawn, training, seed, step, accelerat
         for key, value in {f"{turn}_loss": loss, **values}.items():
             logs[key] = logs.get(key, 0) + value.detach().float() / training.accumulate
     parameters = role.parameters()
-    if accelerator.num_processes > 1:
-        # Averaged once per update and by hand, so that any number of roles may share modules.
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, role.settings.max_grad_norm)
+    sharding.average_whole_gradients(parameters, accelerator)
+    norm = sharding.clip_gradients(parameters, role.settings.max_grad_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(
             f"{phase.name}: the gradient of {turn} is {norm.item()} at step {step + 1}; lower "
@@ -160,7 +176,17 @@ def _update(phase, turn, number, batches, drawn, training, seed, step, accelerat
     role.optimizer.step()
     for other in phase.roles.values():
         other.optimizer.zero_grad(set_to_none=True)
+        other.require_gradients(True)
+    sharding.release_gathered(phase)
     return logs, drawn
+
+
+def _averaged(logs: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """The means over all processes."""
+    if accelerator.num_processes == 1:
+        return {key: float(value) for key, value in logs.items()}
+    means = accelerator.reduce(torch.stack([v.to(accelerator.device) for v in logs.values()]), "mean")
+    return dict(zip(logs, means.tolist(), strict=True))
 
 
 def _anywhere(wanted: bool, accelerator: Accelerator) -> bool:

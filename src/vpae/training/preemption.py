@@ -13,9 +13,9 @@ class Interruption(Exception):
 
     @staticmethod
     @contextmanager
-    def watch() -> Iterator["_Request"]:
+    def watch() -> Iterator["Request"]:
         """Turn the signals into a flag while the block runs."""
-        request = _Request()
+        request = Request()
         old = {number: signal.signal(number, request.note) for number in SIGNALS}
         try:
             yield request
@@ -24,7 +24,9 @@ class Interruption(Exception):
                 signal.signal(number, handler)
 
 
-class _Request:
+class Request:
+    """Whether an end was asked for."""
+
     requested = False
 
     def note(self, _number, _frame) -> None:

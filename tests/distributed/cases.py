@@ -1,0 +1,133 @@
+"""What two processes and one are both asked to do: a phase, its settings, and what it ends with."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from conftest import SHIFT, build_batch, build_head, build_transformer, seeded
+from vpae.config import Equilibrium, Lora, Optimizer, Priming, Sharding, Training
+from vpae.distill.equilibrium import EquilibriumPhase
+from vpae.distill.priming import PrimingPhase
+from vpae.models.adapters import STUDENT, SharedBase
+from vpae.models.wan import default_taps
+from vpae.training.loop import train
+from vpae.training.sharding import data_rank, empty_transformer, full_state, spread
+
+LORA = Lora(rank=4, alpha=4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of a phase; with context parallelism two processes work on one clip, otherwise on one each."""
+
+    phase: str
+    settings: dict = field(default_factory=dict)
+    sharding: dict = field(default_factory=dict)
+    accumulate: int = 1
+    steps: int = 2
+    precision: str = "no"
+
+
+CASES = {
+    "priming": Case("priming"),
+    "equilibrium": Case("equilibrium"),
+    "replicated": Case("equilibrium", sharding={"strategy": "none"}),
+    "priming-again": Case("priming", {"student_lora": LORA}, {"activation_checkpointing": True}, accumulate=2),
+    "equilibrium-again": Case("equilibrium", {}, {"activation_checkpointing": True}, accumulate=2),
+    "priming-copy": Case("priming", {"fake_form": "copy"}),
+    "equilibrium-copy": Case("equilibrium", {"backbone": "copy"}, {"activation_checkpointing": True}),
+    "equilibrium-lora": Case("equilibrium", {"student_lora": LORA}, {"activation_checkpointing": True}),
+    "priming-context": Case("priming", {}, {"context_parallel": 2, "activation_checkpointing": True}),
+    "equilibrium-context": Case("equilibrium", {}, {"context_parallel": 2, "activation_checkpointing": True}),
+    "equilibrium-context-lora": Case("equilibrium", {"student_lora": LORA}, {"context_parallel": 2}),
+    "equilibrium-context-copy": Case("equilibrium", {"backbone": "copy"}, {"context_parallel": 2}),
+    "priming-bf16": Case("priming", precision="bf16"),
+    "equilibrium-bf16": Case("equilibrium", precision="bf16"),
+}
+
+
+def accelerator_for(precision: str) -> Accelerator:
+    """accelerate keeps one precision for all of a process, unless told to forget it."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=True, mixed_precision=precision)
+
+
+def build(case: Case, accelerator: Accelerator, **training):
+    """The phase of a case, spread over the processes there are; only the first one starts with weights."""
+    first, alone = accelerator.process_index == 0, accelerator.num_processes == 1
+    sharding = Sharding(**{"strategy": "full", **case.sharding})
+    clips = accelerator.num_processes // (1 if alone else sharding.context_parallel)
+    per_step = case.accumulate * (2 // sharding.context_parallel) // clips
+    settings = {
+        "training": Training(
+            steps=case.steps,
+            accumulate=per_step,
+            ema_decay=0.5,
+            mixed_precision=case.precision,
+            sharding=Sharding() if alone else sharding,
+            **training,
+        ),
+        "generator": Optimizer(learning_rate=1e-3),
+        **case.settings,
+    }
+
+    def network(seed: int) -> WanTransformer3DModel:
+        whole = build_transformer(seed)
+        return whole if first or sharding.strategy == "none" else empty_transformer(dict(whole.config))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        if case.phase == "priming":
+            config = Priming(
+                fake=Optimizer(learning_rate=1e-2),
+                fake_lora=LORA,
+                fake_steps_per_generator_step=2,
+                guidance_scale=3.0,
+                **settings,
+            )
+            shared = SharedBase(network(0), config.fake_lora if config.fake_form == "lora" else "copy")
+            generator = network(0) if config.student_lora is None else shared.add(STUDENT, config.student_lora)
+            phase = PrimingPhase(config, SHIFT, generator, shared)
+        else:
+            # Adam makes steps even of rounding, where a gradient is zero: in attention's key biases.
+            config = Equilibrium(discriminator=Optimizer(learning_rate=1e-4), **settings)
+            generator, teacher = network(1), network(0)
+            if config.student_lora is not None:
+                shared = SharedBase(teacher)
+                generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
+            phase = EquilibriumPhase(config, SHIFT, generator, teacher, build_head(), default_taps(4))
+    spread(phase, config.training, accelerator)
+    return phase
+
+
+def fit(phase, folder: Path, accelerator: Accelerator, steps: int | None = None) -> Path:
+    """Train on random clips, which follow from their places among all micro-batches."""
+    training = phase.config.training.model_copy(update={"steps": steps} if steps else {})
+    rank, ranks = data_rank(training.sharding, accelerator)
+    return train(phase, lambda drawn: build_batch(1, seed=drawn * ranks + rank), training, 0, folder, accelerator)
+
+
+def result(phase) -> dict[str, Tensor]:
+    """All weights of a phase, whole, in the first process."""
+    found = {f"ema.{name}": value for name, value in full_state(phase.ema).items()}
+    for role, owner in phase.roles.items():
+        found |= {f"{role}.{name}": value for name, value in full_state(owner.module).items()}
+    for name, network in phase.networks.items():
+        found |= {f"network.{name}.{key}": value for key, value in full_state(network).items()}
+    return {name: value.clone().contiguous() for name, value in found.items()}
+
+
+def losses(metrics: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def reference(name: str) -> WanTransformer3DModel:
+    """A network before any training, by its name in `phase.networks`."""
+    return seeded(0, lambda: build_transformer(1 if name == "generator" else 0))

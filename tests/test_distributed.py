@@ -1,0 +1,220 @@
+"""Two processes over gloo against one: both phases sharded, context parallel, resumed by another number of processes.
+
+One pair of processes does everything once (`distributed/worker.py`); each test looks at what it wrote down.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import build_batch, build_transformer
+from distributed.cases import CASES, Case, accelerator_for, build, fit, losses, reference, result
+from vpae.models.wan import load_pipeline, velocity
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+WORKER = Path(__file__).parent / "distributed" / "worker.py"
+TIMEOUT = 1200  # seconds; two processes may share one busy core
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_precision():
+    """Other tests' accelerators have their own."""
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, teacher) -> Path:
+    """The folder into which two processes have written all they did."""
+    folder = tmp_path_factory.mktemp("two")
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), str(folder), str(teacher)]
+    with (folder / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in ("0", "1")
+        ]
+        try:
+            codes = [process.wait(TIMEOUT) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert codes == [0, 0], (folder / "log").read_text()[-5000:]
+    return folder
+
+
+def facts(two: Path, job: str, rank: int = 0) -> dict:
+    """What a process found out in a job."""
+    found = json.loads((two / f"{job}-{rank}.json").read_text())
+    assert "error" not in found, found["error"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Name of a case -> metrics, weights and phase of one process that accumulates in the others' stead."""
+
+    def run(case: Case, name: str):
+        accelerator = accelerator_for(case.precision)
+        phase = build(case, accelerator)
+        metrics = fit(phase, tmp_path_factory.mktemp(name), accelerator)
+        return losses(metrics), result(phase), phase
+
+    return run
+
+
+def assert_alike(found: list[dict], expected: list[dict], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[name].float() - value.float()).abs().max().item() for name, value in expected.items())
+
+
+def moved(weights: dict[str, Tensor], role: str, start: dict[str, Tensor]) -> float:
+    return max((weights[f"{role}.{name}"] - value).abs().max().item() for name, value in start.items())
+
+
+# Parity.
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.precision == "no"])
+def test_two_processes_do_what_one_does_that_accumulates_twice_as_often(name, two, alone):
+    facts(two, name), facts(two, name, 1)
+    lines, weights, _ = alone(CASES[name], name)
+    assert_alike(losses(two / name / "metrics.jsonl"), lines, 1e-5)
+    assert furthest(load_file(two / name / "weights.safetensors"), weights) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["priming-bf16", "equilibrium-bf16"])
+def test_under_bf16_two_processes_agree_with_one_to_its_precision(name, two, alone):
+    facts(two, name), facts(two, name, 1)
+    lines, _, _ = alone(CASES[name], name)
+    assert_alike(losses(two / name / "metrics.jsonl")[:1], lines[:1], 0.05)
+
+
+@pytest.mark.parametrize("name", ["priming", "equilibrium"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sharded_state_is_taken_up_by_any_number_of_processes(name, processes, two, alone, tmp_path):
+    facts(two, "resume"), facts(two, "resume", 1)
+    case = Case(name, steps=4)
+    lines, weights, _ = alone(case, f"{name}-whole")
+    if processes == 2:
+        found = load_file(two / f"resume-{name}" / "weights.safetensors")
+        metrics = two / f"resume-{name}" / "metrics.jsonl"
+    else:
+        shutil.copytree(two / f"state-{name}", tmp_path / "state")
+        accelerator = accelerator_for("no")
+        phase = build(case, accelerator)
+        metrics = fit(phase, tmp_path / "state", accelerator)
+        found = result(phase)
+    assert_alike(losses(metrics), lines, 1e-5)
+    assert furthest(found, weights) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["priming", "priming-again", "priming-context", "equilibrium", "equilibrium-lora"])
+def test_the_frozen_teacher_stays_bit_for_bit(name, two):
+    weights = load_file(two / name / "weights.safetensors")
+    place = "network.teacher." if name == "equilibrium" else "network.base."
+    found = {
+        key.removeprefix(place).replace(".base_layer", ""): v for key, v in weights.items() if key.startswith(place)
+    }
+    before = reference("teacher").state_dict()
+    assert before.keys() <= found.keys()
+    assert [key for key, value in before.items() if not found[key].equal(value)] == []
+
+
+def test_both_phases_move_what_they_train(two):
+    primed, ended = (load_file(two / name / "weights.safetensors") for name in ("priming", "equilibrium"))
+    assert moved(primed, "generator", reference("teacher").state_dict()) > 1e-3
+    assert moved(ended, "generator", reference("generator").state_dict()) > 1e-3
+    assert moved(ended, "ema", reference("generator").state_dict()) > 1e-4
+
+
+# The start.
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_a_start_on_the_meta_device_every_process_has_its_half_and_whole_tables(rank, two):
+    found = facts(two, "start", rank)
+    assert found["tables"] and not found["meta"] and not found["followers"]
+    assert 0.4 < found["here"] / found["shared"] < 0.6
+    assert found["whole"] and all("norm" in name or "scale_shift_table" in name for name in found["whole"])
+
+
+def test_matrices_travel_as_bf16_and_what_has_to_be_exact_does_not(two):
+    found = facts(two, "precision")
+    exact = [n for n in found["seen"] if any(s in n for s in ("norm", "table", "patch_embedding", "time_embedder"))]
+    assert len(exact) > 20 and all(found["seen"][name] == "torch.float32" for name in exact)
+    rest = {dtype for name, dtype in found["seen"].items() if name not in exact}
+    assert rest == {"torch.bfloat16"} and found["masters"] == ["torch.float32"]
+
+
+# Communication.
+
+
+def test_the_ema_follows_without_communication(two):
+    found = facts(two, "communication")
+    assert sum(found["update"].values()) > 0 and sum(found["ema"].values()) == 0
+
+
+def test_gradients_are_reduced_only_in_the_last_micro_batch_unless_memory_is_dearer(two):
+    found = facts(two, "communication")
+
+    def reductions(name: str) -> int:
+        return sum(n for op, n in found[name].items() if "reduce_scatter" in op)
+
+    assert reductions("update") > 0
+    assert reductions("accumulating") == reductions("update")
+    assert reductions("eager") == 3 * reductions("update")
+
+
+def test_context_parallelism_refuses_what_it_cannot_split(two):
+    three, two_ = facts(two, "refused")["said"]
+    assert "context_parallel = 3 does not divide the number of processes, 2" in three and not two_
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_may_not_change_between_a_differentiated_pass_and_its_backward_pass(rank, two):
+    assert "weights were changed between" in facts(two, "swap", rank)["said"]
+
+
+# The result.
+
+
+@pytest.mark.parametrize("name", ["equilibrium", "equilibrium-lora"])
+def test_the_first_process_writes_a_pipeline_that_diffusers_loads(name, two, alone):
+    facts(two, "export"), facts(two, "export", 1)
+    folder = two / f"export-{name}"
+    assert not list((folder / "1").iterdir())
+    student = load_pipeline(folder / "0" / "student").transformer
+    *_, phase = alone(CASES[name], f"{name}-export")
+    (x, c), t = build_batch(2), torch.tensor([0.3, 1.0])
+    with torch.no_grad():
+        expected = velocity(phase.ema, x, t, c)
+        torch.testing.assert_close(velocity(student, x, t, c), expected, atol=1e-4, rtol=1e-3)
+        assert (velocity(build_transformer(1 if name == "equilibrium" else 0), x, t, c) - expected).abs().max() > 1e-3

@@ -1,0 +1,275 @@
+"""What sharding needs of a single process: activation checkpointing, adapters, precision, and the sizes at 14B."""
+
+import copy
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from conftest import build_batch, build_equilibrium, build_head, build_transformer, seeded
+from distributed.cases import accelerator_for
+from vpae.config import R1, Equilibrium, Lora, Priming, Training
+from vpae.distill.common import load_network
+from vpae.distill.equilibrium import EquilibriumPhase
+from vpae.distill.priming import PrimingPhase
+from vpae.models.adapters import STUDENT, SharedBase, lora_names, merge
+from vpae.models.wan import default_taps, features, predict_x0, velocity
+from vpae.training.ema import update_ema
+from vpae.training.loop import train
+from vpae.training.precision import INPUTS, take_exact_inputs
+from vpae.training.sharding import empty_transformer, run_again, unsharded
+
+LORA = Lora(rank=4, alpha=8)
+WAN_14B = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 36,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": 1280,
+    "added_kv_proj_dim": 5120,
+}
+
+
+def gradients_of(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return [g.clone() for g in torch.autograd.grad(loss, inputs)]
+
+
+def with_adapters(*names: str) -> tuple[SharedBase, list]:
+    """A base with adapters that do something."""
+    shared = SharedBase(build_transformer())
+    networks = [shared.add(name, LORA) for name in names]
+    for seed, network in enumerate(networks):
+        generator = torch.Generator().manual_seed(seed)
+        for p in network.parameters():
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return shared, networks
+
+
+# Activation checkpointing.
+
+
+@pytest.mark.parametrize("backbone", ["ema", "teacher", "copy"])
+def test_recomputed_activations_change_no_gradient(backbone):
+    losses, grads = [], []
+    for again in (False, True):
+        phase = build_equilibrium(backbone=backbone)
+        if again:
+            for network in phase.networks.values():
+                network.enable_gradient_checkpointing(run_again)
+        loss, _ = phase.loss("generator", build_batch(2), torch.Generator().manual_seed(0), 0)
+        loss.backward()
+        losses.append(loss), grads.append([p.grad for p in phase.generator.parameters()])
+    assert losses[0].equal(losses[1])
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_frozen_backbone_passes_the_gradient_to_its_input_from_features_that_are_recomputed():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    found = []
+    for again in (False, True):
+        model = build_transformer().requires_grad_(False)
+        if again:
+            model.enable_gradient_checkpointing(run_again)
+        latents = x.clone().requires_grad_(True)
+        layers = features(model, latents, t, c, (0, 2))
+        found.append(gradients_of(sum(layer.square().sum() for layer in layers), [latents])[0])
+        assert all(p.grad is None for p in model.parameters())
+    assert found[0].equal(found[1]) and found[0].abs().sum() > 0
+
+
+def test_the_recomputation_has_the_adapter_of_its_forward_pass_whatever_ran_in_between():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    found = []
+    for again in (False, True):
+        shared, (student, other) = with_adapters(STUDENT, "other")
+        if again:
+            shared.transformer.enable_gradient_checkpointing(run_again)
+        loss = velocity(student, x, t, c).square().mean()
+        with shared.as_teacher() as teacher:
+            velocity(teacher, x, t, c)
+        loss = loss + velocity(other, x, t, c).square().mean()
+        with shared.as_teacher() as teacher:
+            velocity(teacher, x, t, c)
+            found.append(gradients_of(loss, [*student.parameters(), *other.parameters()]))
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+    assert all(a.abs().sum() > 0 for a in found[0])
+
+
+@pytest.mark.parametrize("swap", ["weights", "adapter", "ema"])
+def test_weights_may_not_change_between_a_differentiated_pass_and_its_backward_pass(swap):
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    shared, (student, other) = with_adapters(STUDENT, "other")
+    shared.transformer.enable_gradient_checkpointing(run_again)
+    loss = velocity(student, x, t, c).square().mean()
+    with torch.no_grad():
+        if swap == "weights":
+            shared.transformer.blocks[1].ffn.net[2].weight.mul_(1.5)
+        elif swap == "adapter":
+            student.load_state_dict(other.state_dict())
+        else:
+            update_ema(student, other, 0.5)
+    with pytest.raises(RuntimeError, match="weights were changed between"):
+        loss.backward()
+
+
+# Networks on one base.
+
+
+def test_networks_on_one_base_have_their_own_adapters_and_leave_the_teacher_alone():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    shared, (student, other) = with_adapters(STUDENT, "other")
+    with torch.no_grad():
+        original = velocity(build_transformer(), x, t, c)
+        first, second = velocity(student, x, t, c), velocity(other, x, t, c)
+        assert velocity(shared.network(None), x, t, c).equal(original)
+        assert velocity(student, x, t, c).equal(first)
+    assert not first.equal(original) and not first.equal(second)
+    trained = {name for name, p in shared.transformer.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-2] for name in trained} == {STUDENT, "other"}
+
+
+def test_an_adapted_network_is_the_whole_one_that_it_is_merged_into():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    _, (student,) = with_adapters(STUDENT)
+    names = lora_names(student.state_dict())
+    assert names["blocks.0.attn1.to_out.0.lora_A.weight"].shape == (4, 24)
+    whole = merge(build_transformer(), names, student.alpha)
+    again = SharedBase(build_transformer()).add(STUDENT, LORA)
+    again.start_from(names)
+    with torch.no_grad():
+        expected = velocity(student, x, t, c)
+        torch.testing.assert_close(velocity(whole, x, t, c), expected, atol=1e-5, rtol=1e-4)
+        assert velocity(again, x, t, c).equal(expected)
+    assert (expected - velocity(build_transformer(), x, t, c)).abs().max() > 1e-3
+
+
+def lora_phase(name: str):
+    """A phase whose generator is an adapter."""
+    if name == "priming":
+        config = Priming(student_lora=LORA, fake_lora=Lora(rank=2, alpha=2), training=Training(steps=2, ema_decay=0.75))
+        shared = seeded(0, lambda: SharedBase(build_transformer(), config.fake_lora))
+        return PrimingPhase(config, 3.0, shared.add(STUDENT, LORA), shared), shared
+    config = Equilibrium(student_lora=LORA, training=Training(steps=2, ema_decay=0.75))
+    shared = SharedBase(build_transformer())
+    student = shared.add(STUDENT, LORA)
+    return EquilibriumPhase(config, 3.0, student, shared.network(None), build_head(), default_taps(4)), shared
+
+
+@pytest.mark.parametrize("name", ["priming", "equilibrium"])
+def test_a_student_trained_as_an_adapter_needs_one_network_and_an_ema_of_adapters(name, tmp_path):
+    phase, shared = lora_phase(name)
+    assert list(phase.networks.values()) == [shared.transformer]
+    before = {n: p.clone() for n, p in shared.transformer.named_parameters()}
+    history, turns = [], phase.turns
+    phase.turns = lambda step: history.append(copy.deepcopy(phase.generator.state_dict())) or turns(step)
+    train(phase, lambda drawn: build_batch(1, seed=drawn), phase.config.training, 0, tmp_path, accelerator_for("no"))
+    history.append(phase.generator.state_dict())
+    changed = {n.split(".")[-2] for n, p in shared.transformer.named_parameters() if not p.equal(before[n])}
+    assert changed == {STUDENT, "ema"} | ({"fake"} if name == "priming" else set())
+    for key, found in phase.ema.state_dict().items():
+        expected = history[0][key]
+        for after in history[1:]:
+            expected = 0.75 * expected + 0.25 * after[key]
+        torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-5)
+
+
+def test_a_fake_model_and_a_discriminator_may_be_whole_copies_that_learn(tmp_path):
+    accelerator = accelerator_for("no")
+    shared = SharedBase(build_transformer(), "copy")
+    config = Priming(fake_form="copy", training=Training(steps=1))
+    priming = PrimingPhase(config, 3.0, build_transformer(), shared)
+    equilibrium = build_equilibrium(backbone="copy")
+    for phase, copied, role in ((priming, shared.copy, "fake"), (equilibrium, equilibrium.backbone, "head")):
+        start, seen = build_transformer().state_dict(), []
+        assert all(value.equal(start[name]) for name, value in copied.state_dict().items())
+        loss = phase.loss
+        phase.loss = lambda turn, *rest, loss=loss, seen=seen, copied=copied: (
+            seen.append((turn, next(copied.parameters()).requires_grad)) or loss(turn, *rest)
+        )
+        train(phase, lambda drawn: build_batch(1, seed=drawn), config.training, 0, tmp_path / role, accelerator)
+        assert {turn: grad for turn, grad in seen} == {role: True, "generator": False}
+        assert not all(value.equal(start[name]) for name, value in copied.state_dict().items())
+        teacher = shared.transformer if role == "fake" else equilibrium.teacher
+        assert all(value.equal(start[name]) for name, value in teacher.state_dict().items())
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValidationError, match="student_lora is there to avoid"):
+        Equilibrium(backbone="copy", student_lora=LORA)
+
+
+# Precision.
+
+
+def test_what_is_made_exact_is_so_in_copies_too_each_with_its_own_weights():
+    model = build_transformer()
+    take_exact_inputs(model)
+    twin = copy.deepcopy(model)
+    nn.init.zeros_(twin.patch_embedding.weight)
+    x = torch.randn(1, 36, 2, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, zero = model.patch_embedding(x), twin.patch_embedding(x)
+    assert found.dtype == torch.float32 and found.equal(build_transformer().patch_embedding(x))
+    assert zero.equal(twin.patch_embedding.bias.view(1, -1, 1, 1, 1).expand(zero.shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["ema", "teacher"])
+def test_bf16_measures_the_perturbation_and_not_its_own_rounding(backbone):
+    def penalty(sigma: float) -> float:
+        phase = build_equilibrium(backbone=backbone, r1=R1(sigma_spatial=sigma, sigma_temporal=sigma))
+        _, logs = phase.loss("head", build_batch(8), torch.Generator().manual_seed(0), 0)
+        return logs["str1"].item()
+
+    sigma = 0.01
+    exact = penalty(sigma)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert penalty(sigma) == pytest.approx(exact, rel=0.1)
+        assert penalty(sigma) == pytest.approx(penalty(4 * sigma) / 16, rel=0.2)
+
+
+def test_frozen_weights_are_held_as_bf16_where_that_is_the_precision_but_trained_ones_are_not(teacher):
+    half = Training(mixed_precision="bf16")
+    frozen, trained = (load_network(teacher, half, torch.device("cpu"), trained) for trained in (False, True))
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert frozen.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert frozen.blocks[0].norm2.weight.dtype == frozen.scale_shift_table.dtype == torch.float32
+    take_exact_inputs(frozen)
+    for name in INPUTS:
+        assert {p.dtype for p in frozen.get_submodule(name).parameters()} == {torch.float32}
+    (x, c), t = build_batch(1), torch.ones(1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert predict_x0(frozen, x, t, c).dtype == torch.float32
+    adapter = SharedBase(frozen).add(STUDENT, LORA)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
+# Sizes.
+
+
+def test_the_14b_transformer_and_its_adapters_have_the_published_sizes():
+    model = empty_transformer(WAN_14B)
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == 16_394_878_784
+    assert round(sum(p.numel() for p in model.blocks[0].parameters()) / 1e6, 1) == 403.8
+    with torch.device("meta"):
+        adapter = SharedBase(model).add(STUDENT, Lora(rank=64, alpha=64))
+    sizes = {name: p.numel() for name, p in adapter.named_parameters()}
+    assert round(sum(sizes.values()) / 1e6, 1) == 359.1
+    assert round(sum(n for name, n in sizes.items() if "add_" not in name) / 1e6, 1) == 306.7
+
+
+def test_an_empty_transformer_has_the_tables_of_a_real_one_and_a_whole_network_is_saved_as_it_is():
+    real = build_transformer()
+    empty = empty_transformer(dict(real.config))
+    assert all(value.equal(real.get_buffer(name)) for name, value in empty.named_buffers())
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert unsharded(real) is real
