@@ -1,0 +1,74 @@
+"""The commands `verify`, `record`, `restore`, and `settings`, `metrics`, which dvc.yaml calls."""
+
+import argparse
+from pathlib import Path
+
+from vpae.experiment import RESULTS, STAGES
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add them to `vpae`."""
+    verify = _command(commands, "verify", "check finished results against configuration, inputs and hashes", _verify)
+    verify.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
+    verify.add_argument("--results", type=Path, default=RESULTS, help="folder of all results")
+
+    record = _command(commands, "record", "commit what Snakemake made to DVC, if all of it is up to date", _record)
+    record.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="commit only these; all are checked"
+    )
+
+    restore = _command(commands, "restore", "pull recorded results, check them, make them known to Snakemake", _restore)
+    restore.add_argument("--remote", help="a remote of DVC's; default: its default")
+    restore.add_argument("--no-pull", action="store_true", help="check and make known what is here")
+
+    settings = _command(commands, "settings", "write the settings on which each stage depends", _settings)
+    settings.add_argument("--out", type=Path, help="default: results/EXPERIMENT/settings.json")
+    metrics = _command(commands, "metrics", "write scores and losses as small tables", _metrics)
+    metrics.add_argument("--out", type=Path, help="default: the folder metrics/EXPERIMENT")
+
+
+def _command(commands: argparse._SubParsersAction, name: str, text: str, run) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
+    command.set_defaults(run=run)
+    return command
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from vpae.experiment import ConfigError
+    from vpae.versioning.verify import committed, require_true
+
+    if unknown := [stage for stage in arguments.stages if stage not in STAGES]:
+        raise ConfigError(f"verify: {', '.join(unknown)}: no stage; stages are {', '.join(STAGES)}")
+    require_true(committed(arguments.config), arguments.stages or STAGES, arguments.results)
+
+
+def _record(arguments: argparse.Namespace) -> None:
+    from vpae.versioning.record import record
+    from vpae.versioning.verify import committed
+
+    print("\n".join(record(committed(arguments.config), arguments.stages)))
+    print("Recorded. To keep it: `git add dvc.lock metrics`, `git commit`, `dvc push`.")
+
+
+def _restore(arguments: argparse.Namespace) -> None:
+    from vpae.versioning.record import restore
+    from vpae.versioning.verify import committed
+
+    print("\n".join(restore(committed(arguments.config), not arguments.no_pull, arguments.remote)))
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    from vpae.versioning.tables import settings_file, write_settings
+    from vpae.versioning.verify import committed
+
+    source = committed(arguments.config)
+    print(write_settings(source, arguments.out or settings_file(source)))
+
+
+def _metrics(arguments: argparse.Namespace) -> None:
+    from vpae.versioning.tables import metrics_folder, write_metrics
+    from vpae.versioning.verify import committed
+
+    source = committed(arguments.config)
+    print(write_metrics(source, arguments.out or metrics_folder(source)))

@@ -1,0 +1,64 @@
+"""Calling Snakemake and DVC, as their users do."""
+
+import os
+import subprocess
+import sys
+
+from vpae.artifacts import ArtifactError
+
+NOTHING = "Nothing to be done"
+NO_METADATA = "provenance/metadata"  # "... jobs have missing provenance/metadata so that ..."
+
+
+def run(*command: str) -> tuple[int, str]:
+    """Run `snakemake ...` or `dvc ...` of this environment; returns the exit code and all it printed.
+
+    The local machine does the work, whatever profile the user has chosen for jobs; VPAE_ variables do not count.
+    """
+    dropped = ("SNAKEMAKE_PROFILE", "VPAE_")
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(dropped)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def must(*command: str) -> str:
+    """Run a command that has to succeed; returns what it printed.
+
+    Raises:
+        ArtifactError: with the command and what it printed.
+    """
+    code, printed = run(*command)
+    if code:
+        raise ArtifactError(f"`{' '.join(command)}` failed:\n{printed.strip()}")
+    return printed
+
+
+def require_nothing_to_do(experiment: str) -> None:
+    """Refuse while Snakemake would run something, or does not know how something was made.
+
+    Where it has no notes on a result, it cannot see that settings have changed, and says "Nothing to be done" of stale
+    results as of others.
+
+    Raises:
+        ArtifactError: with Snakemake's plan.
+    """
+    printed = must("snakemake", "--dry-run", "--cores", "1", "--config", f"experiment={experiment}", "--", "all")
+    if NOTHING not in printed:
+        remedy = f"run `snakemake all --config experiment={experiment}` first"
+        raise ArtifactError(f"Snakemake has something to do; {remedy}:\n{printed.strip()}")
+    if NO_METADATA in printed:
+        remedy = f"`vpae restore --no-pull --config configs/{experiment}.yaml` checks them and makes them known"
+        raise ArtifactError(f"Snakemake does not know how all of these results were made; {remedy}:\n{printed.strip()}")
+
+
+def touch(experiment: str) -> None:
+    """Make Snakemake take the present results for made from the present settings: to be used on verified ones only."""
+    must("snakemake", "--touch", "--forceall", "--cores", "1", "--config", f"experiment={experiment}", "--", "all")
+    require_nothing_to_do(experiment)

@@ -1,0 +1,91 @@
+"""Whether finished results are what the experiment's file, read today, would make.
+
+Neither dates nor any engine's notes count, only content: each folder's provenance says with which settings and from
+which inputs it was made and what each of its files hashed to, and all three are compared with what is here now.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vpae.artifacts import ArtifactError, file_hashes, identity, read_provenance, sha256
+from vpae.experiment import RESULTS, STAGES, Source, load, stage_folder, stage_settings, upstream
+
+SHOWN = 3
+
+
+def committed(path: Path) -> Source:
+    """The experiment as its file alone says: what is versioned must not hang on somebody's environment."""
+    return load(path, environment=False)
+
+
+def require_true(source: Source, stages: Sequence[str] = STAGES, results: Path = RESULTS) -> None:
+    """Refuse results that are missing, stale or damaged.
+
+    Raises:
+        ArtifactError: naming every such folder, what is wrong with it, and the remedy.
+    """
+    found = [problem for stage in STAGES if stage in stages for problem in problems(source, stage, results)]
+    if found:
+        remedy = f"run `snakemake all --config experiment={source.name}`; if it sees nothing to do, force these stages:"
+        force = f"`snakemake --forcerun STAGE -- results/{source.name}/STAGE`"
+        raise ArtifactError("\n  ".join(["these results are not to be relied on:", *found, f"{remedy} {force}"]))
+
+
+def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[str]:
+    """What is wrong with the result of one stage; nothing if it is complete, current and undamaged.
+
+    A teacher that was taken from a folder is compared with that folder, if it is here. Videos are not read again.
+    """
+    folder = stage_folder(source, stage, results)
+    provenance = read_provenance(folder)
+    if provenance is None:
+        yield f"{folder}: missing or unfinished"
+        return
+    for key, (was, wanted) in _differences(provenance["settings"], stage_settings(source.settings, stage)):
+        yield f"{folder}: made with {key} = {was}, but the configuration says {wanted}"
+    for name in upstream(source.settings, stage):
+        above = stage_folder(source, name, results)
+        if read_provenance(above) is None:
+            yield f"{folder}: made from {above}, which is missing or unfinished"
+        elif provenance["inputs"].get(name) != identity(above):
+            yield f"{folder}: made from another {above} than the present one"
+    recorded, present = provenance["outputs"], file_hashes(folder)
+    for name in _first(sorted(recorded.keys() | present.keys()), lambda n: recorded.get(n) != present.get(n)):
+        what = "missing" if name not in present else "not of this result" if name not in recorded else "damaged"
+        yield f"{folder / name}: {what}"
+    if stage == "teacher" and source.settings.teacher.source == "folder":
+        origin = Path(source.settings.teacher.path)
+        for name in _first(recorded, lambda n: _is_other(origin / n, recorded[n])):
+            yield f"{folder}: made from another {origin / name} than the present one"
+
+
+def _is_other(path: Path, recorded: str) -> bool:
+    # The geometry is the experiment's own.
+    return path.name != "geometry.json" and path.is_file() and sha256(path) != recorded
+
+
+def _first(names, is_wrong) -> Iterator[str]:
+    """The first few of the wrong ones: one damaged file says as much as a thousand."""
+    shown = 0
+    for name in names:
+        if shown < SHOWN and is_wrong(name):
+            shown += 1
+            yield name
+
+
+def _differences(was: dict, wanted: dict) -> Iterator[tuple[str, tuple]]:
+    """Dotted key -> the two values, for the first few keys that differ."""
+    old, new = _flat(was), _flat(wanted)
+    for key in _first(sorted(old.keys() | new.keys()), lambda k: old.get(k, _ABSENT) != new.get(k, _ABSENT)):
+        yield key, (old.get(key, "nothing"), new.get(key, "nothing"))
+
+
+_ABSENT = object()
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found

@@ -1,0 +1,266 @@
+"""What is asked of SLURM, what is made of its answers, and the page for users of clusters.
+
+No SLURM: a stand-in answers. The real one is tried by `make cluster-test`.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import snakemake_executor_plugin_vpae_slurm as plugin
+from test_workflow import ROOT, Clone
+from vpae.experiment import STAGES, ConfigError, load, stage_settings
+
+# Plays sbatch, squeue, sinfo, scontrol, scancel and sacct. Jobs end at once: sbatch makes the folder that the job's
+# rule would make. What is submitted, and what is cancelled or requeued, is written down.
+STAND_IN = f"""#!{sys.executable}
+import json, sys
+from pathlib import Path
+here, name, words = Path(__file__).parent, Path(sys.argv[0]).name, sys.argv[1:]
+jobs = here / "jobs.json"
+known = json.loads(jobs.read_text()) if jobs.exists() else []
+if name == "sbatch":
+    known.append(words)
+    jobs.write_text(json.dumps(known))
+    rule, _, experiment = words[words.index("--comment") + 1].removeprefix("rule_").partition("_wildcards_")
+    stage = Path("results") / experiment / rule
+    stage.mkdir(parents=True, exist_ok=True)
+    (stage / "made").write_text("")
+    (stage.parent / "logs" / f"{{rule}}.benchmark.tsv").write_text("")
+    print(len(known))
+elif name == "squeue" and "--states=all" in words:
+    print("".join(f"{{number}}|COMPLETED\\n" for number in range(1, len(known) + 1)), end="")
+elif name == "squeue" and "--format=%T" in words:
+    print((here / "state").read_text())
+elif name == "sinfo":
+    print("gpu*")
+elif name in ("scontrol", "scancel"):
+    with (here / "said").open("a") as file:
+        print(name, *words, file=file)
+elif name == "sacct":
+    sys.exit("no accounting here")
+"""
+LARGE = """
+extends: micro
+cluster:
+  clips: {memory_gb: 16, minutes: 90}
+  samples: {gpus: 1, cpus: 8}
+  priming: {nodes: 4, gpus: 8, cpus: 96, memory_gb: 1000, minutes: 1440}
+  equilibrium: {gpus: 8, cpus: 64, memory_gb: 500, minutes: 2880}
+seed: 1
+"""
+
+
+def add_slurm(folder: Path) -> Path:
+    """A folder of SLURM's commands."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "sacct"):
+        (folder / name).write_text(STAND_IN)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    """A clone on a machine that has SLURM's commands."""
+    clone = Clone(tmp_path)
+    add_slurm(tmp_path / "bin")
+    profile = tmp_path / "profiles/slurm/profile.yaml"
+    changed = re.sub(r"(before-status-checks): \d+", r"\1: 1", profile.read_text())
+    profile.write_text(re.sub(r"latency-wait: \d+", "latency-wait: 5", changed))
+    return clone
+
+
+def test_the_cluster_is_asked_for_what_the_experiment_needs(clone: Clone) -> None:
+    (clone.folder / "configs/large.yaml").write_text(LARGE)
+    code, printed = clone.snakemake("--profile", "slurm", "all", "--config", "experiment=large")
+    assert code == 0, printed
+    submitted = [" ".join(words) for words in json.loads((clone.folder / "bin/jobs.json").read_text())]
+    jobs = {re.search(r"--comment rule_(\w+?)_wildcards_large", job)[1]: job for job in submitted}
+    assert set(jobs) == set(STAGES)
+    for job in jobs.values():
+        assert "--signal=TERM@300 --open-mode=append" in job and "--requeue" in job
+        assert " -p gpu " in job and " -A " not in job
+    assert "--gres" not in jobs["clips"] and " -t 90 --mem 16000 " in jobs["clips"]
+    assert "--gres=gpu:1 " in jobs["samples"] and "--cpus-per-task=8" in jobs["samples"]
+    # One task a node, in which torchrun starts a process for each GPU.
+    several = jobs["priming"]
+    assert "--nodes=4 " in several and "--ntasks=4 " in several and "--gres=gpu:8 " in several
+    assert "--cpus-per-task=96 " in several and " -t 1440 --mem 1000000 " in several
+    assert "--ntasks-per-gpu" not in several and "--gpus" not in several
+    one = jobs["equilibrium"]
+    assert "--nodes=1 " in one and "--gres=gpu:8 " in one and " -t 2880 --mem 500000 " in one
+    assert [p.name for p in (clone.folder / "results/slurm-logs").iterdir()].count("rule_priming") == 1
+
+
+def test_what_is_asked_of_the_cluster_decides_nothing_else(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs/micro.yaml", tmp_path)
+    (tmp_path / "large.yaml").write_text(LARGE.replace("seed: 1", ""))
+    settings = {name: load(tmp_path / f"{name}.yaml", environment=False).settings for name in ("micro", "large")}
+    for stage in STAGES:
+        assert stage_settings(settings["micro"], stage) == stage_settings(settings["large"], stage)
+
+
+def test_only_the_phases_may_have_several_processes(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs/micro.yaml", tmp_path)
+    (tmp_path / "wrong.yaml").write_text("extends: micro\ncluster: {samples: {nodes: 2}}\n")
+    with pytest.raises(ConfigError, match=r"cluster: samples asks for 2 nodes .* only priming and equilibrium"):
+        load(tmp_path / "wrong.yaml", environment=False)
+
+
+# The executor: what becomes of a job, given what SLURM says of it at one look after another.
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, *answers: str | None, accounted: str | None = None) -> tuple[str, int]:
+    """What is reported of job 7, and after how many looks ("": it is still watched after all of them)."""
+    executor = object.__new__(plugin.Executor)
+    reported: list[str] = []
+    left = list(answers)
+
+    async def answer(command: str) -> str | None:
+        return left.pop(0) if command.startswith("squeue") else accounted
+
+    @asynccontextmanager
+    async def limiter() -> AsyncIterator[None]:
+        yield
+
+    monkeypatch.setattr(plugin, "_answer", answer)
+    executor._last_seen, executor.run_uuid, executor.status_rate_limiter = {}, "run", limiter()
+    executor.workflow = SimpleNamespace(executor_settings=SimpleNamespace(init_seconds_before_status_checks=8))
+    executor.logger = SimpleNamespace(warning=lambda text: reported.append(text))
+    executor.next_seconds_between_status_checks = 8
+    executor.report_job_success = lambda info: reported.append("success")
+    executor.report_job_error = lambda info, text, aux_logs: reported.append(text)
+    jobs = [SimpleNamespace(external_jobid="7", aux={"slurm_logfile": "7.log"})]
+
+    async def look() -> list:
+        executor.status_rate_limiter = limiter()
+        return [info async for info in executor.check_active_jobs(jobs)]
+
+    for looks in range(1, len(answers) + 1):
+        jobs = asyncio.run(look())
+        if not jobs:
+            return "; ".join(reported), looks
+    return "", len(answers)
+
+
+@pytest.mark.parametrize(
+    ("answers", "result"),
+    [
+        (("7|PENDING\n", "7|RUNNING\n", "7|COMPLETED\n"), ("success", 3)),
+        (("7|RUNNING\n", "7|TIMEOUT\n"), ("SLURM job 7: TIMEOUT. ", 2)),
+        (("7|CANCELLED\n",), ("SLURM job 7: CANCELLED. ", 1)),
+        # Preempted by cancelling; by requeueing; a node lost, the job begun anew elsewhere.
+        (("7|PREEMPTED\n", "7|PREEMPTED\n"), ("SLURM job 7: PREEMPTED. ", 2)),
+        (("7|PREEMPTED\n", "7|PENDING\n", "7|RUNNING\n"), ("", 3)),
+        (("7|NODE_FAIL\n", "7|PENDING\n"), ("", 2)),
+        # SLURM is away for a while.
+        (("7|RUNNING\n", None, None, "7|RUNNING\n", "7|COMPLETED\n"), ("success", 5)),
+        (("8|RUNNING\n", "7|RUNNING\n"), ("", 2)),
+    ],
+)
+def test_the_end_of_a_job_is_noticed(monkeypatch: pytest.MonkeyPatch, answers: tuple, result: tuple) -> None:
+    assert watch(monkeypatch, *answers) == result
+
+
+def test_a_forgotten_job_is_looked_up_in_the_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watch(monkeypatch, "7|RUNNING\n", "", "", accounted="CANCELLED by 0\n") == ("SLURM job 7: CANCELLED. ", 3)
+    assert watch(monkeypatch, "7|RUNNING\n", "", "", accounted="COMPLETED\n") == ("success", 3)
+    said, looks = watch(monkeypatch, "7|RUNNING\n", "", "", accounted=None)
+    assert looks == 3 and said.endswith("success") and "MinJobAge" in said
+
+
+# workflow/launch.sh
+
+
+def launch(folder: Path, nodes: int, gpus: int, *command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command by it, with the stand-in's SLURM."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    path = f"{add_slurm(folder / 'bin')}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [ROOT / "workflow/launch.sh", str(nodes), str(gpus), "2", *command],
+        cwd=folder,
+        env={**kept, "PATH": path, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_command_is_run_as_it_is(tmp_path: Path) -> None:
+    done = launch(tmp_path, 1, 1, "bash", "-c", 'echo "$0 of $1"; exit 5', "a b", "c")
+    assert (done.returncode, done.stdout) == (5, "a b of c\n")
+
+
+def test_several_nodes_need_slurm(tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, 8, "true")
+    assert done.returncode == 2
+    assert "asks for 2 nodes; run it with `snakemake --profile slurm`" in done.stderr
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_job_that_saved_queues_again_unless_it_was_cancelled(tmp_path: Path, state: str, requeued: bool) -> None:
+    add_slurm(tmp_path / "bin")
+    (tmp_path / "bin/state").write_text(state)
+    (tmp_path / "bin/sleep").write_text("#!/bin/sh\n")  # in which SLURM would end the job
+    (tmp_path / "bin/sleep").chmod(0o755)
+    done = launch(tmp_path, 1, 1, "bash", "-c", "exit 3", SLURM_JOB_ID="7")
+    assert done.returncode == 3
+    assert (tmp_path / "bin/said").exists() is requeued
+    if requeued:
+        assert (tmp_path / "bin/said").read_text() == "scontrol requeue 7\n"
+    assert launch(tmp_path, 1, 1, "bash", "-c", "exit 1", SLURM_JOB_ID="8").returncode == 1
+    assert not (tmp_path / "bin/said").exists() or "requeue 8" not in (tmp_path / "bin/said").read_text()
+
+
+@pytest.mark.distributed
+def test_one_process_for_each_gpu(tmp_path: Path) -> None:
+    show = 'echo "$RANK of $WORLD_SIZE: $0"; if (( RANK == 1 )); then exit $1; fi'
+    done = launch(tmp_path, 1, 2, "bash", "-c", show, "a b", "0")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 of 2: a b", "1 of 2: a b"]
+    # torchrun's own exit code would be 1.
+    assert launch(tmp_path, 1, 2, "bash", "-c", show, "a b", "3").returncode == 3
+    assert launch(tmp_path, 1, 2, "bash", "-c", show, "a b", "4").returncode == 1
+
+
+# The page for users.
+
+
+def test_every_command_of_the_page_works(clone: Clone) -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    for name, content in re.findall(r"```yaml\n# (configs/\S+)\n(.*?)```", page, re.DOTALL):
+        (clone.folder / name).write_text(content)
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    # Set-up and the test cluster are what continuous integration runs itself.
+    commands = [
+        line for line in lines if not line.startswith(("git clone", "cd ", "make ", "source ", "tests/cluster/"))
+    ]
+    assert len(commands) >= 8
+    vpae = clone.folder / "bin/vpae"
+    real = Path(sys.executable).with_name("vpae")
+    vpae.write_text(
+        vpae.read_text().replace("#!/bin/sh\n", f'#!/bin/sh\ncase $1 in config | plan) exec {real} "$@" ;; esac\n')
+    )
+    (clone.folder / "bin/snakemake").symlink_to(Path(sys.executable).with_name("snakemake"))
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-ec", command],
+            cwd=clone.folder,
+            env=clone.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -1,0 +1,476 @@
+"""Snakemake and DVC are of one mind, and neither takes anything stale or damaged for good. Both are the real ones.
+
+In most tests only the stages' bodies are toys, which write a few bytes that follow from settings and inputs: commands,
+provenance, workflow and pipeline are the repository's own.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vpae.artifacts import PROVENANCE, read_provenance
+from vpae.experiment import STAGES, load, owner, upstream
+
+ROOT = Path(__file__).parents[1]
+TOY = f"""#!{sys.executable}
+import json, sys, types
+import vpae.artifacts, vpae.stages
+from vpae.cli import main
+from vpae.experiment import stage_settings
+
+def body(stage):
+    def run(settings, inputs, out, state):
+        made_of = [stage, stage_settings(settings, stage), {{n: vpae.artifacts.identity(f) for n, f in inputs.items()}}]
+        digest = vpae.artifacts.digest(made_of)
+        (out / "weights").mkdir()
+        (out / "weights" / "model.bin").write_text(digest)
+        number = int(digest[:6], 16) / 16**6
+        scores = {{"rows": {{"vpae-1nfe": {{"frechet": {{"mean": number, "low": 0.0, "high": 1.0}}}}}}}}
+        (out / "scores.json").write_text(json.dumps(scores))
+        lines = [json.dumps({{"step": s, "generator_loss": number / s}}) + "\\n" for s in (1, 2)]
+        (out / "metrics.jsonl").write_text("".join(lines))
+    sys.modules[f"toy_{{stage}}"] = types.SimpleNamespace(run=run)
+    return f"toy_{{stage}}"
+
+vpae.stages.FUNCTIONS = {{stage: body(stage) for stage in vpae.stages.FUNCTIONS}}
+vpae.artifacts.device_name = lambda: "none"  # finding out takes torch, which takes seconds
+sys.exit(main())
+"""
+REAL = f"#!{sys.executable}\nimport sys\nfrom vpae.cli import main\nsys.exit(main())\n"
+
+
+class Clone:
+    """A copy of the project with a repository of its own, in which commands are run as a user would."""
+
+    def __init__(self, folder: Path, vpae: str = TOY):
+        self.folder = folder
+        for name in ("workflow", "configs", "profiles", "metrics"):
+            if (ROOT / name).exists():
+                shutil.copytree(ROOT / name, folder / name)
+        for name in ("Snakefile", "environment.yml", "dvc.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, folder / name)
+        (folder / ".dvc").mkdir()
+        for name in ("config", ".gitignore"):
+            shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
+        self._prepare(vpae)
+        self("git", "init", "--quiet")
+        self.commit("begin")
+
+    def _prepare(self, vpae: str) -> None:
+        programs = self.folder / ".venv" / "bin"  # which git does not see
+        programs.mkdir(parents=True)
+        for name, text in {
+            "vpae": vpae,
+            "snakemake": f'#!/bin/sh\nexec {sys.executable} -m snakemake "$@"\n',
+            "dvc": f'#!/bin/sh\nexec {sys.executable} -m dvc "$@"\n',
+        }.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        dropped = ("VPAE_", "SNAKEMAKE_", "DVC_", "GIT_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)} | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.folder / ".venv"),
+            "DVC_SITE_CACHE_DIR": str(self.folder / ".venv" / "dvc"),
+            **{f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+        }
+
+    def clone(self, folder: Path, vpae: str = TOY) -> "Clone":
+        """A fresh clone of the committed state, with no results and an empty cache."""
+        self("git", "clone", "--quiet", str(self.folder), str(folder))
+        fresh = Clone.__new__(Clone)
+        fresh.folder = folder
+        fresh._prepare(vpae)
+        return fresh
+
+    def run(self, *command: str) -> tuple[int, str]:
+        """Exit code and all that was printed."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def json(self, *command: str) -> dict:
+        """What a command prints as JSON; warnings go elsewhere."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=True
+        )
+        return json.loads(done.stdout)
+
+    def __call__(self, *command: str) -> str:
+        """Run what has to succeed; returns what it printed."""
+        code, printed = self.run(*command)
+        assert code == 0, f"{command}\n{printed}"
+        return printed
+
+    def commit(self, message: str) -> None:
+        self("git", "add", ".")
+        self("git", "commit", "--quiet", "--message", message)
+
+    def snakemake_plan(self, experiment: str = "micro") -> set[str]:
+        """The stages that Snakemake would run; it must not lack notes on any result."""
+        printed = self("snakemake", "--dry-run", "--quiet", "host", "--config", f"experiment={experiment}", "--", "all")
+        assert "missing provenance" not in printed, printed
+        plan = set(re.findall(r"^ +output: results/\w[\w-]*/(\w+)$", printed, re.MULTILINE))
+        assert plan or "Nothing to be done" in printed, printed
+        return plan
+
+    def set(self, key: str, value: object, experiment: str = "micro") -> None:
+        """Change one key of an experiment's file."""
+        path = self.folder / "configs" / f"{experiment}.yaml"
+        tree = yaml.safe_load(path.read_text())
+        section = tree
+        *outer, last = key.split(".")
+        for part in outer:
+            section = section.setdefault(part, {})
+        section[last] = value
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+    def made(self, experiment: str = "micro") -> dict[str, str]:
+        """Stage -> a word that changes whenever it is run: its provenance, which has date and duration."""
+        return {s: (self.folder / f"results/{experiment}/{s}/{PROVENANCE}").read_text() for s in STAGES}
+
+    def contents(self, experiment: str = "micro") -> dict[str, dict[str, str]]:
+        """Stage -> hashes of what was made."""
+        return {stage: read_provenance(self.folder / f"results/{experiment}/{stage}")["outputs"] for stage in STAGES}
+
+    def copy(self, folder: Path) -> "Clone":
+        """The same with all results, caches and notes, in another place."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        shutil.rmtree(folder / ".venv")
+        other = Clone.__new__(Clone)
+        other.folder = folder
+        other._prepare((self.folder / ".venv/bin/vpae").read_text())
+        return other
+
+
+def recorded_micro(folder: Path, vpae: str) -> Clone:
+    """A clone whose experiment `micro` was made by Snakemake, recorded, committed and pushed to `store/`."""
+    clone = Clone(folder, vpae)
+    clone("snakemake", "--cores", "2", "--config", "experiment=micro", "--", "all")
+    clone("vpae", "record", "--config", "configs/micro.yaml")
+    clone("dvc", "push")
+    clone.commit("record")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return recorded_micro(tmp_path_factory.mktemp("recorded") / "project", TOY)
+
+
+@pytest.fixture
+def project(recorded: Clone, tmp_path: Path) -> Clone:
+    """A copy of the recorded project, to do with as one likes."""
+    return recorded.copy(tmp_path / "project")
+
+
+MICRO = [f"{stage}@micro" for stage in ("settings", *STAGES, "metrics")]
+LAST = ("report@micro", "metrics@micro")
+AFTER_EQUILIBRIUM = {"equilibrium", "samples", "evaluation", "report"}
+
+
+def is_clean(clone: Clone) -> bool:
+    """Whether DVC finds the experiment as it was recorded."""
+    return clone.run("dvc", "status", "--quiet", *MICRO)[0] == 0
+
+
+def ran(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {stage for stage in after if before[stage] != after[stage]}
+
+
+def test_dvc_has_the_stages_of_snakemake_reading_the_same_folders(tmp_path: Path) -> None:
+    from dvc.repo import Repo
+
+    # Also the shipped experiments whose results do not fit into store/, and which therefore stand in comments.
+    clone = Clone(tmp_path / "project")
+    pipeline = clone.folder / "dvc.yaml"
+    pipeline.write_text(re.sub(r"^(      )# (tiny[\w-]*: )", r"\1\2", pipeline.read_text(), flags=re.MULTILINE))
+    with Repo(str(clone.folder)) as repo:
+        stages = {stage.name: stage for stage in repo.index.stages if getattr(stage, "name", None)}
+        repo.index.check_graph()
+    experiments = {name.partition("@")[2] for name in stages}
+    assert experiments == {"micro", "tiny", "tiny-no-adversary", "tiny-reference"}
+    expected = {f"{name}@{experiment}" for experiment in experiments for name in ("settings", "metrics")}
+    for experiment in sorted(experiments):
+        source = load(ROOT / "configs" / f"{experiment}.yaml", environment=False)
+        for stage in (s for s in STAGES if owner(source, s) is source):
+            expected.add(f"{stage}@{experiment}")
+            found = stages[f"{stage}@{experiment}"]
+            folder = f"results/{experiment}/{stage}"
+            assert found.cmd == f"workflow/stage.sh {stage} {experiment}"
+            [out] = found.outs
+            assert out.def_path == folder and out.persist
+            read = {f"results/{owner(source, n).name}/{n}" for n in upstream(source.settings, stage)}
+            if stage == "teacher" and source.settings.teacher.source == "folder":
+                read.add(source.settings.teacher.path)
+            assert {dep.def_path for dep in found.deps if dep not in found.params} == read
+            [params] = found.params
+            assert params.def_path == f"results/{experiment}/settings.json"
+            assert params.params == [stage]
+    assert set(stages) == expected
+
+
+def test_what_is_recorded_is_up_to_date_for_both(recorded: Clone) -> None:
+    assert is_clean(recorded)
+    assert recorded.snakemake_plan() == set()
+    assert set(yaml.safe_load((recorded.folder / "dvc.lock").read_text())["stages"]) == set(MICRO)
+
+
+@pytest.mark.parametrize("body", ["toy", pytest.param("real", marks=pytest.mark.slow)])
+def test_both_engines_run_the_same_and_nothing_else_in_either_order(
+    body: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    original = request.getfixturevalue("recorded") if body == "toy" else recorded_micro(tmp_path / "real", REAL)
+    left, right = original.copy(tmp_path / "left"), original.copy(tmp_path / "right")
+    ablation = "equilibrium.adversarial_weight"
+    value = load(ROOT / "configs/micro.yaml", environment=False).settings.equilibrium.adversarial_weight
+    at_first = original.made()
+
+    # An ablation, by Snakemake on the left and DVC on the right.
+    left.set(ablation, 0.0)
+    left.set("clips.workers", 2)  # changes no result
+    assert left.snakemake_plan() == AFTER_EQUILIBRIUM
+    left("snakemake", "--cores", "2", "--config", "experiment=micro", "--", "all")
+    right("dvc", "exp", "run", "--set-param", f"configs/micro.yaml:++{ablation}=0.0", *LAST)
+    made = left.made(), right.made()
+    assert ran(at_first, made[0]) == ran(at_first, made[1]) == AFTER_EQUILIBRIUM
+    assert comparable(left) == comparable(right) != comparable(original)
+
+    # Each takes over what the other one made.
+    left("dvc", "repro", *LAST)
+    assert left.made() == made[0]
+    assert is_clean(left) and is_clean(right)
+    assert left.snakemake_plan() == right.snakemake_plan() == set()
+
+    # Back again, the other way round: DVC, too, runs it and does not take the old result out of its run cache, of
+    # which Snakemake would know nothing.
+    for clone in (left, right):
+        clone.set(ablation, value)
+    left("dvc", "repro", *LAST)
+    right("snakemake", "--cores", "2", "--config", "experiment=micro", "--", "all")
+    right("vpae", "record", "--config", "configs/micro.yaml")
+    assert ran(made[0], left.made()) == ran(made[1], right.made()) == AFTER_EQUILIBRIUM
+    assert comparable(left) == comparable(right) == comparable(original)
+    assert is_clean(left) and is_clean(right)
+    assert left.snakemake_plan() == right.snakemake_plan() == set()
+
+
+def comparable(clone: Clone) -> dict[str, dict[str, str]]:
+    """The hashes that follow from settings alone: all but those of measured latencies."""
+    contents = clone.contents()
+    del contents["report"]
+    contents["evaluation"] = {n: h for n, h in contents["evaluation"].items() if n not in ("scores.json", "table.md")}
+    return contents
+
+
+def test_a_fresh_clone_is_restored_and_then_sees_changes(recorded: Clone, tmp_path: Path) -> None:
+    fresh = recorded.clone(tmp_path / "fresh")
+    shutil.copytree(recorded.folder / "store", fresh.folder / "store", dirs_exist_ok=True)
+    assert (fresh.folder / "metrics/micro/scores.json").is_file()
+    fresh("dvc", "pull")
+    fresh("vpae", "restore", "--config", "configs/micro.yaml")
+    assert is_clean(fresh)
+    assert fresh.snakemake_plan() == set()
+    assert fresh.contents() == recorded.contents()
+    fresh.set("priming.guidance_scale", 2.5)
+    assert fresh.snakemake_plan() == {"priming"} | AFTER_EQUILIBRIUM
+
+
+def test_stale_results_cannot_be_recorded(project: Clone) -> None:
+    lock, before = (project.folder / "dvc.lock").read_text(), project.made()
+    project.set("priming.guidance_scale", 2.5)
+    # As after a pull, or a stage run by hand: Snakemake knows nothing of these results, and takes them for current.
+    project("snakemake", "--touch", "--forceall", "--cores", "1", "--config", "experiment=micro", "--", "all")
+    shutil.rmtree(project.folder / ".snakemake")
+    assert "Nothing to be done" in project("snakemake", "--dry-run", "--config", "experiment=micro", "--", "all")
+    stale = r"results/micro/priming: made with priming\.guidance_scale = [\d.]+, but the configuration says 2\.5"
+    code, printed = project.run("vpae", "record", "--config", "configs/micro.yaml")
+    assert code == 2 and re.search(stale, printed)
+    assert (project.folder / "dvc.lock").read_text() == lock
+    # Whoever forces DVC is found out by the next one who restores.
+    project("vpae", "settings", "--config", "configs/micro.yaml")
+    project("dvc", "commit", "--force", *MICRO)
+    assert is_clean(project)
+    code, printed = project.run("vpae", "restore", "--no-pull", "--config", "configs/micro.yaml")
+    assert code == 2 and re.search(stale, printed)
+    # DVC's own way does not believe Snakemake either, and makes them anew.
+    (project.folder / "dvc.lock").write_text(lock)
+    project("dvc", "repro", *LAST)
+    assert ran(before, project.made()) == {"priming"} | AFTER_EQUILIBRIUM
+    assert is_clean(project)
+
+
+def test_results_of_unknown_origin_are_checked_before_they_are_recorded(project: Clone) -> None:
+    shutil.rmtree(project.folder / ".snakemake" / "metadata")
+    code, printed = project.run("vpae", "record", "--config", "configs/micro.yaml")
+    assert code == 2 and "vpae restore --no-pull" in printed
+    weights = project.folder / "results/micro/equilibrium/weights/model.bin"
+    content = weights.read_bytes()
+    weights.write_bytes(content[::-1])
+    code, printed = project.run("vpae", "restore", "--no-pull", "--config", "configs/micro.yaml")
+    assert code == 2 and "results/micro/equilibrium/weights/model.bin: damaged" in printed
+    weights.write_bytes(content)
+    project("vpae", "restore", "--no-pull", "--config", "configs/micro.yaml")
+    project("vpae", "record", "--config", "configs/micro.yaml")
+
+
+def test_metrics_parameters_and_plots_can_be_compared(project: Clone) -> None:
+    before = json.loads((project.folder / "metrics/micro/scores.json").read_text())
+    project.set("priming.guidance_scale", 2.5)
+    project("dvc", "repro", *LAST)
+    after = json.loads((project.folder / "metrics/micro/scores.json").read_text())
+    scores = "metrics/micro/scores.json"
+    diff = project.json("dvc", "metrics", "diff", "--json", "--targets", scores)[scores]
+    assert diff["vpae-1nfe.frechet"]["old"] == before["vpae-1nfe"]["frechet"]
+    assert diff["vpae-1nfe.frechet"]["new"] == after["vpae-1nfe"]["frechet"] != before["vpae-1nfe"]["frechet"]
+    params = project.json("dvc", "params", "diff", "--json")
+    assert params["results/micro/settings.json"]["priming.priming.guidance_scale"]["new"] == 2.5
+    project("dvc", "plots", "show", "--out", "plots")
+    page = (project.folder / "plots/index.html").read_text()
+    assert "metrics/micro/priming.csv" in page and "generator_loss" in page
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of an S3 server with an empty bucket `vpae`."""
+    pytest.importorskip("dvc_s3", reason="the extra `remotes` is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[s3] and flask are not installed")
+    import botocore.session
+
+    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    address = "http://{}:{}".format(*running.get_host_and_port())
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    botocore.session.get_session().create_client("s3", endpoint_url=address, **keys).create_bucket(Bucket="vpae")
+    yield address
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """The port of an SSH server for this user on the loopback interface, and the folder with its keys."""
+    pytest.importorskip("dvc_ssh", reason="the extra `remotes` is not installed")
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
+    server = shutil.which("sshd", path=path)
+    if server is None or not shutil.which("ssh"):
+        pytest.skip("there is no sshd; Debian's package is openssh-server")
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "other", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "authorized").write_text((folder / "user.pub").read_text())
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": folder / "host",
+        "PidFile": folder / "pid",
+        "AuthorizedKeysFile": folder / "authorized",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "Subsystem": "sftp internal-sftp",
+    }
+    (folder / "config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    process = subprocess.Popen([server, "-D", "-e", "-f", folder / "config"], stderr=(folder / "log").open("w"))
+    deadline = time.monotonic() + 60
+    while "listening" not in (folder / "log").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+    yield port, folder
+    process.terminate()
+    process.wait()
+
+
+def trust(clone: Clone, port: int, keys: Path, host_key: str) -> None:
+    """What docs/data.md says of ~/.ssh/config: OpenSSH makes the connection, and knows one host key."""
+    known = clone.folder / ".venv/known_hosts"
+    known.write_text(f"[127.0.0.1]:{port} {(keys / f'{host_key}.pub').read_text()}")
+    options = f"-F none -p {port} -i {keys / 'user'} -o UserKnownHostsFile={known} -o BatchMode=yes"
+    options += " -o LogLevel=ERROR -o StrictHostKeyChecking=yes"
+    (clone.folder / ".venv/.ssh").mkdir(exist_ok=True)
+    (clone.folder / ".venv/.ssh/config").write_text(
+        f"Host store\n    ProxyCommand ssh {options} -W localhost:{port} 127.0.0.1\n"
+    )
+
+
+def add_remote(clone: Clone, kind: str, request: pytest.FixtureRequest) -> None:
+    """The commands of docs/data.md, in a clone without data and caches."""
+    add = ("dvc", "remote", "add", "--local", "--default", "work")
+    if kind == "folder":
+        clone(*add, str(clone.folder.parent / "shared"))
+        settings = {}
+    elif kind == "s3":
+        clone(*add, "s3://vpae/store")
+        address = request.getfixturevalue("s3")
+        settings = {"endpointurl": address, "access_key_id": "test", "secret_access_key": "test", "region": "us-east-1"}
+    else:
+        port, keys = request.getfixturevalue("sshd")
+        trust(clone, port, keys, "host")
+        clone(*add, f"ssh://store{clone.folder.parent / 'served'}")
+        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+        settings = {"user": user, "keyfile": str(keys / "user")}
+    for key, value in (settings | {"verify": "true"}).items():
+        clone("dvc", "remote", "modify", "--local", "work", key, value)
+
+
+def wipe(clone: Clone) -> None:
+    shutil.rmtree(clone.folder / "results/micro")
+    shutil.rmtree(clone.folder / ".dvc/cache")
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3", "ssh"])
+def test_push_wipe_pull(kind: str, project: Clone, request: pytest.FixtureRequest) -> None:
+    contents = project.contents()
+    add_remote(project, kind, request)
+    project("dvc", "push", *MICRO)
+    wipe(project)
+    project("dvc", "pull", *MICRO)
+    assert is_clean(project)
+    assert project.contents() == contents
+
+
+def test_a_tampered_object_is_refused_by_name(project: Clone, request: pytest.FixtureRequest) -> None:
+    add_remote(project, "folder", request)
+    project("dvc", "push", *MICRO)
+    weights = project.folder / "results/micro/priming/weights/model.bin"
+    content = weights.read_bytes()
+    [stored] = [p for p in (project.folder.parent / "shared").rglob("*") if p.is_file() and p.read_bytes() == content]
+    stored.chmod(0o644)
+    stored.write_bytes(content[::-1])
+    wipe(project)
+    code, printed = project.run("vpae", "restore", "--config", "configs/micro.yaml")
+    assert code == 2
+    assert "results/micro/priming" in printed
+    assert not weights.exists() or weights.read_bytes() == content
+
+
+def test_an_ssh_server_with_another_key_is_refused(project: Clone, request: pytest.FixtureRequest) -> None:
+    add_remote(project, "ssh", request)
+    port, keys = request.getfixturevalue("sshd")
+    trust(project, port, keys, "other")
+    code, _ = project.run("dvc", "push", "settings@micro")
+    assert code != 0
+    assert not (project.folder.parent / "served").exists()
+    trust(project, port, keys, "host")  # it was the key, and nothing else
+    project("dvc", "push", "settings@micro")
+    assert (project.folder.parent / "served").is_dir()
