@@ -1,7 +1,7 @@
 # Every target does its own set-up: it makes .venv, and nothing has to be activated. `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint report clean
+.PHONY: help setup demo test lint report clean record restore cluster-up cluster-test cluster-down
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,12 +9,15 @@ READY := .venv/.installed
 TEACHER := data/teachers/tiny.dvc
 REPORT := results/tiny/report/index.html
 ARGS ?=
+EXPERIMENT ?= micro
 
 # The rules of the workflow call vpae, snakemake and dvc by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## Make .venv, with the tested versions of everything
 
 demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and write the report
 	$(BIN)/dvc pull --quiet $(TEACHER)
@@ -36,6 +39,21 @@ report: $(READY) ## Say where the tiny experiment's report is; open it where the
 	@test -z "$${DISPLAY:-}$${WAYLAND_DISPLAY:-}" || $(BIN)/python -m webbrowser -t "file://$(CURDIR)/$(REPORT)" >/dev/null
 	@echo $(REPORT)
 
+record: $(READY) ## Commit the finished results of EXPERIMENT=micro to DVC, if all of them are up to date
+	$(BIN)/vpae record --config configs/$(EXPERIMENT).yaml
+
+restore: $(READY) ## Pull the recorded results of EXPERIMENT=micro, check them, make them known to Snakemake
+	$(BIN)/vpae restore --config configs/$(EXPERIMENT).yaml
+
+cluster-up: $(READY) ## Start a SLURM cluster on this machine: two nodes with fake GPUs, in .cluster/ (as root)
+	tests/cluster/up.sh
+
+cluster-test: cluster-up ## Run the workflow on it, and interrupt the training in every way SLURM has
+	tests/cluster/in.sh $(BIN)/python tests/cluster/run.py
+
+cluster-down: ## End it
+	tests/cluster/down.sh
+
 clean: ## Remove the results of the tiny and micro experiments; data/ and DVC's cache stay
 	rm -rf results/tiny results/micro
 
@@ -46,5 +64,5 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 # torch first and alone, so that a CPU build already configured in pip wins over the default CUDA build.
 	$(BIN)/pip install -qq -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -qq -c constraints.txt -e '.[dev,remotes]'
 	@touch $@

@@ -12,6 +12,7 @@ include: "workflow/rules/latents.smk"
 include: "workflow/rules/priming.smk"
 include: "workflow/rules/equilibrium.smk"
 include: "workflow/rules/samples.smk"
+include: "workflow/rules/vbench.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/report.smk"
 

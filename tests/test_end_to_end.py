@@ -53,6 +53,25 @@ def test_scores_have_the_promised_rows_and_metrics(results):
             assert np.isfinite(list(value.values())).all()
 
 
+def test_vbench_is_measured_for_every_row_and_shown(results):
+    content = json.loads((results / "evaluation/vbench.json").read_text())
+    decoded = load(CONFIG).settings.samples.decode
+    assert set(content["rows"]) == ROWS and content["note"].endswith("not comparable with published scores")
+    for name, row in content["rows"].items():
+        for dimension, found in row["dimensions"].items():
+            if dimension == "aesthetic_quality":
+                assert found["value"] is None and found["reason"].startswith("not computed: ")
+            else:
+                assert 0 <= found["value"] <= 1 + 1e-6 and found["videos"] == found["expected"] == decoded
+        tree = json.loads((results / f"evaluation/vbench/{name}_eval_results.json").read_text())
+        assert tree["i2v_subject"][0] == row["dimensions"]["i2v_subject"]["value"]
+    ranks = content["rank_correlation"]["imaging_quality"]
+    assert set(ranks) == {"frechet", "single_sprite", "caption_following", "identity", "path_smoothness"}
+    assert all(value is None or -1 <= value <= 1 for found in ranks.values() for value in found.values())
+    page = (results / "report/index.html").read_text()
+    assert 'id="vbench"' in page and "Tiny backbones, not comparable with published scores." in page
+
+
 def test_a_hundred_evaluations_take_many_times_as_long_as_one(results):
     rows = json.loads((results / "evaluation/scores.json").read_text())["rows"]
     ratio = rows["teacher-100nfe"]["latency_diffusion_s"]["mean"] / rows["vpae-1nfe"]["latency_diffusion_s"]["mean"]

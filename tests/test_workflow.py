@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vpae.experiment import SECTIONS, STAGES, load, upstream
+from vpae.experiment import STAGES
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = """#!/bin/sh
@@ -156,15 +156,13 @@ def test_a_missing_teacher_is_named_with_the_remedy(clone: Clone) -> None:
     assert "dvc pull" in printed
 
 
-def test_the_cluster_is_asked_for_what_the_experiment_needs(clone: Clone) -> None:
-    clone.edit("large", lambda tree: tree.update(extends="micro", geometry={"height": 480, "width": 832, "frames": 81}))
-    code, printed = clone.snakemake("--profile", "slurm", "--dry-run", "--config", "experiment=micro,large")
-    assert code == 0, printed
-    jobs = re.findall(r"output: results/(\w+)/(\w+)$.*?resources: (.+?)$", printed, re.MULTILINE | re.DOTALL)
-    with_gpu = {(experiment, stage) for experiment, stage, resources in jobs if "gpu=1" in resources}
-    assert len(jobs) == 16
-    assert with_gpu == {("large", s) for s in ("latents", "priming", "equilibrium", "samples", "evaluation")}
-    assert all("runtime=" in resources and "--signal=TERM" in resources for *_, resources in jobs)
+def test_official_networks_are_shared_out_over_jobs(clone: Clone) -> None:
+    vbench = {"backbones": "official", "shards": 2, "dimensions": ["dynamic_degree", "imaging_quality"]}
+    clone.edit("official", lambda tree: tree.update(extends="micro", evaluation={"vbench": vbench}))
+    planned = clone.planned("--config", "experiment=official")
+    parts = [f".parts/vbench/{name}/{part}-of-2" for name in vbench["dimensions"] for part in (1, 2)]
+    own = folders("official", "evaluation", "report", *parts)
+    assert planned == sorted(own + folders("micro", *STAGES[:-2]))
 
 
 def test_a_stage_told_to_end_saves_and_says_so(tmp_path: Path) -> None:
@@ -180,30 +178,3 @@ def test_a_stage_told_to_end_saves_and_says_so(tmp_path: Path) -> None:
     assert "saved\n" in rest
     assert "exit status 3" in rest
     assert (tmp_path / "results/micro/logs/clips.log").read_text() == "at work\nsaved\n"
-
-
-def test_dvc_has_the_same_stages_reading_the_same_folders() -> None:
-    from dvc.repo import Repo
-
-    with Repo(str(ROOT)) as repo:
-        stages = {stage.name: stage for stage in repo.index.stages if getattr(stage, "name", None)}
-        repo.index.check_graph()
-    experiments = {name.partition("@")[2] for name in stages}
-    assert {"tiny", "micro"} <= experiments
-    assert set(stages) == {f"{stage}@{experiment}" for stage in STAGES for experiment in experiments}
-    for experiment in sorted(experiments):
-        settings = load(ROOT / "configs" / f"{experiment}.yaml", environment=False).settings
-        written = yaml.safe_load((ROOT / "configs" / f"{experiment}.yaml").read_text())
-        for stage in STAGES:
-            found = stages[f"{stage}@{experiment}"]
-            folder = f"results/{experiment}/{stage}"
-            assert found.cmd == f"snakemake --forcerun {stage} --allowed-rules {stage} -- {folder}"
-            assert [out.def_path for out in found.outs] == [folder]
-            read = set(folders(experiment, *upstream(settings, stage)))
-            if stage == "teacher" and settings.teacher.source == "folder":
-                read.add(settings.teacher.path)
-            assert {dep.def_path for dep in found.deps if dep not in found.params} == read
-            [params] = found.params
-            assert params.def_path == f"configs/{experiment}.yaml"
-            if params.params:  # none: the whole file
-                assert {"seed", *SECTIONS[stage]} <= set(params.params) <= set(written)

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 from vpae import __version__
+from vpae.bench import command as bench
+from vpae.evaluation.vbench import command as vbench
 from vpae.experiment import STAGES, ConfigError, load, schema, shipped
+from vpae.parts import DIVISIBLE, Part
+from vpae.planning import command as planning
+from vpae.planning.presence import missing
+from vpae.versioning import command as versioning
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -39,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(stage, help=f"run the stage `{stage}` of an experiment")
         _experiment_arguments(command)
         command.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
-        command.set_defaults(run=_stage, stage=stage)
+        command.set_defaults(run=_stage, stage=stage, part=None)
+        if stage in DIVISIBLE:
+            command.add_argument("--part", metavar="N/OF", help="do one part of the work; the stage itself gathers")
+        if stage == "evaluation":
+            vbench.add_commands(command)
 
     sample = commands.add_parser("sample", help="animate one image")
     sample.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. .../equilibrium/student")
@@ -51,12 +61,28 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num-frames", type=int, help="default: what the model was distilled at")
     sample.add_argument("--out", type=Path, required=True, help="the mp4 to write")
     sample.add_argument("--frames", type=Path, help="also write the exact uint8 frames (T, H, W, 3) as .npy")
+    _placement_arguments(sample)
     sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="write a student in the form another tool reads")
+    export.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. .../equilibrium/student")
+    export.add_argument("--format", choices=("diffusers", "wan", "lora", "lora-wan"), required=True)
+    export.add_argument("--out", type=Path, required=True, help="folder to make, or a .safetensors file")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
+    export.add_argument("--scores", type=Path, help="scores.json of the evaluation stage, for the model card")
+    export.add_argument("--adapter", type=Path, help="the adapter of a LoRA student; default: the one beside it")
+    export.set_defaults(run=_export)
+
+    planning.add_plan(commands)
+    planning.add_launch(commands)
+    bench.add_bench(commands)
+    versioning.add_commands(commands)
 
     config = commands.add_parser("config", help="check, show or describe configurations")
     config_commands = config.add_subparsers(required=True, metavar="ACTION")
     check = config_commands.add_parser("check", help="validate files (default: all shipped ones)")
     check.add_argument("paths", nargs="*", type=Path)
+    check.add_argument("--strict", action="store_true", help="also ask whether videos and weights are there")
     check.set_defaults(run=_config_check)
     show = config_commands.add_parser("show", help="print the resolved experiment")
     _experiment_arguments(show)
@@ -71,13 +97,38 @@ def _experiment_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
 
 
-def _stage(arguments: argparse.Namespace) -> None:
-    from vpae.stages import run_stage
+def _placement_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("where memory is short")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 from 1B parameters on")
+    group.add_argument("--tile", action="store_true", help="encode and decode in tiles of 256 x 256 pixels")
+    group.add_argument(
+        "--offload",
+        choices=("none", "model", "group"),
+        default="none",
+        help="keep on the GPU: everything, one network, or one transformer block at a time",
+    )
+    group.add_argument(
+        "--quantize", choices=("none", "int8", "fp8"), default="none", help="store the transformer's blocks in 8 bits"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile; takes minutes, pays with many steps")
 
-    print(run_stage(load(arguments.config, arguments.set), arguments.stage, arguments.results))
+
+def _stage(arguments: argparse.Namespace) -> None:
+    from vpae.stages import run_part, run_stage
+
+    source = load(arguments.config, arguments.set)
+    if arguments.part is None:
+        print(run_stage(source, arguments.stage, arguments.results))
+        return
+    try:
+        part = Part.parse(arguments.part)
+    except ValueError as error:
+        raise ConfigError(f"--part: {error}") from error
+    run_part(source, arguments.stage, part, arguments.results)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    from vpae.placement import Placement
     from vpae.sampling import sample_one
 
     sample_one(
@@ -90,6 +141,21 @@ def _sample(arguments: argparse.Namespace) -> None:
         num_frames=arguments.num_frames,
         out=arguments.out,
         frames_out=arguments.frames,
+        placement=Placement(arguments.offload, arguments.quantize, arguments.tile, arguments.compile, arguments.dtype),
+    )
+    print(arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from vpae.export.command import export
+
+    export(
+        arguments.model,
+        arguments.format,
+        arguments.out,
+        dtype=arguments.dtype,
+        scores=arguments.scores,
+        adapter=arguments.adapter,
     )
     print(arguments.out)
 
@@ -100,7 +166,9 @@ def _config_check(arguments: argparse.Namespace) -> int:
         raise ConfigError("configs/*.yaml: no experiments here; name files, or change to the project's root")
     for path in paths:
         try:
-            load(path)
+            source = load(path)
+            if arguments.strict and (problems := missing(source)):
+                raise ConfigError("\n".join(problems))
             print(f"{path}: ok")
         except ConfigError as error:
             print(f"vpae: {error}", file=sys.stderr)

@@ -15,6 +15,18 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
+VBenchDimension = Literal[
+    "camera_motion",
+    "i2v_subject",
+    "i2v_background",
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+]
+
 VAE_STRIDE = (4, 8, 8)  # Wan2.1: 4x in time, 8x in height and width
 PATCH = (1, 2, 2)  # of WanTransformer3DModel
 
@@ -116,6 +128,25 @@ def _no_is_a_word(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads a bare no as False
 
 
+class Sharding(Section):
+    """How the networks of a phase are spread over processes; one process alone keeps them whole."""
+
+    strategy: Literal["none", "full"] = Field(
+        "none", description="Whole networks in every process, or FSDP2 shards of all of them, frozen ones and EMA too."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Keep only the input of each transformer block and run the block again going backward."
+    )
+    context_parallel: Positive = Field(
+        1, description="Processes that share each clip's tokens (Ulysses); divides processes, heads and tokens."
+    )
+    reduce_every_micro_batch: bool = Field(
+        False,
+        description="Reduce gradients in every micro-batch, not only in an update's last: more communication, but no "
+        "whole gradient in any process (at 14B: 65 GB). Only with accumulate > 1 and strategy = full.",
+    )
+
+
 class Training(Section):
     """One run of the training loop."""
 
@@ -131,6 +162,7 @@ class Training(Section):
     ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")
 
 
 class Times(Section):
@@ -245,6 +277,9 @@ class Teacher(Section):
     )
     path: str = Field("", description="The folder, or the hub id.")
     revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
+    architecture: Literal["", "wan2.1-i2v-14b", "wan2.1-i2v-1.3b"] = Field(
+        "", description="Shape that `vpae plan` takes while the weights are not there; checked once they are."
+    )
     shift: float = Field(3.0, gt=0, description="Timestep shift s; Wan2.1: 3 at 480p, 5 at 720p.")
     vae: TinyVae = Field(TinyVae(), description="The VAE to train; only with source = train.")
     encoders: TinyEncoders = Field(TinyEncoders(), description="The encoders to train; only with source = train.")
@@ -282,8 +317,14 @@ class Priming(Section):
 
     training: Training = Field(Training(steps=500), description="Its run of the training loop.")
     generator: Optimizer = Field(Optimizer(learning_rate=1e-6), description="Of the generator.")
-    fake: Optimizer = Field(Optimizer(learning_rate=1e-5), description="Of the fake model's adapter.")
-    fake_lora: Lora = Field(Lora(), description="The fake model: an adapter on the teacher's own weights.")
+    student_lora: Lora | None = Field(
+        None, description="Train the generator as an adapter on the teacher's own weights; empty: all its weights."
+    )
+    fake: Optimizer = Field(Optimizer(learning_rate=1e-5), description="Of the fake model.")
+    fake_form: Literal["lora", "copy"] = Field(
+        "lora", description="The fake model: an adapter on the teacher's own weights (the paper), or a full copy of it."
+    )
+    fake_lora: Lora = Field(Lora(), description="The adapter of fake_form = lora.")
     fake_steps_per_generator_step: Positive = Field(
         5, description="Fake-model updates for each generator update [choice: DMD2's 5]."
     )
@@ -326,11 +367,18 @@ class Equilibrium(Section):
 
     training: Training = Field(Training(steps=1000), description="Its run of the training loop.")
     generator: Optimizer = Field(Optimizer(learning_rate=2e-6), description="Of the generator.")
-    discriminator: Optimizer = Field(Optimizer(learning_rate=2e-5), description="Of the discriminator's head.")
+    student_lora: Lora | None = Field(
+        None, description="Train the generator as an adapter; must be what priming.student_lora is."
+    )
+    discriminator: Optimizer = Field(
+        Optimizer(learning_rate=2e-5), description="Of the discriminator: its head, and the backbone if it is a copy."
+    )
     discriminator_steps_per_generator_step: Positive = Field(1, description="Head updates per generator update.")
     discriminator_warmup_steps: int = Field(0, ge=0, description="Head updates before the first generator update.")
-    backbone: Literal["ema", "teacher"] = Field(
-        "ema", description="Features from the generator's EMA (the paper) or the frozen teacher (its ablation)."
+    backbone: Literal["ema", "teacher", "copy"] = Field(
+        "ema",
+        description="Features from the generator's EMA (the paper), the frozen teacher, or a copy of the teacher that "
+        "is trained with the head (the paper's ablations).",
     )
     head: Head = Field(Head(), description="The part of the discriminator that learns.")
     r1: R1 = Field(R1(), description="Its regularisation.")
@@ -342,6 +390,12 @@ class Equilibrium(Section):
     csds_guidance_scale: float = Field(1.0, description="Guidance of the teacher in C-SDS; 1 = off [choice].")
     discriminator_times: Times = Field(Times(), description="t' at which the discriminator looks [choice].")
     csds_times: Times = Field(Times(), description="t' of the conditional SDS term [choice].")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Equilibrium":
+        if self.backbone == "copy" and self.student_lora is not None:
+            raise ValueError("backbone = copy trains a whole second network, which student_lora is there to avoid: choose")
+        return self
 
 
 class Sampler(Section):
@@ -381,6 +435,8 @@ class Samples(Section):
         for name, row in self.rows.items():
             if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
                 raise ValueError(f"row {name!r} names a folder: letters, digits, '-', '_' and '.' only")
+            if name == "real":
+                raise ValueError("row real: the clips themselves have this name; choose another")
             if name.endswith("nfe") and not name.endswith(f"-{row.nfe}nfe"):
                 raise ValueError(f"row {name} takes {row.nfe} NFE; name it {name.rsplit('-', 1)[0]}-{row.nfe}nfe")
         if self.decode > self.count:
@@ -388,9 +444,53 @@ class Samples(Section):
         return self
 
 
-class Evaluation(Section):
-    """Stage `evaluation`: truth metrics, Frechet distance, latency."""
+class VBench(Section):
+    """VBench-I2V's nine dimensions, measured on decoded videos."""
 
+    backbones: Literal["official", "tiny", "off"] = Field(
+        "official",
+        description="The benchmark's networks; small stand-ins, not comparable with published scores; or no VBench.",
+    )
+    dimensions: tuple[VBenchDimension, ...] = Field((), description="Which of the nine; empty: all.")
+    weights: str = Field("~/.cache/vpae/vbench", description="Folder of the official networks' weight files.")
+    clip_dtype: Literal["float16", "float32"] = Field(
+        "float16", description="CLIP's weights; published scores had float16, float32 is more exact."
+    )
+    allow_incomplete: bool = Field(
+        False, description="Score the videos there are, and say n of N, instead of refusing when some are missing."
+    )
+
+
+class VBenchRows(VBench):
+    """VBench-I2V of an experiment's own rows, each video against the first frame that it was made from."""
+
+    videos_per_row: int = Field(0, ge=0, description="Of each row's decoded videos the first so many; 0: all of them.")
+    shards: Positive = Field(8, description="Jobs per dimension in the workflow; the result does not depend on it.")
+
+
+class VBenchFolder(VBench):
+    """A folder of videos to score with VBench-I2V, outside of any experiment: `vpae evaluation run --config`."""
+
+    videos: str = Field(description="Folder of the videos: {prompt}-{0..4}.mp4 with a suite, X-{number}.mp4 without.")
+    images: str = Field("", description="Folder of the input images: the suite's crops, or X.png (.jpg, .jpeg).")
+    ratio: Literal["auto", "none", "1-1", "3-2", "8-5", "7-4", "16-9"] = Field(
+        "auto",
+        description="Which of the suite's crops the videos start from; auto: nearest to their size; none: no crops.",
+    )
+    suite: str = Field("", description="VBench's vbench2_i2v_full_info.json; empty: the videos of the folder.")
+    out: str = Field(description="Folder of records and results.")
+    name: str = Field("results", description="Results are NAME_eval_results.json and so on.")
+    samples_per_prompt: Positive = Field(5, description="Videos per prompt of the suite (VBench-I2V: 5).")
+    teacher: str = Field("", description="Pipeline folder whose image encoder the tiny backbones use.")
+    sampling: dict[str, Any] = Field(
+        {}, description="How the videos were made (model, steps, guidance, seeds ...): copied into the results."
+    )
+
+
+class Evaluation(Section):
+    """Stage `evaluation`: truth metrics, Frechet distance, VBench-I2V, latency."""
+
+    vbench: VBenchRows = Field(VBenchRows(), description="VBench-I2V on the decoded videos.")
     bootstrap: Positive = Field(500, description="Resamples for the 95% confidence intervals.")
     latency_repeats: Positive = Field(2, description="Timed runs per row in each of three passes; the median counts.")
     latency_warmup: int = Field(1, ge=0, description="Untimed runs before them.")
@@ -400,6 +500,50 @@ class Report(Section):
     """Stage `report`: one HTML page."""
 
     clips: Positive = Field(6, description="First frames shown side by side.")
+
+
+class Jobs(Section):
+    """Into how many jobs a stage is cut that can be. No result depends on it: a change runs nothing again."""
+
+    clips: Positive = Field(1, description="Jobs that check or render clips; 1: the stage's own job does it all.")
+    latents: Positive = Field(1, description="Jobs that encode shards; several shards a job, best some hours' work.")
+    samples: Positive = Field(1, description="Jobs that draw and decode batches of videos, of all rows together.")
+
+
+class Needs(Section):
+    """What one job of a stage asks a cluster for. No result depends on it: a change runs nothing again."""
+
+    nodes: Positive = Field(1, description="Nodes; only priming and equilibrium can use several.")
+    gpus: int = Field(0, ge=0, description="GPUs per node; the phases start one process for each, others use one.")
+    cpus: Positive = Field(2, description="CPU cores per node; the stage clips takes clips.workers instead.")
+    memory_gb: Positive = Field(4, description="GB of memory per node.")
+    minutes: Positive = Field(
+        120, description="Time limit; training saves its state before it, queues again and goes on."
+    )
+
+
+class Cluster(Section):
+    """What each stage asks a cluster for; names of accounts and partitions stand in profiles/slurm."""
+
+    clips: Needs = Field(Needs(minutes=60), description="Each job of the stage `clips`.")
+    teacher: Needs = Field(Needs(memory_gb=8, minutes=480), description="The job of the stage `teacher`.")
+    latents: Needs = Field(Needs(minutes=60), description="Each job of the stage `latents`.")
+    priming: Needs = Field(Needs(), description="The job of phase I.")
+    equilibrium: Needs = Field(Needs(), description="The job of phase II.")
+    samples: Needs = Field(Needs(), description="Each job of the stage `samples`.")
+    evaluation: Needs = Field(Needs(minutes=60), description="Each job of the stage `evaluation`, VBench's too.")
+    report: Needs = Field(Needs(cpus=1, minutes=15), description="The job of the stage `report`.")
+
+    @model_validator(mode="after")
+    def _only_phases_are_spread(self) -> "Cluster":
+        for name in type(self).model_fields:
+            needs: Needs = getattr(self, name)
+            if name not in ("priming", "equilibrium") and (needs.nodes > 1 or needs.gpus > 1):
+                raise ValueError(
+                    f"{name} asks for {needs.nodes} nodes and {needs.gpus} GPUs on each, but only priming and "
+                    "equilibrium run in several processes; the others may have one node and one GPU a job"
+                )
+        return self
 
 
 class Experiment(BaseSettings):
@@ -420,6 +564,8 @@ class Experiment(BaseSettings):
     samples: Samples = Field(Samples(), description="Whose videos are made, and how many.")
     evaluation: Evaluation = Field(Evaluation(), description="How they are measured.")
     report: Report = Field(Report(), description="What the report shows.")
+    jobs: Jobs = Field(Jobs(), description="How stages are spread over a cluster.")
+    cluster: Cluster = Field(Cluster(), description="What each stage's jobs ask a cluster for.")
 
     @model_validator(mode="before")
     @classmethod
@@ -437,4 +583,9 @@ class Experiment(BaseSettings):
             size = getattr(self, phase).training.batch_size
             if size > self.clips.train:
                 raise ValueError(f"{phase}.training.batch_size = {size} is more than clips.train = {self.clips.train}")
+        if self.equilibrium.student_lora != self.priming.student_lora:
+            raise ValueError(
+                "equilibrium.student_lora is not priming.student_lora: the adapter that priming trains is the one that "
+                "goes on learning; set both alike, or leave both empty"
+            )
         return self

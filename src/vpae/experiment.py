@@ -72,8 +72,14 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
         # The sizes of a network that is not trained here change nothing.
         for unused in ("vae", "encoders", "transformer"):
             del values["teacher"][unused]
+    if stage == "teacher":
+        del values["teacher"]["architecture"]  # for planning only
     if stage == "clips":
         del values["clips"]["workers"]
+    if stage == "evaluation":
+        # Where weights stand and how many jobs share the work changes nothing.
+        for unused in ("weights", "shards"):
+            del values["evaluation"]["vbench"][unused]
     if stage in ("priming", "equilibrium", "samples", "evaluation"):
         values["teacher"] = {"shift": settings.teacher.shift}
     return values
