@@ -130,11 +130,11 @@ def test_eight_bits_without_their_library_say_what_to_install(student, monkeypat
 
 
 def test_tiles_give_nearly_the_same_video(teacher):
-    image = Image.fromarray(np.asarray(picture(17, 18)).astype(np.uint8)).resize((288, 272), Image.Resampling.BICUBIC)
+    image = picture(2, 18).resize((288, 32), Image.Resampling.BICUBIC)
     whole, tiled = (video(load_placed(teacher, Placement(tile=tile), "cpu"), image) for tile in (False, True))
-    assert whole.shape == tiled.shape == (FRAMES, 272, 288, 3)
+    assert whole.shape == tiled.shape == (FRAMES, 32, 288, 3)
     difference = np.abs(whole - tiled).mean()
-    assert 0 < difference < 0.5 * np.abs(whole - whole.mean()).mean()
+    assert 0 < difference < 0.1 * np.abs(whole - whole.mean()).mean()
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -240,7 +240,9 @@ def test_what_each_offloading_keeps_is_counted_from_the_networks_themselves(stud
     )
 
 
-def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks():
+@pytest.fixture(scope="module")
+def sizes_14b() -> Sizes:
+    """Wan2.1-I2V-14B, by its networks' shapes."""
     with torch.device("meta"):
         networks = {
             "transformer": WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
@@ -273,7 +275,11 @@ def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks():
         }
         for network, module in networks.items()
     }
-    sizes, table = Sizes(shapes, torch.bfloat16), (ROOT / "docs" / "export.md").read_text()
+    return Sizes(shapes, torch.bfloat16)
+
+
+def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks(sizes_14b):
+    table = (ROOT / "docs" / "export.md").read_text()
     for name, placement in (
         ("`--dtype float32`", Placement(dtype="float32")),
         ("`--dtype bfloat16`", Placement(dtype="bfloat16")),
@@ -281,7 +287,7 @@ def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks():
         ("with `--quantize fp8`", Placement(quantize="fp8")),
     ):
         kinds = ("none", "model") if placement.quantize == "int8" else ("none", "model", "group")
-        cells = [f"{sizes.resident_bytes(placement, kind) / 1e9:.1f}" for kind in kinds]
+        cells = [f"{sizes_14b.resident_bytes(placement, kind) / 1e9:.1f}" for kind in kinds]
         assert f"| {' | '.join([name, *cells])} |" in table
 
 
@@ -295,11 +301,10 @@ def test_advice_leaves_out_what_is_on_already_and_counts_tiles(student):
     assert "every switch is on already" in advice(sizes, everything, "a GPU", True, 81, 480, 832)
 
 
-def test_advice_names_what_group_offloading_excludes(student):
-    placement = Placement("model", "int8", compile=True, dtype="bfloat16")
-    assert "--offload group without --compile without --quantize" in advice(
-        Sizes.of(student), placement, "a GPU", True, FRAMES, HEIGHT, WIDTH
-    )
+def test_advice_names_what_group_offloading_excludes(sizes_14b):
+    placement = Placement("model", "int8", tile=True, compile=True)
+    text = advice(sizes_14b, placement, "a GPU", True, 81, 480, 832)
+    assert "--offload group without --compile without --quantize saves 14.0 GB" in text
 
 
 def test_libraries_of_the_gpu_have_their_own_words_for_it():

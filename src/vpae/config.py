@@ -394,7 +394,7 @@ class Equilibrium(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Equilibrium":
         if self.backbone == "copy" and self.student_lora is not None:
-            raise ValueError("backbone = copy trains a whole second network, which student_lora is there to avoid: choose")
+            raise ValueError("backbone = copy trains a whole second network, which student_lora avoids: choose one")
         return self
 
 

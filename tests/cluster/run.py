@@ -28,6 +28,7 @@ PHASES = ("priming", "equilibrium")
 STEPS = 6
 PATIENCE_SECONDS = 1200
 BEGIN = time.monotonic()
+RUNS: list[subprocess.Popen] = []  # all of Snakemake
 
 # What makes micro worth interrupting: some more steps, GPUs to ask for, a stage cut into parts.
 LONGER = {
@@ -96,7 +97,8 @@ class Copy:
         environment |= {"PATH": f"{bin_folder}:{environment['PATH']}", "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as log:
             command = [str(bin_folder / "snakemake"), *arguments]
-            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+            RUNS.append(subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log))
+        return RUNS[-1]
 
     def run(self, *arguments: str) -> None:
         """Run Snakemake to its end."""
@@ -224,7 +226,7 @@ def _restarts(job: str) -> int:
     return int(fields["Restarts"])
 
 
-def interrupt(copy: Copy, inputs: Copy, event: Callable, phases: tuple[str, ...] = PHASES) -> dict[str, str]:
+def interrupt(copy: Copy, undisturbed: Copy, event: Callable, phases: tuple[str, ...] = PHASES) -> dict[str, str]:
     """Run the phases on the cluster, each disturbed by the event; returns what is wrong, by phase."""
     wrong: dict[str, str] = {}
     copy.target = f"results/micro/{phases[-1]}"
@@ -243,7 +245,7 @@ def interrupt(copy: Copy, inputs: Copy, event: Callable, phases: tuple[str, ...]
         logs = "".join(p.read_text() for p in copy.folder.glob(f"results/slurm-logs/rule_{phase}/micro/*.log"))
         if "the state is in" not in logs and event is not preempted:
             wrong[phase] = "it did not save when it was told to end"
-        if _weights(copy, phase) != _weights(inputs, phase):
+        if _weights(copy, phase) != _weights(undisturbed, phase):
             wrong[phase] = "its weights differ from those of the undisturbed run"
     return wrong
 
@@ -329,4 +331,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Failed as failure:
+        sys.exit(f"cluster-test: {failure}")
+    finally:
+        for run in RUNS:
+            run.kill()

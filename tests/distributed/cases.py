@@ -50,6 +50,7 @@ CASES = {
     "priming-bf16": Case("priming", precision="bf16"),
     "equilibrium-bf16": Case("equilibrium", precision="bf16"),
 }
+EXPORTED = ("equilibrium", "equilibrium-lora")  # of these, each process's pipeline folder is looked at, too
 
 
 def accelerator_for(precision: str) -> Accelerator:
@@ -62,8 +63,8 @@ def build(case: Case, accelerator: Accelerator, **training):
     """The phase of a case, spread over the processes there are; only the first one starts with weights."""
     first, alone = accelerator.process_index == 0, accelerator.num_processes == 1
     sharding = Sharding(**{"strategy": "full", **case.sharding})
-    clips = accelerator.num_processes // (1 if alone else sharding.context_parallel)
-    per_step = case.accumulate * (2 // sharding.context_parallel) // clips
+    clips = max(1, accelerator.num_processes // (1 if alone else sharding.context_parallel))
+    per_step = case.accumulate * max(1, 2 // sharding.context_parallel) // clips
     settings = {
         "training": Training(
             steps=case.steps,

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import SHIFT, build_batch, build_transformer
-from distributed.cases import CASES, Case, accelerator_for, build, fit, result
+from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, result
 from vpae.distill.common import finish
 from vpae.models.wan import velocity
 from vpae.training.ema import update_ema
@@ -44,12 +44,16 @@ class Collectives(TorchDispatchMode):
 
 
 def run_case(name: str, folder: Path, accelerator: Accelerator) -> dict:
-    """Train a case; metrics and weights stay in its folder."""
+    """Train a case; metrics, weights and what each process exports stay in its folder."""
     phase = build(CASES[name], accelerator)
-    fit(phase, folder / name, accelerator)
+    metrics = fit(phase, folder / name, accelerator)
     weights = result(phase)
     if weights:
         save_file(weights, folder / name / "weights.safetensors")
+    if name in EXPORTED:
+        out = folder / name / f"export-{accelerator.process_index}"
+        out.mkdir()
+        finish(out, Path(sys.argv[2]), phase.ema, SHIFT, metrics, phase.config.training)
     return {}
 
 
@@ -121,7 +125,7 @@ def communication(folder: Path, accelerator: Accelerator) -> dict:
 def precision(folder: Path, accelerator: Accelerator) -> dict:
     """Types of weights while a network runs, and of the shards its optimiser moves."""
     phase = build(Case("priming", precision="bf16"), accelerator)
-    seen = {}
+    seen, masters = {}, sorted({str(p.dtype) for p in phase.generator.parameters()})
 
     def note(name):
         return lambda module, _: seen.update(
@@ -132,18 +136,7 @@ def precision(folder: Path, accelerator: Accelerator) -> dict:
         module.register_forward_pre_hook(note(name))
     with torch.no_grad(), accelerator.autocast():
         phase.loss("generator", build_batch(1), torch.Generator().manual_seed(0), 0)
-    return {"seen": seen, "masters": sorted({str(p.dtype) for p in phase.generator.parameters()})}
-
-
-def export(folder: Path, accelerator: Accelerator) -> dict:
-    """Write a trained student as a pipeline folder."""
-    for name in ("equilibrium", "equilibrium-lora"):
-        phase = build(CASES[name], accelerator)
-        metrics = fit(phase, folder / f"export-{name}-state", accelerator)
-        out = folder / f"export-{name}" / str(accelerator.process_index)
-        out.mkdir(parents=True)
-        finish(out, Path(sys.argv[2]), phase.ema, SHIFT, metrics, phase.config.training)
-    return {}
+    return {"seen": seen, "masters": masters}
 
 
 def swap(folder: Path, accelerator: Accelerator) -> dict:
@@ -151,7 +144,8 @@ def swap(folder: Path, accelerator: Accelerator) -> dict:
     phase = build(Case("priming", sharding={"activation_checkpointing": True}), accelerator)
     x, c = build_batch(1)
     loss = velocity(phase.generator, x, torch.tensor([0.5]), c).square().mean()
-    update_ema(phase.generator, phase.ema, 0.5)
+    with torch.no_grad():
+        phase.generator.blocks[1].ffn.net[2].weight.to_local().mul_(1.5)
     try:
         loss.backward()
     except RuntimeError as error:
@@ -177,7 +171,7 @@ def main() -> int:
     torch.set_num_threads(1)
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))])
     jobs = {name: lambda f, a, name=name: run_case(name, f, a) for name in CASES}
-    jobs |= {f.__name__: f for f in (resume, start, communication, precision, export, refused, swap)}
+    jobs |= {f.__name__: f for f in (resume, start, communication, precision, refused, swap)}
     chosen = sys.argv[3:] or list(jobs)
     for name in chosen:
         accelerator = accelerator_for("bf16" if "bf16" in name or name == "precision" else "no")

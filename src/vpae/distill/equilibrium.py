@@ -1,8 +1,8 @@
 """Stage `equilibrium`: Phase II, unified adversarial equilibrium.
 
 The one-step generator, primed, against a discriminator whose backbone is the generator's own EMA. Writes `student/`
-(the pipeline folder of the result, with EMA weights), `head.safetensors`, `metrics.jsonl` and, of a student trained as
-an adapter, `student_lora.safetensors`.
+(the pipeline folder of the result, with EMA weights and a model card), `head.safetensors`, `metrics.jsonl` and, of a
+student trained as an adapter, `student_lora.safetensors`.
 """
 
 import copy
@@ -29,6 +29,7 @@ from vpae.distill.common import (
 from vpae.distill.csds import csds_loss
 from vpae.distill.priming import motion_monitors
 from vpae.distill.str1 import spatial_perturbation, str1_penalty, temporal_perturbation
+from vpae.export.card import stage_provenance, write_card
 from vpae.flow import add_noise, sample_times
 from vpae.models.adapters import STUDENT, Adapted, SharedBase
 from vpae.models.heads import SemanticHead
@@ -168,4 +169,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     batches = batches_of(inputs["latents"], training, settings.seed, "equilibrium", accelerator)
     metrics = train(phase, batches, training, settings.seed, state, accelerator)
     save_weights(phase.head, out / "head.safetensors")
-    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)
+    counts = finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)
+    if (out / "student").is_dir():  # in the first process
+        write_card(out / "student", stage_provenance(inputs), settings.model_dump(mode="json"))
+    return counts
