@@ -44,7 +44,7 @@ def test_a_measurement_says_how_it_was_made(measured: dict) -> None:
     assert measured["device"]["type"] == "cpu"
     assert measured["device"]["name"]
     assert measured["packages"]["torch"] == torch.__version__
-    assert measured["command"].startswith("vpae ")
+    assert measured["command"].split()[0] == "vpae"
     assert set(measured["code"]) >= {"commit", "dirty"}
     assert measured["options"]["random_weights"] is True
 
@@ -191,6 +191,8 @@ def test_updates_do_what_the_training_loop_does(tmp_path: Path, accelerator) -> 
         for (key, a), b in zip(
             role.module.named_parameters(), bench.phase.roles[name].module.parameters(), strict=True
         ):
+            if ".attn2." in key and ("_q" in key or "_k" in key):
+                continue  # with random weights captions are attended to evenly: these gradients may vanish by chance
             # Other noise, so other weights; but the same ones moved, and as far: Adam's first step is a full one.
             assert torch.equal(a, start[key]) == torch.equal(b, start[key]), key
 

@@ -202,7 +202,7 @@ def test_a_fake_model_and_a_discriminator_may_be_whole_copies_that_learn(tmp_pat
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValidationError, match="student_lora is there to avoid"):
+    with pytest.raises(ValidationError, match="student_lora avoids"):
         Equilibrium(backbone="copy", student_lora=LORA)
 
 

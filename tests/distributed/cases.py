@@ -86,7 +86,7 @@ def build(case: Case, accelerator: Accelerator, **training):
         torch.manual_seed(5)
         if case.phase == "priming":
             config = Priming(
-                fake=Optimizer(learning_rate=1e-2),
+                fake=Optimizer(learning_rate=1e-3),
                 fake_lora=LORA,
                 fake_steps_per_generator_step=2,
                 guidance_scale=3.0,
@@ -96,8 +96,7 @@ def build(case: Case, accelerator: Accelerator, **training):
             generator = network(0) if config.student_lora is None else shared.add(STUDENT, config.student_lora)
             phase = PrimingPhase(config, SHIFT, generator, shared)
         else:
-            # Adam makes steps even of rounding, where a gradient is zero: in attention's key biases.
-            config = Equilibrium(discriminator=Optimizer(learning_rate=1e-4), **settings)
+            config = Equilibrium(discriminator=Optimizer(learning_rate=1e-3), **settings)
             generator, teacher = network(1), network(0)
             if config.student_lora is not None:
                 shared = SharedBase(teacher)

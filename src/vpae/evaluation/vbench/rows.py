@@ -51,8 +51,7 @@ def make_plans(
     for row in (REAL, *settings.samples.rows):
         clips = []
         for item in decoded:
-            # The procedural world's camera never moves, whatever the caption says.
-            movement = "static" if settings.clips.source == "world" else camera.asked(item["prompt"])
+            movement = camera.asked(item["prompt"])
             names = tuple(name for name in wanted if name != "camera_motion" or movement)
             prompt = Prompt(item["prompt"], names, "held_out", images[item["key"]].name)
             video = Item(inputs["samples"] / row / item["file"], images[item["key"]], item["prompt"], movement)
