@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from vpae.artifacts import PACKAGES, PROVENANCE, ArtifactError, code_version, identity, sha256, write_json, written
+import vpae
+from vpae.artifacts import PACKAGES, PROVENANCE, ArtifactError, identity, sha256, write_json, written
 from vpae.models.wan import GEOMETRY
 
 CARD = "README.md"
@@ -25,9 +26,12 @@ RELATIONS = {"diffusers": "finetune", "wan": "finetune", "lora": "adapter", "lor
 
 
 def stage_provenance(inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """What a stage knows of a student before its folder is finished: code, packages, and a digest of each input."""
+    """What a stage knows of a student before its folder is finished: code, packages, and a digest of each input.
+
+    The commit is left to provenance.json, so that the same training gives the same files at every commit.
+    """
     return {
-        "code": code_version(),
+        "code": {"version": vpae.__version__},
         "inputs": {name: identity(folder) for name, folder in inputs.items()},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
