@@ -233,7 +233,8 @@ def test_what_is_recorded_is_up_to_date_for_both(recorded: Clone) -> None:
     assert set(yaml.safe_load((recorded.folder / "dvc.lock").read_text())["stages"]) == set(MICRO)
 
 
-@pytest.mark.parametrize("body", ["toy", pytest.param("real", marks=pytest.mark.slow)])
+# Not with the real stages: their sampled mp4 files and latencies differ from run to run.
+@pytest.mark.parametrize("body", ["toy"])
 def test_both_engines_run_the_same_and_nothing_else_in_either_order(
     body: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -344,7 +345,7 @@ def test_metrics_parameters_and_plots_can_be_compared(project: Clone) -> None:
     assert params["results/micro/settings.json"]["priming.priming.guidance_scale"]["new"] == 2.5
     project("dvc", "plots", "show", "--out", "plots")
     page = (project.folder / "plots/index.html").read_text()
-    assert "metrics/micro/priming.csv" in page and "generator_loss" in page
+    assert "micro__phase_II" in page and "generator_loss" in page
 
 
 @pytest.fixture(scope="module")
