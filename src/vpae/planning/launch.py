@@ -109,8 +109,9 @@ def _environment(job: Job) -> list[str]:
     lines = [
         "set -euo pipefail",
         'export PATH="$PWD/.venv/bin:$PATH"',
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "export first",
+        # No `| head -n 1`: under pipefail a scontrol that still writes when head has gone would end the job.
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "export first=${hosts%%$'\\n'*}",
         f"export OMP_NUM_THREADS={threads}",
         "export HF_HUB_OFFLINE=1  # compute nodes often have no network, and all that a phase reads is on disk",
     ]
