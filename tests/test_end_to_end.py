@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
@@ -51,6 +53,33 @@ def test_scores_have_the_promised_rows_and_metrics(results):
         for value in metrics.values():
             assert set(value) == {"mean", "low", "high"}
             assert np.isfinite(list(value.values())).all()
+
+
+def test_a_teacher_is_trained_further_on_other_clips(results, tmp_path):
+    """Only its transformer changes, from where it was; by next to nothing when the rate is next to nothing."""
+    start = results / "teacher"
+    settings = {
+        "seed": 9,
+        "clips": {"source": "world", "train": 4, "held_out": 8, "workers": 1},
+        "teacher": {
+            "source": "train",
+            "start": str(start),
+            "transformer": {
+                "training": {"steps": 1, "batch_size": 2},
+                "optimizer": {"learning_rate": 1e-6, "warmup_steps": 0},
+            },
+        },
+    }
+    config = tmp_path / "further.yaml"
+    config.write_text(yaml.safe_dump({"extends": str(CONFIG.with_suffix("")), **settings}))
+    for stage in ("clips", "teacher"):
+        run_stage(load(config), stage, tmp_path)
+    made = tmp_path / "further/teacher"
+    before, after = (load_file(p / "transformer/diffusion_pytorch_model.safetensors") for p in (start, made))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-6)
+    for part in ("vae", "text_encoder", "image_encoder", "tokenizer"):
+        assert file_hashes(made / part) == file_hashes(start / part)
 
 
 def test_vbench_is_measured_for_every_row_and_shown(results):

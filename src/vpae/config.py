@@ -260,6 +260,7 @@ class TinyTransformer(Section):
     layers: Positive = Field(6, description="Transformer blocks.")
     freq_dim: Positive = Field(128, description="Sinusoidal timestep features.")
     drop_text: Share = Field(0.1, description="Share of captions replaced by the empty one, for guidance.")
+    compile: bool = Field(False, description="Train with compiled blocks: faster, other last bits.")
     times: Times = Field(Times(low=0.0, high=1.0), description="t of the noised latents.")
     training: Training = Field(
         Training(steps=4000, batch_size=32, ema_decay=0.998), description="Its run of the training loop."
@@ -276,6 +277,10 @@ class Teacher(Section):
         "hub", description="Train a tiny one, take a local folder, or fetch a hub id at a pinned revision."
     )
     path: str = Field("", description="The folder, or the hub id.")
+    start: str = Field(
+        "",
+        description="With source = train: a teacher's folder whose transformer is trained further; the rest is kept.",
+    )
     revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
     architecture: Literal["", "wan2.1-i2v-14b", "wan2.1-i2v-1.3b"] = Field(
         "", description="Shape that `vpae plan` takes while the weights are not there; checked once they are."
@@ -291,6 +296,8 @@ class Teacher(Section):
     def _named(self) -> "Teacher":
         if self.source != "train" and not self.path:
             raise ValueError(f"source = {self.source} needs path")
+        if self.source != "train" and self.start:
+            raise ValueError(f"start is of source = train alone, not of source = {self.source}; remove it")
         if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             raise ValueError("source = hub needs revision: the 40 hex digits of a commit, so that weights cannot move")
         return self

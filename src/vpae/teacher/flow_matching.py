@@ -45,6 +45,9 @@ class FlowMatchingPhase:
         self.config, self.shift = config, shift
         self.roles = {"transformer": Role(transformer, config.optimizer)}
         self.ema = make_ema(transformer)
+        if config.compile:
+            for block in transformer.blocks:
+                block.compile()
 
     def turns(self, step: int) -> list[str]:
         return ["transformer"]

@@ -17,7 +17,7 @@ from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json
 from vpae.config import Experiment, Training
 from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
-from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, text_tokens_for
+from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.progress import track
 from vpae.teacher import encoders, flow_matching, vae
 from vpae.training.loop import train
@@ -29,16 +29,17 @@ COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
-    """Digest of a teacher folder that is not trained here; of large files only size and date count."""
-    if settings.teacher.source != "folder":
+    """Digest of a teacher folder that comes from elsewhere; of large files only size and date count."""
+    name = settings.teacher.path if settings.teacher.source == "folder" else settings.teacher.start
+    if not name:
         return {}
-    folder = _checked(Path(settings.teacher.path))
+    folder = _checked(Path(name))
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         stat = path.stat()
         content = sha256(path) if stat.st_size < HASHED_BYTES else f"{stat.st_size} {stat.st_mtime_ns}"
         found[path.relative_to(folder).as_posix()] = content
-    return {settings.teacher.path: digest(found)}
+    return {name: digest(found)}
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
@@ -62,8 +63,8 @@ def _checked(folder: Path) -> Path:
     missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
     if missing:
         raise ArtifactError(
-            f"teacher.path = {folder}: not a WanImageToVideoPipeline folder, it lacks {', '.join(missing)}; "
-            "download the model in diffusers format, or run `dvc pull` if the folder is versioned with DVC"
+            f"{folder}, named by teacher.path or teacher.start, is not a WanImageToVideoPipeline folder: it lacks "
+            f"{', '.join(missing)}; download the model in diffusers format, or run `dvc pull` if DVC versions the folder"
         )
     return folder
 
@@ -73,7 +74,29 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     clips = read_manifest(clips_folder, "train")
     frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
 
-    accelerator = _accelerator(config.vae.training)
+    accelerator = Accelerator(mixed_precision=config.transformer.training.mixed_precision)
+    if config.start:
+        pipeline = load_pipeline(_checked(Path(config.start))).to(accelerator.device)
+    else:
+        pipeline = _untrained(settings, clips, frames_NTHW3, state, accelerator)
+    phase = flow_matching.FlowMatchingPhase(config.transformer, config.shift, pipeline.transformer)
+    pipeline.transformer = phase.ema
+    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings)
+    _fit(phase, encoded, config.transformer.training, settings, state, accelerator)
+    pipeline.to("cpu")
+    if config.start:
+        link_tree(Path(config.start), out, skip=(GEOMETRY, "transformer"), foreign=True)
+        pipeline.transformer.save_pretrained(out / "transformer")
+    else:
+        pipeline.save_pretrained(out)
+    return {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in NETWORKS}
+
+
+def _untrained(
+    settings: Experiment, clips: list[Clip], frames_NTHW3: np.ndarray, state: Path, accelerator: Accelerator
+) -> WanImageToVideoPipeline:
+    """A pipeline whose VAE and encoders are trained on the clips, and whose transformer is not yet."""
+    config, geometry = settings.teacher, settings.geometry
     trained_vae = _train_vae(settings, frames_NTHW3, state, accelerator)
     sample = [to_signed(frames_NTHW3[i : i + 8]).to(accelerator.device) for i in range(0, min(len(clips), 256), 8)]
     vae.normalise(trained_vae, sample)
@@ -89,23 +112,15 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     _fit(phase, pairs, config.encoders.training, settings, state, accelerator)
 
     build = lambda: flow_matching.build(config.transformer, config.encoders.text_dim, config.encoders.image_dim)  # noqa: E731
-    phase_transformer = flow_matching.FlowMatchingPhase(
-        config.transformer, config.shift, _seeded(settings, "transformer", build).to(accelerator.device)
-    )
-    pipeline = WanImageToVideoPipeline(
+    return WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=phase.ema.text,
         vae=trained_vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
         image_processor=processor,
         image_encoder=phase.ema.image,
-        transformer=phase_transformer.ema,
+        transformer=_seeded(settings, "transformer", build).to(accelerator.device),
     )
-    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings)
-    _fit(phase_transformer, encoded, config.transformer.training, settings, state, accelerator)
-    pipeline.to("cpu")
-    pipeline.save_pretrained(out)
-    return {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in NETWORKS}
 
 
 def _train_vae(settings: Experiment, frames_NTHW3: np.ndarray, state: Path, accelerator: Accelerator):
@@ -122,10 +137,6 @@ def _train_vae(settings: Experiment, frames_NTHW3: np.ndarray, state: Path, acce
         _fit(phase, _videos(frames_NTHW3, training, settings.seed), training, settings, state, accelerator)
         network = phase.ema
     return network.requires_grad_(False).eval()
-
-
-def _accelerator(training: Training) -> Accelerator:
-    return Accelerator(mixed_precision=training.mixed_precision)
 
 
 def _seeded(settings: Experiment, name: str, build):
