@@ -64,7 +64,7 @@ def _checked(folder: Path) -> Path:
     if missing:
         raise ArtifactError(
             f"{folder}, named by teacher.path or teacher.start, is not a WanImageToVideoPipeline folder: it lacks "
-            f"{', '.join(missing)}; download the model in diffusers format, or run `dvc pull` if DVC versions the folder"
+            f"{', '.join(missing)}; download the model in diffusers format, or run `dvc pull` if DVC versions it"
         )
     return folder
 
