@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import build_batch, build_equilibrium, build_priming
-from vpae.config import Head, Optimizer, Training
+from conftest import SHIFT, build_batch, build_equilibrium, build_priming, build_transformer
+from vpae.config import Head, Optimizer, TinyTransformer, Training
+from vpae.teacher.flow_matching import FlowMatchingPhase
 from vpae.training import checkpoint
 from vpae.training.ema import make_ema, update_ema
 from vpae.training.loop import Role, learning_rate, progress_at, train
@@ -347,3 +348,16 @@ def test_passes_names_and_seeds_have_their_own_orders():
 def test_different_keys_have_different_seeds(keys):
     assert len({derived_seed(a, "name", b, c) for a, b, c in keys}) == len(keys)
     assert all(0 <= derived_seed(*key) < 2**63 for key in keys)
+
+
+def test_a_teacher_trains_alike_with_compiled_blocks() -> None:
+    found = []
+    for compiled in (False, True):
+        transformer = build_transformer()
+        phase = FlowMatchingPhase(TinyTransformer(compile=compiled), SHIFT, transformer)
+        assert all((block._compiled_call_impl is not None) == compiled for block in transformer.blocks)
+        assert list(phase.ema.state_dict()) == list(build_transformer().state_dict())
+        loss, _ = phase.loss("transformer", build_batch(), torch.Generator().manual_seed(0), 0)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in transformer.parameters() if p.grad is not None)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
