@@ -17,7 +17,7 @@ from vpae.artifacts import ArtifactError
 from vpae.config import TinyEncoders
 from vpae.data.video import read_frames, write_video
 from vpae.data.world import draw_truth, render
-from vpae.evaluation.vbench import camera, transforms
+from vpae.evaluation.vbench import camera, dimensions, transforms
 from vpae.evaluation.vbench.backbones.dino import DinoViT
 from vpae.evaluation.vbench.backbones.quality import as_bytes, blur
 from vpae.evaluation.vbench.backbones.tiny import tiny
@@ -324,8 +324,9 @@ def test_dynamic_degree_counts_pairs(fps, frames, moving, expected):
     pairs = iter([1.0] * moving + [0.0] * frames)
 
     def flow(first: Tensor, _second: Tensor) -> Tensor:
-        length = 0.01 + 6.0 * 16 / 256 if next(pairs) else 6.0 * 16 / 256 - 0.01
-        return torch.full((1, 2, *first.shape[-2:]), length / math.sqrt(2))
+        limit = 6.0 * 16 / 256
+        lengths = torch.tensor([limit + 0.01 if next(pairs) else limit - 0.01 for _ in first])
+        return (lengths / math.sqrt(2)).reshape(-1, 1, 1, 1).expand(-1, 2, *first.shape[-2:])
 
     still = video_of(np.zeros((frames, 16, 24, 3), np.uint8), fps)
     record = DIMENSIONS["dynamic_degree"].measure(still, Item(Path("a.mp4")), Random(networks={"raft": flow}))
@@ -356,7 +357,8 @@ LEFT, RIGHT, UP, DOWN = (-FAR, 0.0), (FAR, 0.0), (0.0, -FAR), (0.0, FAR)
         ((DOWN, UP, RIGHT, LEFT), ["zoom_out"]),
         ((STAY, STAY, STAY, STAY), ["static"]),
         ((STAY, STAY, LEFT, LEFT), ["pan_right"]),  # static gives way to anything else
-        ((STAY, STAY, LEFT, UP), ["static"]),  # and "None" to static
+        ((STAY, STAY, LEFT, UP), ["None"]),  # to "None", too
+        ((LEFT, LEFT, LEFT, UP), ["pan_right"]),  # which itself gives way
         ((LEFT, RIGHT, UP, DOWN), ["None"]),  # a rotation
         ((LEFT, LEFT, UP, UP), ["pan_right", "tilt_down"]),
         (((FAR, FAR),) * 4, ["pan_left", "tilt_up"]),  # a side may go two ways
@@ -454,6 +456,28 @@ def test_a_video_streams_the_frames_of_its_file(mp4):
     assert streamed.dtype == np.uint8 and np.array_equal(streamed, frames)
     every = torch.stack(list(video.frames(every=3))).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(every, frames[::3])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 9])
+@pytest.mark.parametrize("every", [1, 3])
+def test_runs_hold_every_pair_of_neighbours_once(count, every):
+    frames = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    runs = [run[:, 0, 0, 0].tolist() for run in video_of(frames, 8).runs(4, every)]
+    assert all(2 <= len(run) <= 5 for run in runs)
+    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
+    assert pairs == list(itertools.pairwise(range(0, count, every)))
+
+
+@pytest.mark.parametrize("name", ["motion_smoothness", "dynamic_degree"])
+def test_pairs_measured_together_are_those_measured_alone(name, networks, monkeypatch):
+    for count in (18, 19):
+        video = video_of(clip(48, 80, count), 8)
+        together = DIMENSIONS[name].measure(video, Item(Path("a.mp4")), networks)
+        with monkeypatch.context() as alone:
+            alone.setattr(dimensions, "SMALL", 0)
+            expected = DIMENSIONS[name].measure(video, Item(Path("a.mp4")), networks)
+        for key, value in expected.items():
+            assert together[key] == pytest.approx(value, abs=1e-6), key
 
 
 def test_missing_truncated_and_foreign_files_are_named(mp4, tmp_path):
@@ -577,18 +601,19 @@ def test_tiny_names_itself_and_rates_no_beauty(mover, stand_ins):
         measured("aesthetic_quality", mover, stand_ins)
 
 
-def test_decoded_frames_are_let_go(networks):
-    """No more than a chunk of them is alive at any time."""
+@pytest.mark.parametrize(("side", "most"), [(32, 2 * 8 + 1), (144, 8 + 2)], ids=["small", "large"])
+def test_decoded_frames_are_let_go(networks, side, most):
+    """No more than a chunk of them is alive at any time; of small ones, eight pairs with the frames between."""
     frames, alive = [], []
 
     def source():
         for number in range(40):
-            frame = np.full((32, 32, 3), number, np.uint8)
+            frame = np.full((side, side, 3), number, np.uint8)
             frames.append(weakref.ref(frame))
             alive.append(sum(one() is not None for one in frames))
             yield frame
 
-    video = Video(8, 40, 32, 32, source)
+    video = Video(8, 40, side, side, source)
     DIMENSIONS["background_consistency"].measure(video, Item(Path("a.mp4")), networks)
     DIMENSIONS["motion_smoothness"].measure(video, Item(Path("a.mp4")), networks)
-    assert 1 < max(alive) <= 8 + 2
+    assert 1 < max(alive) <= most

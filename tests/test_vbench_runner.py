@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -284,12 +287,51 @@ def test_a_folder_is_scored_with_nothing_but_a_settings_file(scored: tuple[Path,
     assert account["sizes"] == [{"frames": 5, "height": 32, "width": 32, "fps": 8.0, "videos": 9}]
 
 
-def test_the_reader_of_vbench_finds_what_it_reads(scored: tuple[Path, Path]) -> None:
-    """As `cal_i2v_final_score.py` does: every key is one of the nine, its value is at index 0, absent ones count 0."""
-    tree = json.loads((scored[0] / "out/results_eval_results.json").read_text())
-    data = {COLUMNS[key].title: tree[key][0] for key in tree}
-    titles = {column.title for column in COLUMNS.values()}
-    assert titles - set(data) == {"Aesthetic Quality"}
+# What VBench's `cal_i2v_final_score.py` knows: key of its files -> minimum, maximum, weight; the first three are I2V's.
+LEADERBOARD = {
+    "camera_motion": (0.0, 1.0, 0.1),
+    "i2v_subject": (0.1462, 1.0, 1),
+    "i2v_background": (0.2615, 1.0, 1),
+    "subject_consistency": (0.1462, 1.0, 1),
+    "background_consistency": (0.2615, 1.0, 1),
+    "motion_smoothness": (0.7060, 0.9975, 1),
+    "dynamic_degree": (0.0, 1.0, 0.5),
+    "aesthetic_quality": (0.0, 1.0, 1),
+    "imaging_quality": (0.0, 1.0, 1),
+}
+
+
+def leaderboard(archive: Path, folder: Path) -> tuple[float, float, float]:
+    """Quality, I2V and Total of a submission, as VBench's script finds them.
+
+    Of every JSON file in the archive, or one folder down, that holds a dictionary, each key has to be known; its value
+    is at index 0, and 0 where there is none.
+    """
+    zipfile.ZipFile(archive).extractall(folder)
+    values = dict.fromkeys(LEADERBOARD, 0.0)
+    for path in [*folder.glob("*json"), *folder.glob("*/*.json")]:
+        tree = json.loads(path.read_text())
+        for key in tree if isinstance(tree, dict) else ():
+            LEADERBOARD[key]  # KeyError, as in the script
+            values[key] = tree[key][0]
+    parts = [((values[key] - low) / (high - low) * weight, weight) for key, (low, high, weight) in LEADERBOARD.items()]
+    i2v, quality = (sum(x for x, _ in group) / sum(w for _, w in group) for group in (parts[:3], parts[3:]))
+    return quality, i2v, (quality + i2v) / 2
+
+
+def test_the_leaderboards_script_reads_the_export(scored: tuple[Path, Path], tmp_path: Path) -> None:
+    out, archive = scored[0] / "out", tmp_path / "submission.zip"
+    # docs/vbench.md: the two files that VBench itself writes.
+    files = [str(out / f"results_{kind}.json") for kind in ("eval_results", "full_info")]
+    subprocess.run([sys.executable, "-m", "zipfile", "-c", archive, *files], check=True)
+    found = leaderboard(archive, tmp_path / "found")
+    values = read_results([out / "results_eval_results.json"]).values
+    assert set(values) == {*LEADERBOARD} - {"aesthetic_quality"}
+    ours = totals(values | {"aesthetic_quality": 0.0})  # which we call a gap, and the script a zero
+    assert found == pytest.approx([ours[name] / 100 for name in ("quality_score", "i2v_score", "total")])
+    subprocess.run([sys.executable, "-m", "zipfile", "-c", archive, str(out / "results_scores.json")], check=True)
+    with pytest.raises(KeyError):  # so that one is not for the archive
+        leaderboard(archive, tmp_path / "other")
 
 
 def test_running_again_computes_nothing(scored: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:

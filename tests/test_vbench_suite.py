@@ -166,6 +166,12 @@ def test_a_folder_without_a_suite(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found.expected == {name: 1 if name == "camera_motion" else 3 for name in COLUMNS}
     assert found.clips[2].item.camera == "pan_left"
+    Image.fromarray(frames[0].repeat(2, axis=1)).save(images / "a cat-1.png")
+    with pytest.raises(ArtifactError, match=r"a cat-1\.png has 64 x 32 pixels, a cat-1\.mp4 32 x 32: another ratio"):
+        plan_folder(videos, images, COLUMNS)
+    content = (videos / "a cat-1.mp4").read_bytes()
+    (videos / "a cat-1.mp4").write_bytes(content[:99])  # what cannot be read is left to the measuring
+    assert len(plan_folder(videos, images, COLUMNS).clips) == 3
     (images / "a cat.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"images: 1 \('a cat-0\.mp4'\) of 3 videos without an image"):
         plan_folder(videos, images, COLUMNS)

@@ -3,6 +3,7 @@
 Axes: a grid of 10 x 10 points as [row, column, x/y], in pixels of the video.
 """
 
+import itertools
 import math
 
 import torch
@@ -55,10 +56,15 @@ def movements(tracks: Tensor, height: int, width: int) -> list[str]:
     limit = THRESHOLD * min(height, width)
     top, down = directions(way[0, EDGE], limit), directions(way[GRID - 1, EDGE], limit)
     left, right = directions(way[EDGE, 0], limit), directions(way[EDGE, GRID - 1], limit)
-    found = {TOP_DOWN.get((t, d)) for t in top for d in down} | {LEFT_RIGHT.get((a, b)) for a in left for b in right}
-    if found - {"static", None}:
-        found -= {"static"}
+    found = _spoken_for(TOP_DOWN, top, down) | _spoken_for(LEFT_RIGHT, left, right)
+    if len(found) > 1:
+        found -= {"static"}  # also beside "None", which then is all that is left
     return [kind for kind in TYPES if kind in found] or ["None"]
+
+
+def _spoken_for(ways: dict[tuple[str, str], str], one: list[str], other: list[str]) -> set[str]:
+    """The movements that two opposite sides agree on; {"None"} if there is none."""
+    return {ways[pair] for pair in itertools.product(one, other) if pair in ways} or {"None"}
 
 
 def directions(way: Tensor, limit: float) -> list[str]:

@@ -23,7 +23,7 @@ from vpae.parts import Part
 from vpae.progress import Progress
 from vpae.training.preemption import Interruption
 
-FORMAT = 1  # of a record and of what `dimensions` computes: raise it when either changes, and no old record is used
+FORMAT = 2  # of a record and of what `dimensions` computes: raise it when either changes, and no old record is used
 _LEAVE_OUT = "leave it out with --allow-incomplete"
 _KEPT_BYTES = 128 << 20  # decoded bytes of a clip that may stay in memory for the next dimension
 

@@ -168,7 +168,8 @@ def plan_suite(
     folder = None
     if with_image:
         first = next(videos / name for *_, name in files if name in present)
-        folder, ratio = image_folder(images, ratio, _info(first), videos)
+        size = _info(first)
+        folder, ratio = image_folder(images, ratio, size, videos)
         pictures = _names(folder)
         lacking = [name for name in dict.fromkeys(p.image_name for p in with_image) if name not in pictures]
         if lacking:
@@ -176,7 +177,7 @@ def plan_suite(
                 f"{folder}: {_some(lacking)} of the suite's images missing; VBench publishes them per ratio, see "
                 "docs/vbench.md"
             )
-        check_shapes(folder / with_image[0].image_name, first)
+        check_shapes(folder / with_image[0].image_name, first, size)
     clips = []
     for prompt, names, name in files:
         if name not in present:
@@ -208,8 +209,12 @@ def plan_folder(videos: Path, images: Path | None, dimensions: Collection[str]) 
             f"{images or 'no folder of images given'}: {_some(lacking)} of {len(paths)} videos without an image; the "
             "image of X-0.mp4 is X-0.png or X.png (or .jpg, .jpeg). Or leave out i2v_subject and i2v_background"
         )
-    if found:
-        check_shapes(found[paths[0]], paths[0])
+    for path, image in found.items():
+        try:
+            size = probe(path)
+        except VideoError:
+            continue  # measuring it says so, unless it may be left out
+        check_shapes(image, path, size)
     clips = []
     for path in paths:
         text, movement, image = _prompt_of(path.stem), camera.asked(path.stem), found.get(path)
@@ -261,13 +266,12 @@ def image_folder(images: Path | None, ratio: str, size: VideoInfo, videos: Path)
     return images / chosen, chosen
 
 
-def check_shapes(image: Path, video: Path) -> None:
+def check_shapes(image: Path, video: Path, size: VideoInfo) -> None:
     """Refuse an image whose shape is not its video's: the measures resize both, and would compare other contents.
 
     Raises:
         ArtifactError: naming both.
     """
-    size = _info(video)
     try:
         with Image.open(image) as picture:
             width, height = picture.size

@@ -53,6 +53,18 @@ class Video:
         if kept:
             yield torch.stack(kept)
 
+    def runs(self, size: int = CHUNK, every: int = 1) -> Iterator[Tensor]:
+        """Frames 0, `every`, 2 `every`, ... as uint8 (N, 3, H, W), N from 2 to `size` + 1; each run starts with the
+        last frame of the one before, so that every two neighbours meet in one. None of a single frame."""
+        kept: list[Tensor] = []
+        for frame in self.frames(every):
+            kept.append(frame)
+            if len(kept) > size:
+                run, kept = torch.stack(kept), kept[-1:]
+                yield run
+        if len(kept) > 1:
+            yield torch.stack(kept)
+
 
 def open_video(path: Path) -> Video:
     """A video file, checked to be whole as far as its index tells; decoded by PyAV when its frames are asked for.

@@ -4,6 +4,9 @@ Meant for frames of about 64 x 64 pixels, of which the motion may be some eight 
 Axes: N pairs of frames, K displacements, H height, W width, 3 colours; flow (N, 2, H, W) in pixels (x, y).
 """
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,19 +47,37 @@ def _match(first_N3HW: Tensor, second_N3HW: Tensor, halfway: bool) -> Tensor:
 
     Halfway, both frames are displaced, so that the motion is an even number of pixels.
     """
-    moved = _displaced(second_N3HW)
-    still = _displaced(first_N3HW).flip(2) if halfway else first_N3HW[:, :, None]
-    cost_NKHW = F.avg_pool2d((still - moved).abs().mean(1), BLOCK, 1, BLOCK // 2, count_include_pad=False)
-    steps = torch.arange(-REACH, REACH + 1, dtype=cost_NKHW.dtype, device=cost_NKHW.device) * (2 if halfway else 1)
-    y, x = (axis.flatten() for axis in torch.meshgrid(steps, steps, indexing="ij"))
-    best_NHW = (cost_NKHW + EFFORT * torch.hypot(x, y)[:, None, None]).argmin(1)
-    return torch.stack([x[best_NHW], y[best_NHW]], 1)
+    height, width = first_N3HW.shape[-2:]
+    # Colours first: their sum then runs along memory.
+    first_3NHW, second_3NHW = (
+        F.pad(frames, (REACH,) * 4, mode="replicate").transpose(0, 1).contiguous()
+        for frames in (first_N3HW, second_N3HW)
+    )
+    counted_HW = _block_sums(first_N3HW.new_ones(height, width))
+    best_NHW = first_N3HW.new_full((len(first_N3HW), height, width), torch.inf)
+    motion_N2HW = torch.zeros_like(first_N3HW[:, :2])
+    for dy, dx in itertools.product(range(-REACH, REACH + 1), repeat=2):
+        still_3NHW = first_3NHW[:, :, REACH - halfway * dy :, REACH - halfway * dx :][..., :height, :width]
+        moved_3NHW = second_3NHW[:, :, REACH + dy :, REACH + dx :][..., :height, :width]
+        cost_NHW = _block_sums((still_3NHW - moved_3NHW).abs_().mean(0)) / counted_HW
+        cost_NHW += EFFORT * (1 + halfway) * math.hypot(dx, dy)
+        better_NHW = cost_NHW < best_NHW
+        best_NHW = torch.minimum(best_NHW, cost_NHW)
+        motion_N2HW[:, 0].masked_fill_(better_NHW, (1 + halfway) * dx)
+        motion_N2HW[:, 1].masked_fill_(better_NHW, (1 + halfway) * dy)
+    return motion_N2HW
 
 
-def _displaced(frames_N3HW: Tensor) -> Tensor:
-    """The frames at all displacements, (N, 3, K, H, W), row by row from the upper left."""
-    padded = F.pad(frames_N3HW, (REACH,) * 4, mode="replicate")
-    return F.unfold(padded, 2 * REACH + 1).unflatten(2, frames_N3HW.shape[-2:]).unflatten(1, (3, -1))
+def _block_sums(x_NHW: Tensor) -> Tensor:
+    """Over the block around each pixel, as far as it lies in the frame; sums of rows, then of those."""
+    for axis in (-2, -1):
+        length = x_NHW.shape[axis]
+        border = (BLOCK // 2, BLOCK // 2) if axis == -1 else (0, 0, BLOCK // 2, BLOCK // 2)
+        padded = F.pad(x_NHW, border)
+        x_NHW = padded.narrow(axis, 0, length).clone()
+        for start in range(1, BLOCK):
+            x_NHW += padded.narrow(axis, start, length)
+    return x_NHW
 
 
 def _step(first: Tensor, second: Tensor) -> Tensor:
@@ -114,10 +135,9 @@ def middle(first_N3HW: Tensor, second_N3HW: Tensor) -> Tensor:
 def tracks(video: Video) -> Tensor:
     """First and last positions of CoTracker's grid, carried along the flow from frame to frame, (2, 10, 10, 2)."""
     start = camera.grid(video.height, video.width)
-    points, former = start.permute(2, 0, 1)[None], None
-    for frame in video.frames():
-        frame = frame[None].float() / 255
-        if former is not None:
-            points = points + _sample(flow(former, frame), points)
-        former = frame
+    points = start.permute(2, 0, 1)[None]
+    for run in video.runs():
+        frames = run.float() / 255
+        for motion_2HW in flow(frames[:-1], frames[1:]):
+            points = points + _sample(motion_2HW[None], points)
     return torch.stack([start, points[0].permute(1, 2, 0)])

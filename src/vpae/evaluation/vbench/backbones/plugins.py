@@ -5,12 +5,15 @@
     MUSIQ       pip install pyiqa                                                   PolyForm Noncommercial
     DreamSim    pip install dreamsim                                                MIT
 
-Written against vbench 0.1.5, pyiqa 0.1.16, dreamsim 0.2.1 and CoTracker's main branch of 2024-10. Their weights were
-not at hand: see each function for what could be tried without them.
+None of them has run with its published weights here, since those were not at hand. What was tried:
+
+    AMT-S       the code of vbench 0.1.5 with random weights: size, batches, sizes that give NaN
+    MUSIQ       the code of pyiqa 0.1.10, which VBench's pins give, with random weights: size, batches
+    CoTracker2  not run; calls compared with its predictor at commit e52c27e
+    DreamSim    not run; calls and file names compared with the code of dreamsim 0.2.1
 """
 
 import importlib
-import pickle
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpae.evaluation.vbench.backbones import fill, read_state, require
+from vpae.evaluation.vbench.backbones.raft import SMALLEST
 from vpae.evaluation.vbench.base import NotComputed
 from vpae.evaluation.vbench.camera import GRID
 from vpae.evaluation.vbench.video import Video
@@ -36,7 +40,10 @@ TRACKER_SIZE = (384, 512)  # what CoTracker resizes every video to
 
 
 def amt_s(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """AMT-S at t = 0.5 and scale 1, from the code that VBench's package carries and `amt-s.pth`."""
+    """AMT-S at t = 0.5 and scale 1, from the code that VBench's package carries and `amt-s.pth`.
+
+    Below 128 pixels it raises `NotComputed`, where the original returns NaN, as RAFT does.
+    """
     module = _installed(
         "vbench.third_party.amt.networks.AMT-S",
         "motion_smoothness needs AMT-S",
@@ -45,22 +52,32 @@ def amt_s(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor
     model = module.Model(corr_radius=3, corr_lvls=4, num_flows=3)
     fill(require(path), lambda state: model.load_state_dict(state["state_dict"]), read_tensors(path))
     model = model.eval().requires_grad_(False).to(device)
-    halfway = torch.full((1, 1, 1, 1), 0.5, device=device)
-    return lambda first, second: model(first, second, halfway, scale_factor=1.0, eval=True)["imgt_pred"]
+
+    def middle(first: Tensor, second: Tensor) -> Tensor:
+        if min(first.shape[-2:]) < SMALLEST:
+            raise NotComputed(f"AMT-S needs frames of {SMALLEST} x {SMALLEST} pixels or more; these have fewer")
+        halfway = torch.full((len(first), 1, 1, 1), 0.5, device=device)
+        return model(first, second, halfway, scale_factor=1.0, eval=True)["imgt_pred"]
+
+    return middle
 
 
 def cotracker2(path: Path, device: torch.device) -> Callable[[Video], Tensor]:
     """CoTracker2 over the whole video, points on a 10 x 10 grid of the first frame.
 
     The video is brought to the tracker's own size chunk by chunk, as the tracker would do with the whole of it, so that
-    it never lies in memory at full size. Not tried: neither package nor weights were at hand.
+    it never lies in memory at full size. VBench asks the torch hub for `cotracker2` of no certain version; the hub's
+    entry of that name has at times built CoTracker3 (commit 0b6edd2), so published values may be of either.
     """
     module = _installed(
         "cotracker.predictor",
         "camera_motion needs CoTracker2",
         "pip install git+https://github.com/facebookresearch/co-tracker",
     )
-    predictor = module.CoTrackerPredictor(checkpoint=None, v2=True, window_len=8)
+    try:
+        predictor = module.CoTrackerPredictor(checkpoint=None, v2=True, window_len=8)
+    except TypeError as error:
+        raise NotComputed(f"camera_motion needs a newer CoTracker ({error}); install its main branch again") from error
     fill(require(path), predictor.model.load_state_dict, read_state(path))
     return follow(predictor.eval().to(device), device)
 
@@ -86,16 +103,14 @@ def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """MUSIQ trained on SPAQ, from pyiqa's code and its checkpoint; pyiqa itself downloads nothing here."""
     module = _installed("pyiqa.archs.musiq_arch", "imaging_quality needs MUSIQ", "pip install pyiqa")
     model = module.MUSIQ(pretrained=False)
-    fill(require(path), model.load_state_dict, read_state(path))
+    state = {name.removeprefix("module."): value for name, value in read_state(require(path)).items()}
+    fill(path, model.load_state_dict, state)
     model = model.eval().requires_grad_(False).to(device)
     return lambda frames: model(frames).flatten()
 
 
 def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """DreamSim's ensemble from a folder that holds all it would otherwise download.
-
-    Not tried with its weights.
-    """
+    """DreamSim's ensemble from a folder that holds all it would otherwise download."""
     module = _installed("dreamsim", "i2v_background needs DreamSim", "pip install dreamsim")
     missing = [name for name in DREAMSIM_FILES if not (folder / name).exists()]
     if missing:
@@ -123,44 +138,26 @@ def _installed(module: str, need: str, remedy: str) -> types.ModuleType:
         raise NotComputed(f"{need}, and {module} cannot be imported ({error}); install it: {remedy}") from error
 
 
-class _Ignored:
-    """Stands for every object in a checkpoint that is no tensor."""
-
-    def __new__(cls, *_args: object, **_named: object) -> "_Ignored":
-        return super().__new__(cls)
+class _Inert(dict):
+    """Stands for every object in a checkpoint that is no tensor; nothing of it is kept."""
 
     def __init__(self, *_args: object, **_named: object):
-        pass
+        super().__init__()
 
     def __setstate__(self, _state: object) -> None:
         pass
 
-    def __setitem__(self, _key: object, _value: object) -> None:
-        pass
-
-    def append(self, _item: object) -> None:
-        """Where the object was a list of some kind."""
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and containers, and nothing else."""
-
-    KNOWN = (("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"))
-
-    def find_class(self, module: str, name: str) -> object:
-        return super().find_class(module, name) if (module, name) in self.KNOWN else _Ignored
-
 
 def read_tensors(path: Path) -> dict:
-    """A checkpoint that also holds other objects, of which no code runs: they become inert.
+    """A checkpoint that also holds other objects, which PyTorch's reader of weights alone would refuse: AMT's trainer
+    keeps the state of its optimiser, with NumPy's numbers. They become inert, and no code of theirs runs.
 
     Raises:
-        NotComputed: the file is damaged.
+        NotComputed: the file is damaged, of PyTorch's format before 1.6, or names modules that PyTorch never reads.
     """
-    only_tensors = types.ModuleType("only_tensors")
-    only_tensors.Unpickler = _TensorUnpickler
-    only_tensors.load = lambda file, **options: _TensorUnpickler(file, **options).load()
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=only_tensors)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load names no error of its own
         raise NotComputed(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); fetch it again") from error
