@@ -410,8 +410,8 @@ FILES = {
 PLUGINS = {
     "interpolate": ("vbench", "vbench==0.1.5"),
     "tracks": ("cotracker", "facebookresearch/co-tracker"),
-    "musiq": ("pyiqa", "pip install pyiqa"),
-    "dreamsim": ("dreamsim", "pip install dreamsim"),
+    "musiq": ("pyiqa", "pip install -c constraints.txt -e '.[vbench]'"),
+    "dreamsim": ("dreamsim", "pip install -c constraints.txt -e '.[vbench]'"),
 }
 
 

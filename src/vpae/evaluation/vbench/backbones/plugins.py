@@ -2,8 +2,8 @@
 
     AMT-S       pip install torchvision; pip install --no-deps vbench==0.1.5        CC BY-NC 4.0
     CoTracker2  pip install git+https://github.com/facebookresearch/co-tracker      CC BY-NC 4.0
-    MUSIQ       pip install pyiqa                                                   PolyForm Noncommercial
-    DreamSim    pip install dreamsim                                                MIT
+    MUSIQ       pip install -c constraints.txt -e '.[vbench]'  (pyiqa)              PolyForm Noncommercial
+    DreamSim    pip install -c constraints.txt -e '.[vbench]'  (dreamsim)           MIT
 
 None of them has run with its published weights here, since those were not at hand. What was tried:
 
@@ -36,6 +36,7 @@ DREAMSIM_FILES = (
     "facebookresearch_dino_main",
     "checkpoints/dino_vitbase16_pretrain.pth",
 )
+EXTRA = "pip install -c constraints.txt -e '.[vbench]'"
 TRACKER_SIZE = (384, 512)  # what CoTracker resizes every video to
 
 
@@ -101,7 +102,7 @@ def follow(predictor: Callable[..., tuple[Tensor, Tensor]], device: torch.device
 
 def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """MUSIQ trained on SPAQ, from pyiqa's code and its checkpoint; pyiqa itself downloads nothing here."""
-    module = _installed("pyiqa.archs.musiq_arch", "imaging_quality needs MUSIQ", "pip install pyiqa")
+    module = _installed("pyiqa.archs.musiq_arch", "imaging_quality needs MUSIQ", EXTRA)
     model = module.MUSIQ(pretrained=False)
     state = {name.removeprefix("module."): value for name, value in read_state(require(path)).items()}
     fill(path, model.load_state_dict, state)
@@ -111,7 +112,7 @@ def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """DreamSim's ensemble from a folder that holds all it would otherwise download."""
-    module = _installed("dreamsim", "i2v_background needs DreamSim", "pip install dreamsim")
+    module = _installed("dreamsim", "i2v_background needs DreamSim", EXTRA)
     missing = [name for name in DREAMSIM_FILES if not (folder / name).exists()]
     if missing:
         raise NotComputed(
