@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -410,8 +411,8 @@ FILES = {
 PLUGINS = {
     "interpolate": ("vbench", "vbench==0.1.5"),
     "tracks": ("cotracker", "facebookresearch/co-tracker"),
-    "musiq": ("pyiqa", "pip install -c constraints.txt -e '.[vbench]'"),
-    "dreamsim": ("dreamsim", "pip install -c constraints.txt -e '.[vbench]'"),
+    "musiq": ("pyiqa", re.escape("pip install -c constraints.txt -e '.[vbench]'")),
+    "dreamsim": ("dreamsim", re.escape("pip install -c constraints.txt -e '.[vbench]'")),
 }
 
 
