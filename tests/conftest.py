@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from hypothesis import settings
+from PIL import Image
 from torch import Tensor
 
 from vpae.config import Equilibrium, Head, Lora, Optimizer, Priming, TinyEncoders, TinyTransformer, TinyVae, Training
@@ -97,6 +99,27 @@ def build_equilibrium(seed: int = 0, **config) -> EquilibriumPhase:
     )
     head = build_head(seed, semantics=settings.head.semantics)
     return EquilibriumPhase(settings, SHIFT, build_transformer(seed + 1), build_transformer(), head, default_taps(4))
+
+
+def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
+    """A first frame of noise."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def one_step_by_diffusers(pipeline: WanImageToVideoPipeline, seed: int, output_type: str = "np") -> np.ndarray | Tensor:
+    """What the pipeline's own call makes of `picture()` in one step: float frames (T, H, W, 3) in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        image=picture(),
+        prompt=CAPTIONS[0],
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type=output_type,
+    ).frames[0]
 
 
 @pytest.fixture(scope="session")

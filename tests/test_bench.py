@@ -1,21 +1,28 @@
 """`vpae bench` at tiny size: what it writes, and that its ratios say what the method is for. No absolute seconds."""
 
 import json
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.exc
+import torch._inductor.exc
 
+from vpae import artifacts
+from vpae.bench import sampling, training
 from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.measure import held_bytes, matmul_peak
-from vpae.bench.networks import random_transformer
+from vpae.bench.networks import Components, random_components, random_transformer
 from vpae.bench.run import Options
 from vpae.bench.training import Workbench, _too_large, build_phase
 from vpae.cli import main
 from vpae.config import Training
 from vpae.experiment import load
 from vpae.planning.counting import Sequence
-from vpae.planning.network import Network
+from vpae.planning.network import Network, pipeline_of
+from vpae.planning.plan import tokens_of
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "configs" / "micro.yaml"
@@ -49,6 +56,11 @@ def test_a_measurement_says_how_it_was_made(measured: dict) -> None:
     assert measured["options"]["random_weights"] is True
 
 
+def test_a_package_that_is_not_there_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "PACKAGES", ("torch", "no-such-package"))
+    assert artifacts.package_versions() == {"torch": torch.__version__}
+
+
 def test_a_hundred_evaluations_take_many_times_as_long_as_one(measured: dict) -> None:
     ratios, videos = measured["sampling"]["ratios"], measured["sampling"]["videos"]
     assert [row["nfe"] for row in videos] == [1, 100]
@@ -70,6 +82,126 @@ def test_every_combination_is_measured_or_says_why_not(measured: dict) -> None:
     for row in rows:
         assert row.get("skipped") or 0 < row["share_of_peak"] < 1.5
     assert all("skipped" not in row for row in rows[:2])
+    assert all("flash-attn" in row["skipped"] for row in rows[2:])
+    assert measured["unfinished"] == []
+
+
+MODES = (sampling.EAGER, sampling.COMPILED)
+
+
+class Stub:
+    """A transformer that only lets itself be prepared."""
+
+    dtype = torch.float32
+
+    def __init__(self, refuses: Exception | None = None):
+        self.refuses, self.compiled = refuses, 0
+
+    def register_forward_pre_hook(self, hook, with_kwargs: bool) -> None:
+        pass
+
+    def modules(self) -> list:
+        return []
+
+    def set_attention_backend(self, backend: str) -> None:
+        if self.refuses and backend != "native":
+            raise self.refuses
+
+    def compile_repeated_blocks(self) -> None:
+        self.compiled += 1
+
+
+def rows_of(monkeypatch, error: Exception | None, refuses: Exception | None = None, modes=MODES) -> list[dict]:
+    """What is said of each evaluation, where a prediction raises an error."""
+    settings = load(MICRO, environment=False).settings
+    parts = Components(Stub(refuses), None, None, None)
+    bench = sampling.Bench(settings, parts, Network(), Sequence(80, 512, 257), CPU, 1)
+
+    def predict(batch: int):
+        def work() -> None:
+            if error:
+                raise error
+
+        return work
+
+    monkeypatch.setattr(bench, "_prediction", predict)
+    rows = [{"mode": mode, "attention": name} for mode in modes for name in ("native", "other")]
+    return [row | bench._evaluation(row["mode"], row["attention"], 1) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "modes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory: CUDA", MODES),
+        (RuntimeError("No available kernel. Aborting execution."), "the backend cannot do this here: No", MODES),
+        (torch._dynamo.exc.Unsupported("no such thing"), "cannot be compiled: no such thing", MODES[1:]),
+        (torch._inductor.exc.InductorError(RuntimeError("no g++"), None), "cannot be compiled: no g++", MODES[1:]),
+    ],
+)
+def test_what_a_machine_cannot_do_is_left_out_with_its_reason(monkeypatch, error, words, modes) -> None:
+    if modes != MODES:
+        with pytest.raises(type(error)):
+            rows_of(monkeypatch, error)
+    assert all(words in row["skipped"] for row in rows_of(monkeypatch, error, modes=modes))
+
+
+@pytest.mark.parametrize("refuses", [ValueError("must be one of"), RuntimeError("not usable"), ImportError("none")])
+def test_a_backend_that_is_not_there_is_left_out_with_its_reason(monkeypatch, refuses) -> None:
+    rows = rows_of(monkeypatch, None, refuses)
+    assert [(row["mode"], row["attention"], "skipped" in row) for row in rows] == [
+        ("eager", "native", False),
+        ("eager", "other", True),
+        ("compiled", "native", False),
+        ("compiled", "other", True),
+    ]
+    assert all(row["skipped"] == f"the backend is not to be had: {refuses}" for row in rows[1::2])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("wrong"), TypeError("wrong")])
+def test_mistakes_end_a_measurement(monkeypatch, error) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        rows_of(monkeypatch, error)
+
+
+def test_videos_are_made_in_the_fastest_way_that_was_measured() -> None:
+    rows = [
+        {"mode": "eager", "attention": "a", "batch": 1, "seconds_per_nfe_and_video": 3.0},
+        {"mode": "eager", "attention": "b", "batch": 1, "skipped": "not there"},
+        {"mode": "compiled", "attention": "c", "batch": 1, "seconds_per_nfe_and_video": 2.0},
+        {"mode": "compiled", "attention": "d", "batch": 2, "seconds_per_nfe_and_video": 1.0},
+    ]
+    assert sampling.fastest(rows) == ("compiled", "c")
+    assert sampling.fastest(rows[1:2]) == ("eager", "native")
+
+
+def test_what_is_found_is_kept_although_the_machine_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_arguments) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "compare_fakes", gone)
+    arguments = ["bench", "--config", str(MICRO), "--random-weights", "--device", "cpu", "--repeats", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--parts", "vae,fake", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["vae"]["encode"]["seconds"] > 0 and found["command"] and found["unfinished"] == ["fake"]
+
+
+def test_a_large_pipeline_is_sampled_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on a GPU from a billion parameters on; compiled as well, but without a compiler."""
+    source = load(MICRO, environment=False)
+    pipeline = pipeline_of(source)
+    parts = random_components(pipeline, CPU, torch.bfloat16)
+    tokens = tokens_of(source.settings, pipeline)
+    bench = sampling.Bench(source.settings, parts, pipeline.transformer, tokens, CPU, 1)
+    seen, compile_blocks = [], parts.transformer.compile_repeated_blocks
+    parts.transformer.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    monkeypatch.setattr(parts.transformer, "compile_repeated_blocks", lambda: compile_blocks(backend="eager"))
+    rows = list(bench.evaluations((1,), ("native",), compiled=True))
+    assert [row["mode"] for row in rows] == ["eager", "compiled"] and all(row["seconds"] > 0 for row in rows)
+    [video] = bench.videos((2,), 5.0, "eager", "native")
+    assert video["nfe"] == 4 and all(seconds > 0 for seconds in video["seconds"].values())
+    assert set(seen) == {torch.bfloat16}
+    assert not any(module._compiled_call_impl for module in parts.transformer.modules())
 
 
 @pytest.mark.parametrize("phase", ["priming", "equilibrium"])
@@ -145,6 +277,22 @@ def test_live_bytes_counts_storages_once_and_forgets_the_dead() -> None:
         assert (live.now, live.peak) == (0, 8000)
 
 
+def test_live_bytes_follows_storages_that_change_their_size() -> None:
+    """As FSDP's do, when it gathers a block's weights and lets go of them."""
+    before = torch.zeros(1000)
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        a.untyped_storage().resize_(0)
+        assert (live.now, live.peak) == (0, 4000)
+        a.untyped_storage().resize_(8000)
+        before.untyped_storage().resize_(12000)  # one that was there before
+        assert (live.now, live.peak) == (20000, 20000)
+        del a
+        assert live.now == 12000
+    before.untyped_storage().resize_(0)
+    assert live.now == 12000
+
+
 def test_held_bytes_counts_shared_weights_once() -> None:
     a, b = torch.nn.Linear(10, 10), torch.nn.Linear(10, 10)
     b.weight = a.weight
@@ -208,6 +356,43 @@ def test_what_does_not_fit_a_gpu_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
     reason = _too_large(settings, "equilibrium", Network(), Sequence(32760, 512, 257), torch.device("cuda"))
     assert "80 GB" in reason
     assert _too_large(settings, "equilibrium", Network(), Sequence(32760, 512, 257), CPU) == ""
+
+
+def test_neither_of_two_is_measured_where_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "measure_phase", lambda *arguments: pytest.fail("minutes for nothing"))
+    monkeypatch.setattr(training, "_too_large", lambda settings, *rest: settings.priming.fake_form * 2)
+    source = load(ROOT / "configs" / "wan2.1-i2v-14b-480p-lora.yaml", environment=False)
+    arguments = (source.settings, Network(), Sequence(32760, 512, 257), CPU, 1)
+    found = training.compare_fakes(*arguments)
+    assert found["lora"]["skipped"] == "loralora" and found["copy"]["skipped"] == "copycopy"
+    monkeypatch.setattr(training, "_too_large", lambda *rest: "")
+    found = training.compare_discriminators(*arguments)
+    assert "student_lora avoids" in found["copy"]["skipped"] and "other" in found["ema"]["skipped"]
+    assert "ratio" not in found
+
+
+def test_a_phase_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training, "build_phase", exhausted)
+    settings = load(MICRO, environment=False).settings
+    found = training.measure_phase(settings, "priming", Network(), Sequence(80, 32, 5), CPU, 1)
+    assert found == {"skipped": "out of memory: CUDA out of memory."}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: what is planned against what it takes there")
+@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
+def test_on_a_gpu_a_phase_takes_the_memory_that_is_planned(phase: str) -> None:
+    source = load(ROOT / "configs" / "wan2.1-i2v-14b-480p-lora.yaml", environment=False)
+    network = replace(Network(), layers=8)  # of the real width, with clips of a quarter of the pixels
+    geometry = source.settings.geometry.model_copy(update={"height": 240, "width": 416})
+    settings = source.settings.model_copy(update={"geometry": geometry})
+    config = settings.equilibrium.model_copy(update={"head": settings.equilibrium.head.model_copy(update={"taps": ()})})
+    settings = settings.model_copy(update={"equilibrium": config})
+    tokens = Sequence(prod(geometry.latent_shape) // 4, 512, 257)
+    found = training.measure_phase(settings, phase, network, tokens, torch.device("cuda"), 1)
+    assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.15)
 
 
 def test_the_device_is_a_gpu_where_there_is_one() -> None:

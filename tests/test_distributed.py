@@ -19,7 +19,9 @@ from torch import Tensor
 
 from conftest import build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, losses, reference, result
+from planned import SEVERAL, SMALL, TOKENS, several
 from vpae.models.wan import load_pipeline, velocity
+from vpae.planning.footprint import footprint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
@@ -44,6 +46,9 @@ def two(tmp_path_factory, teacher) -> Path:
     """The folder into which two processes have written all they did."""
     folder = tmp_path_factory.mktemp("two")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    for name in ("priming", "equilibrium"):
+        one = accelerator_for("no")
+        fit(build(Case(name, steps=4), one), folder / f"grow-{name}", one, steps=2)
     command = [sys.executable, str(WORKER), str(folder), str(teacher)]
     with (folder / "log").open("w") as log:
         processes = [
@@ -133,14 +138,15 @@ def test_under_bf16_two_processes_agree_with_one_to_its_precision(name, two, alo
 
 
 @pytest.mark.parametrize("name", ["priming", "equilibrium"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_sharded_state_is_taken_up_by_any_number_of_processes(name, processes, two, alone, tmp_path):
-    facts(two, "resume"), facts(two, "resume", 1)
+@pytest.mark.parametrize("processes", ["two to one", "two to two", "one to two"])
+def test_a_state_is_taken_up_by_any_number_of_processes(name, processes, two, alone, tmp_path):
+    job = "grow" if processes == "one to two" else "resume"
+    facts(two, job), facts(two, job, 1)
     case = Case(name, steps=4)
     lines, weights, _ = alone(case, f"{name}-whole")
-    if processes == 2:
-        found = load_file(two / f"resume-{name}" / "weights.safetensors")
-        metrics = two / f"resume-{name}" / "metrics.jsonl"
+    if processes != "two to one":
+        found = load_file(two / f"{job}-{name}" / "weights.safetensors")
+        metrics = two / f"{job}-{name}" / "metrics.jsonl"
     else:
         shutil.copytree(two / f"state-{name}", tmp_path / "state")
         accelerator = accelerator_for("no")
@@ -176,7 +182,7 @@ def test_both_phases_move_what_they_train(two):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_after_a_start_on_the_meta_device_every_process_has_its_half_and_whole_tables(rank, two):
     found = facts(two, "start", rank)
-    assert found["tables"] and not found["meta"] and not found["followers"]
+    assert found["tables"] and not found["meta"] and not found["followers"] and found["processes"] == 2
     assert 0.4 < found["here"] / found["shared"] < 0.6
     assert found["whole"] and all("norm" in name or "scale_shift_table" in name for name in found["whole"])
 
@@ -187,6 +193,20 @@ def test_matrices_travel_as_bf16_and_what_has_to_be_exact_does_not(two):
     assert len(exact) > 20 and all(found["seen"][name] == "torch.float32" for name in exact)
     rest = {dtype for name, dtype in found["seen"].items() if name not in exact}
     assert rest == {"torch.bfloat16"} and found["masters"] == ["torch.float32"]
+
+
+def test_latents_and_times_enter_in_float32_and_so_does_what_the_blocks_add_to(two):
+    given = facts(two, "precision")["given"]
+    assert len(given) == 3 and set(given.values()) == {"torch.float32"}
+
+
+def test_frozen_weights_are_bf16_shards_and_the_adapters_on_them_float32(two):
+    found = facts(two, "precision")
+    kept = ("norm1.", "norm2.", "norm3.", "table", "patch_embedding", "time_embedder")  # diffusers', and the inputs
+    exact = {name for name in found["frozen"] if any(part in name for part in kept)}
+    assert {dtype for name, dtype in found["frozen"].items() if name not in exact} == {"torch.bfloat16"}
+    assert {found["frozen"][name] for name in exact} == {"torch.float32"}
+    assert found["adapters"] == ["torch.float32"]
 
 
 # Communication.
@@ -206,6 +226,27 @@ def test_gradients_are_reduced_only_in_the_last_micro_batch_unless_memory_is_dea
     assert reductions("update") > 0
     assert reductions("accumulating") == reductions("update")
     assert reductions("eager") == 3 * reductions("update")
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_process_takes_the_memory_that_is_planned(name, rank, two):
+    settings, phase = several(name)
+    planned = footprint(settings, phase, SMALL, TOKENS, 2, fused_norm=False)
+    assert planned.total == pytest.approx(facts(two, "memory", rank)[name], rel=0.15)
+
+
+def test_shards_and_shared_clips_take_less_memory(two):
+    found = facts(two, "memory")
+    assert found["equilibrium-again"] < 0.75 * found["equilibrium-whole"]
+    assert found["priming-context"] < 0.75 * found["priming"]
+    assert found["priming-reduced"] < found["priming-whole-gradients"]
+
+
+# Refusals.
 
 
 def test_context_parallelism_refuses_what_it_cannot_split(two):

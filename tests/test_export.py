@@ -15,8 +15,8 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import CAPTIONS, FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, seeded
-from vpae.artifacts import ArtifactError, write_json
+from conftest import FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, one_step_by_diffusers, picture, seeded
+from vpae.artifacts import ArtifactError, identity, write_json
 from vpae.cli import main
 from vpae.distill.common import save_student
 from vpae.export import command
@@ -44,25 +44,9 @@ INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.7}
 SCORES = {"rows": {"real": {"frechet": INTERVAL}, "vpae-1nfe": {"single_sprite": INTERVAL}}, "nfe": {"vpae-1nfe": 1}}
 
 
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def video(pipeline: WanImageToVideoPipeline) -> np.ndarray:
     """One step of plain diffusers from the same noise: float frames (T, H, W, 3) in [0, 1]."""
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        image=picture(),
-        prompt=CAPTIONS[0],
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=FRAMES,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        generator=torch.Generator("cpu").manual_seed(SEED),
-        output_type="np",
-    ).frames[0]
+    return one_step_by_diffusers(pipeline, SEED)
 
 
 def with_one_step_scheduler(pipeline: WanImageToVideoPipeline) -> WanImageToVideoPipeline:
@@ -336,6 +320,20 @@ def test_scores_come_into_the_card_by_the_export_command(student, tmp_path):
     assert "| vpae-1nfe | 1 |  | 0.500 ± 0.150 |" in text
     assert "commit abc" in text  # what the stage knew is still there
     assert json.loads((tmp_path / "out" / "card.json").read_text())["scores"] == SCORES
+
+
+@pytest.mark.parametrize("evaluated", [True, False], ids=["this student", "another"])
+def test_the_scores_of_the_evaluation_beside_the_student_come_by_themselves(teacher, tmp_path, evaluated):
+    stage, evaluation = tmp_path / "equilibrium", tmp_path / "evaluation"
+    save_student(teacher, build_transformer(5), SHIFT, stage / "student")
+    evaluation.mkdir()
+    write_json(evaluation / "scores.json", SCORES)
+    write_json(stage / "provenance.json", {**PROVENANCE, "outputs": {"a": "1"}, "settings": {}})
+    measured = identity(stage) if evaluated else "another"
+    write_json(evaluation / "provenance.json", {"inputs": {"equilibrium": measured}, "outputs": {}, "settings": {}})
+    export(stage / "student", "wan", tmp_path / "out")
+    _, text = front_and_text(tmp_path / "out" / "README.md")
+    assert ("0.500 ± 0.150" in text) == evaluated and ("Not measured" in text) != evaluated
 
 
 def test_what_is_not_a_scores_file_is_refused(student, tmp_path):

@@ -14,7 +14,6 @@ from vpae.distill.adversarial import generator_adversarial
 from vpae.distill.csds import csds_loss
 from vpae.distill.priming import motion_monitors
 from vpae.flow import x0_from_velocity
-from vpae.models.adapters import adapter_state
 from vpae.models.wan import predict_x0, velocity
 from vpae.training.loop import train
 from vpae.training.randomness import generator_for
@@ -100,7 +99,7 @@ def test_the_fake_model_moves_and_the_teacher_beneath_it_does_not(tmp_path, acce
             assert (velocity(fake, x, t, c) - original).abs().mean() > 1e-4
     names = {name.replace(".base_layer", ""): value for name, value in phase.shared.transformer.state_dict().items()}
     assert same(build_transformer().state_dict(), {n: v for n, v in names.items() if ".fake." not in n})
-    adapter = adapter_state(phase.shared.transformer)
+    adapter = phase.shared.fake.state_dict()
     assert all(value.abs().sum() > 0 for value in adapter.values())
     assert len(adapter) == 2 * (4 + 6 + 2) * 4  # both factors of every linear layer of attention and feed-forward
 

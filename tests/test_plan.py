@@ -10,16 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from planned import RANK, ROOT, SMALL, TOKENS, at_tiny_size, on_larger_clips, variant
 from test_workflow import Clone
 from vpae.bench.live_bytes import LiveBytes
-from vpae.bench.training import Workbench, build_phase
+from vpae.bench.training import Workbench, build_phase, held_by
 from vpae.cli import main
-from vpae.config import Experiment, Lora
+from vpae.config import Lora
 from vpae.experiment import ConfigError, Source, load, shipped
 from vpae.models.adapters import TARGETS, SharedBase
-from vpae.planning.command import parse_bytes
+from vpae.planning.command import as_text, parse_bytes
 from vpae.planning.counting import Sequence, adapter_flops, transformer_flops
-from vpae.planning.footprint import footprint
+from vpae.planning.footprint import footprint, parameters_of
 from vpae.planning.launch import Job, render
 from vpae.planning.memory import FP32, Precision, transformer_activations
 from vpae.planning.network import Network, adapter_parameters, pipeline_of
@@ -27,27 +28,14 @@ from vpae.planning.plan import Cluster, make_plan, tokens_of
 from vpae.planning.presence import incomplete, missing_teacher
 from vpae.planning.workload import turn_flops, turns_of
 
-ROOT = Path(__file__).parents[1]
 FULL_SCALE = [path for path in shipped(ROOT / "configs") if path.stem.startswith("wan")]
 CONFIG = ROOT / "configs" / "wan2.1-i2v-14b-480p.yaml"
 I2V_14B = Network()
-SMALL = Network(layers=8, heads=2, head_dim=32, ffn=160, text_dim=16, image_dim=16, freq_dim=16)
-RANK = 4
 
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def at_tiny_size(settings: Experiment, phase: str, taps: tuple[int, ...] = (), **training) -> Experiment:
-    """An experiment's phase on short, small clips."""
-    geometry = settings.geometry.model_copy(update={"frames": 17, "height": 64, "width": 64})
-    config = getattr(settings, phase)
-    changed = {"training": config.training.model_copy(update=training)}
-    if phase == "equilibrium":
-        changed["head"] = config.head.model_copy(update={"dim": 32, "heads": 2, "taps": taps or config.head.taps})
-    return settings.model_copy(update={"geometry": geometry, phase: config.model_copy(update=changed)})
 
 
 def inputs_of(network: Network, latents: tuple[int, int, int], device: str, gradient: bool = False) -> dict:
@@ -108,6 +96,26 @@ def test_adapters_of_known_ranks_have_the_known_sizes() -> None:
     assert adapter_parameters(I2V_14B, Lora(rank=128)) == 2 * expected
 
 
+@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
+@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "wan2.1-i2v-14b-480p-lora"])
+def test_all_roles_of_the_14b_phases_are_built_on_the_meta_device(name: str, phase: str) -> None:
+    settings = load(ROOT / "configs" / f"{name}.yaml", environment=False).settings
+    with torch.device("meta"):  # for the adapters
+        built = build_phase(settings, phase, I2V_14B, torch.device("meta"))
+    roles = {"generator": built.generator, "ema": built.ema}
+    roles |= {"fake": built.shared.fake} if phase == "priming" else {"head": built.head}
+    parts = [*roles.values(), *built.networks.values()]
+    assert all(p.is_meta for part in parts for p in part.parameters())
+    planned = parameters_of(settings, phase, I2V_14B)
+    assert {role: sum(p.numel() for p in part.parameters()) for role, part in roles.items()} == {
+        role: planned.held[role] for role in roles
+    }
+    adapters = sum(planned.held[r] for r in ("generator", "ema") if settings.priming.student_lora)
+    adapters += planned.held.get("fake", 0)
+    whole = sum(p.numel() for network in built.networks.values() for p in network.parameters())
+    assert whole == (1 if settings.priming.student_lora else 3) * 16_394_878_784 + adapters
+
+
 # Operations
 
 
@@ -144,7 +152,7 @@ def test_operations_of_a_backward_pass_are_what_torch_counts(gradient: str) -> N
 @pytest.mark.parametrize("phase", ["priming", "equilibrium"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_operations_of_a_step_are_what_the_phases_do(name: str, phase: str, checkpointing: bool) -> None:
-    settings = variant(name, phase, checkpointing)
+    settings = variant(name, phase, activation_checkpointing=checkpointing)
     tokens = Sequence(5 * 4 * 4, 32, 5)
     bench = Workbench(
         settings, build_phase(settings, phase, SMALL, torch.device("cpu")), SMALL, tokens, torch.device("cpu")
@@ -155,19 +163,6 @@ def test_operations_of_a_step_are_what_the_phases_do(name: str, phase: str, chec
         planned = turn_flops(settings, phase, turn, SMALL, tokens)
         assert (planned.recomputed > 0) == checkpointing or turn.role == "head"
         assert planned.executed == pytest.approx(counter.get_total_flops(), rel=0.08), turn.role
-
-
-def variant(name: str, phase: str, checkpointing: bool = False) -> Experiment:
-    """The micro experiment with small clips: as it is, with a student that is an adapter, or with full copies."""
-    settings = load(ROOT / "configs" / "micro.yaml", environment=False).settings
-    sharding = settings.priming.training.sharding.model_copy(update={"activation_checkpointing": checkpointing})
-    settings = at_tiny_size(settings, phase, (3, 5, 7), batch_size=1, sharding=sharding)
-    changes = {
-        "micro": {},
-        "lora": {"student_lora": Lora(rank=RANK, alpha=RANK)},
-        "copies": {"fake_form": "copy"} if phase == "priming" else {"backbone": "copy"},
-    }[name]
-    return settings.model_copy(update={phase: getattr(settings, phase).model_copy(update=changes)})
 
 
 # Memory
@@ -204,20 +199,17 @@ def test_what_a_pass_without_gradients_needs_is_what_is_alive() -> None:
 @pytest.mark.parametrize("phase", ["priming", "equilibrium"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_the_memory_of_a_phase_is_what_the_phase_takes(name: str, phase: str, checkpointing: bool) -> None:
-    settings, device = variant(name, phase, checkpointing), torch.device("cpu")
-    settings = settings.model_copy(
-        update={"geometry": settings.geometry.model_copy(update={"height": 128, "width": 128})}
-    )
-    tokens = Sequence(5 * 8 * 8, 32, 5)
-    bench = Workbench(settings, build_phase(settings, phase, SMALL, device), SMALL, tokens, device)
+    settings = on_larger_clips(variant(name, phase, activation_checkpointing=checkpointing))
+    device = torch.device("cpu")
+    bench = Workbench(settings, build_phase(settings, phase, SMALL, device), SMALL, TOKENS, device)
     peaks = []
     for turn in turns_of(settings, phase):
         bench.update(turn.role)
     for turn in turns_of(settings, phase):
         with LiveBytes() as live:
             bench.update(turn.role)
-        peaks.append(bench.held() + live.peak)
-    planned = footprint(settings, phase, SMALL, tokens, 1, fused_norm=False)
+        peaks.append(held_by(bench.phase) + live.peak)
+    planned = footprint(settings, phase, SMALL, TOKENS, 1, fused_norm=False)
     assert planned.total == pytest.approx(max(peaks), rel=0.15)
 
 
@@ -259,10 +251,28 @@ def test_a_slow_interconnect_takes_time() -> None:
 
 
 def test_the_shipped_experiments_fit_the_clusters_their_comments_name() -> None:
-    for name, gpus in (("480p", 16), ("720p", 32), ("480p-lora", 8)):
-        plan = plan_of(gpus, config=ROOT / "configs" / f"wan2.1-i2v-14b-{name}.yaml")
+    for name, gpus in (("i2v-14b-480p", 16), ("i2v-14b-720p", 32), ("i2v-14b-480p-lora", 8), ("fun-1.3b-480p", 8)):
+        plan = plan_of(gpus, config=ROOT / "configs" / f"wan2.1-{name}.yaml")
         assert plan["fits"], (name, plan["bytes_per_gpu"])
         assert {stage["clips_per_step"] for stage in plan["stages"].values()} == {64}
+
+
+@pytest.mark.parametrize("path", FULL_SCALE, ids=lambda path: path.stem)
+def test_gradients_are_reduced_in_every_micro_batch_only_where_whole_ones_do_not_fit(path: Path) -> None:
+    gpus = 8 if "lora" in path.stem or "1.3b" in path.stem else 32 if "720p" in path.stem else 16
+    for phase in ("priming", "equilibrium"):
+        config = getattr(load(path, environment=False).settings, phase).training
+        plan = plan_of(gpus, f"{phase}.training.sharding.reduce_every_micro_batch=false", config=path)
+        assert config.sharding.reduce_every_micro_batch != plan["stages"][phase]["fits"]
+
+
+def test_what_no_switch_makes_fit_is_said() -> None:
+    plan = plan_of(1, "priming.training.sharding.context_parallel=1", memory=1e9)
+    assert not plan["fits"]
+    for stage in plan["stages"].values():
+        assert all("gpus" in remedy for remedy in stage["remedies"])
+    text = as_text(plan_of(1, memory=1e8))
+    assert "does NOT fit in 100.0 MB" in text and "no switch makes it fit" in text
 
 
 @pytest.mark.parametrize("path", list(shipped(ROOT / "configs")), ids=lambda path: path.stem)
@@ -413,6 +423,7 @@ def job(**changes) -> Job:
 
 def test_a_launch_brings_the_processes_of_all_nodes_together(tmp_path: Path) -> None:
     script = render(load(CONFIG, environment=False), "priming", job(interface="ib0", partition="gpu"))
+    assert "export SRUN_CPUS_PER_TASK=64  #" in script  # else each node's eight processes share one core
     for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=gpu", "--requeue"):
         assert f"#SBATCH {line}\n" in script
     assert "export NCCL_SOCKET_IFNAME=ib0\n" in script

@@ -10,7 +10,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from conftest import CAPTIONS, FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer
+from conftest import CAPTIONS, FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, one_step_by_diffusers, picture
 from vpae import placement as placement_module
 from vpae.artifacts import write_json
 from vpae.cli import main
@@ -34,10 +34,6 @@ def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_student(teacher, build_transformer(5), SHIFT, folder)
     write_json(folder / GEOMETRY, {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": 8.0})
     return folder
-
-
-def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def video(pipeline: WanImageToVideoPipeline, image: Image.Image | None = None, steps: int = 1, seed: int = SEED):
@@ -87,18 +83,7 @@ def test_bfloat16_is_what_plain_diffusers_makes_of_it(student, plain):
     ours = video(load_placed(student, Placement(dtype="bfloat16"), "cpu"))
     precision = {"default": torch.bfloat16, "vae": torch.float32, "image_encoder": torch.float32}
     theirs = WanImageToVideoPipeline.from_pretrained(student, torch_dtype=precision)
-    frames = theirs(
-        image=picture(),
-        prompt=CAPTIONS[0],
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=FRAMES,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        max_sequence_length=512,
-        generator=torch.Generator("cpu").manual_seed(SEED),
-        output_type="np",
-    ).frames[0]
+    frames = one_step_by_diffusers(theirs, SEED)
     assert np.abs(np.rint(frames * 255) - ours).max() <= 1
     assert 0 < np.abs(ours - plain).mean() < 2
 
@@ -125,6 +110,7 @@ def test_eight_bits_give_nearly_the_same_video_in_the_memory_that_is_promised(
 
 def test_eight_bits_without_their_library_say_what_to_install(student, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    monkeypatch.setattr(placement_module, "load_pipeline", lambda *_: pytest.fail("that takes minutes at 14B"))
     with pytest.raises(ConfigError, match=r"pip install.*quantize.*or take --quantize fp8"):
         load_placed(student, Placement(quantize="int8"), "cpu")
 

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_head, build_transformer, seeded
 from distributed.cases import accelerator_for
-from vpae.config import R1, Equilibrium, Lora, Priming, Training
+from vpae.config import R1, Equilibrium, Lora, Priming, Sharding, Training
+from vpae.distill import common
 from vpae.distill.common import load_network
 from vpae.distill.equilibrium import EquilibriumPhase
 from vpae.distill.priming import PrimingPhase
+from vpae.experiment import ConfigError
 from vpae.models.adapters import STUDENT, SharedBase, lora_names, merge
 from vpae.models.wan import default_taps, features, predict_x0, velocity
+from vpae.stages import _Task
 from vpae.training.ema import update_ema
 from vpae.training.loop import train
 from vpae.training.precision import INPUTS, take_exact_inputs
@@ -206,6 +209,38 @@ def test_settings_that_contradict_each_other_are_refused():
         Equilibrium(backbone="copy", student_lora=LORA)
 
 
+# Processes.
+
+
+def test_processes_that_do_not_see_each_other_do_not_each_train_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # by torchrun, of whose processes accelerate takes no notice without a GPU
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE = 2 .* sees 1: .*ACCELERATE_USE_CPU=true"):
+        common.accelerator_for(Training())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert common.accelerator_for(Training()).num_processes == 1
+
+
+def test_a_state_is_found_by_processes_that_share_the_work_otherwise_and_by_no_others(tmp_path):
+    def state(**training):
+        settings = {"seed": 0, "priming": Priming(training=Training(**training)).model_dump(mode="json")}
+        return _Task(common, tmp_path / "priming", settings, {}, {"teacher": "0"}).state
+
+    assert state() == state(accumulate=8) == state(sharding=Sharding(strategy="full", context_parallel=2))
+    assert len({state(), state(batch_size=2), state(steps=7), state(mixed_precision="bf16")}) == 4
+
+
+def test_a_state_is_taken_up_only_for_updates_of_as_many_micro_batches(tmp_path):
+    def go_on(steps: int, accumulate: int) -> None:
+        phase, _ = lora_phase("equilibrium")
+        training = Training(steps=steps, accumulate=accumulate)
+        train(phase, lambda drawn: build_batch(1, seed=drawn), training, 0, tmp_path, accelerator_for("no"))
+
+    go_on(1, 2)
+    with pytest.raises(ConfigError, match=r"updates of 2 micro-batches.*make 3: set equilibrium.training.accumulate=2"):
+        go_on(2, 3)
+    go_on(2, 2)
+
+
 # Precision.
 
 
@@ -264,7 +299,14 @@ def test_the_14b_transformer_and_its_adapters_have_the_published_sizes():
         adapter = SharedBase(model).add(STUDENT, Lora(rank=64, alpha=64))
     sizes = {name: p.numel() for name, p in adapter.named_parameters()}
     assert round(sum(sizes.values()) / 1e6, 1) == 359.1
-    assert round(sum(n for name, n in sizes.items() if "add_" not in name) / 1e6, 1) == 306.7
+    video = {name: n for name, n in sizes.items() if "add_" not in name}
+    assert round(sum(video.values()) / 1e6, 1) == 306.7
+    assert round(sum(n for name, n in video.items() if "ffn" not in name) / 1e6, 1) == 209.7
+    with torch.device("meta"):
+        wider = SharedBase(empty_transformer(WAN_14B | {"num_layers": 4})).add(STUDENT, Lora(rank=128, alpha=128))
+    assert round(10 * sum(p.numel() for name, p in wider.named_parameters() if "add_" not in name) / 1e6) == 613
+    text_only = WAN_14B | {"in_channels": 16, "image_dim": None, "added_kv_proj_dim": None}
+    assert round(sum(p.numel() for p in empty_transformer(text_only).parameters()) / 1e9, 3) == 14.288
 
 
 def test_an_empty_transformer_has_the_tables_of_a_real_one_and_a_whole_network_is_saved_as_it_is():

@@ -10,7 +10,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from PIL import Image
 from torch import Tensor, nn
 
-from conftest import CAPTIONS, FRAMES, HEIGHT, LATENTS, SHIFT, WIDTH, build_batch, build_head, build_transformer
+from conftest import (
+    CAPTIONS,
+    FRAMES,
+    HEIGHT,
+    LATENTS,
+    SHIFT,
+    WIDTH,
+    build_batch,
+    build_head,
+    build_transformer,
+    one_step_by_diffusers,
+)
 from vpae import sampling
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
@@ -107,28 +118,13 @@ def test_image_embeddings_are_diffusers_own(pipeline, height, width):
 
 def test_a_student_s_one_step_video_is_what_plain_diffusers_makes_of_its_folder(student, monkeypatch):
     theirs = WanImageToVideoPipeline.from_pretrained(student)
-    theirs.set_progress_bar_config(disable=True)
     image, prompt = Image.fromarray(picture()), CAPTIONS[0]
-
-    def by_diffusers(output_type: str):
-        return theirs(
-            image=image,
-            prompt=prompt,
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=FRAMES,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type=output_type,
-        ).frames[0]
-
     decoded, decode = [], sampling.decode_latents
     monkeypatch.setattr(sampling, "decode_latents", lambda vae, x: decoded.append(x) or decode(vae, x))
     ours = sampling.animate(load_pipeline(student), image, prompt, 1, 1.0, SEED, FRAMES)
-    torch.testing.assert_close(decoded[0][0], by_diffusers("latent"), **CLOSE)
+    torch.testing.assert_close(decoded[0][0], one_step_by_diffusers(theirs, SEED, "latent"), **CLOSE)
     assert ours.shape == (FRAMES, HEIGHT, WIDTH, 3) and ours.dtype == np.uint8
-    frames = np.stack([np.asarray(f) for f in by_diffusers("pil")]).astype(int)
+    frames = np.stack([np.asarray(f) for f in one_step_by_diffusers(theirs, SEED, "pil")]).astype(int)
     assert np.abs(ours - frames).max() <= 1 and (ours == frames).mean() > 0.999
     assert len(np.unique(ours)) > 20  # the comparison is not one of blank frames
 

@@ -163,7 +163,7 @@ def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tup
         "outputs": file_hashes(temporary),
         "counts": counts,
         "code": code_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "python": platform.python_version(),
         "command": " ".join(["vpae", *sys.argv[1:]]),
         "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
@@ -178,6 +178,19 @@ def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tup
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the libraries on which results depend, of those that are installed; decord is not everywhere."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {name: version for name, version in found.items() if version}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def code_version() -> dict:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from vpae import __version__
+from vpae.arguments import experiment_arguments
 from vpae.bench import command as bench
 from vpae.evaluation.vbench import command as vbench
 from vpae.experiment import STAGES, ConfigError, load, schema, shipped
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage in STAGES:
         command = commands.add_parser(stage, help=f"run the stage `{stage}` of an experiment")
-        _experiment_arguments(command)
+        experiment_arguments(command)
         command.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
         command.set_defaults(run=_stage, stage=stage, part=None)
         if stage in DIVISIBLE:
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("diffusers", "wan", "lora", "lora-wan"), required=True)
     export.add_argument("--out", type=Path, required=True, help="folder to make, or a .safetensors file")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
-    export.add_argument("--scores", type=Path, help="scores.json of the evaluation stage, for the model card")
+    export.add_argument("--scores", type=Path, help="for the model card; default: the evaluation's beside it")
     export.add_argument("--adapter", type=Path, help="the adapter of a LoRA student; default: the one beside it")
     export.set_defaults(run=_export)
 
@@ -85,16 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--strict", action="store_true", help="also ask whether videos and weights are there")
     check.set_defaults(run=_config_check)
     show = config_commands.add_parser("show", help="print the resolved experiment")
-    _experiment_arguments(show)
+    experiment_arguments(show)
     show.set_defaults(run=_config_show)
     describe = config_commands.add_parser("schema", help="print the JSON schema")
     describe.set_defaults(run=_config_schema)
     return parser
-
-
-def _experiment_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
-    command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
 
 
 def _placement_arguments(command: argparse.ArgumentParser) -> None:

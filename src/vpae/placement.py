@@ -3,7 +3,9 @@
 The means are diffusers' own, and torchao's for int8.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +94,13 @@ def load_placed(
         ConfigError: int8 is wanted, and torchao is not installed.
     """
     device, dtype = torch.device(device), placement.number_format(model)
+    to_int8 = _int8() if placement.quantize == "int8" else None  # whether it can be done, before minutes of loading
     # The two small networks lose most by few digits, and gain least.
     pipeline = load_pipeline(model, {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32})
     transformer = pipeline.transformer
-    transformer.register_forward_pre_hook(_in_its_own_dtype, with_kwargs=True)
-    if placement.quantize == "int8":
-        _to_int8(transformer.blocks)
+    transformer.register_forward_pre_hook(in_its_own_dtype, with_kwargs=True)
+    if to_int8 is not None:
+        to_int8(transformer.blocks)
     elif placement.quantize == "fp8":
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
     if placement.tile:
@@ -120,7 +123,7 @@ def _offload(pipeline: WanImageToVideoPipeline, offload: str, device: torch.devi
         pipeline.to(device)
 
 
-def _in_its_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def in_its_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Give the transformer its inputs as the pipeline does: all but the time in the number format of its weights."""
 
     def cast(name: str, value: Any) -> Any:
@@ -130,11 +133,17 @@ def _in_its_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict[str, Any
     return args, {name: cast(name, value) for name, value in kwargs.items()}
 
 
-def _to_int8(blocks: nn.Module) -> None:
+def _int8() -> Callable[[nn.Module], None]:
+    """What stores a module's matrices in int8.
+
+    Raises:
+        ConfigError: torchao is not installed, or not for this torch.
+    """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ConfigError(
-            "--quantize int8 needs torchao: `pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8"
+            f"--quantize int8 needs torchao: `pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8 "
+            f"({error})"
         ) from error
-    quantize_(blocks, Int8WeightOnlyConfig())
+    return partial(quantize_, config=Int8WeightOnlyConfig())

@@ -32,6 +32,15 @@ def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
     return folder.parent / ".state" / f"{folder.name}-{digest([settings, inputs])[:12]}"
 
 
+def _without_shares(settings: dict) -> dict:
+    """A stage's settings without how a phase is shared out among processes: others may take up where these stopped."""
+    found = dict(settings)
+    for phase in {"priming", "equilibrium"} & found.keys():
+        training = {k: v for k, v in found[phase]["training"].items() if k not in ("accumulate", "sharding")}
+        found[phase] = {**found[phase], "training": training}
+    return found
+
+
 @dataclass(frozen=True)
 class _Task:
     """A stage of one experiment: its module, its folder, and all that determines what will be in it."""
@@ -44,7 +53,7 @@ class _Task:
 
     @property
     def state(self) -> Path:
-        return state_folder(self.folder, self.settings, self.digests)
+        return state_folder(self.folder, _without_shares(self.settings), self.digests)
 
     def is_done(self) -> bool:
         if is_finished(self.folder, self.settings, self.digests):

@@ -1,6 +1,7 @@
 """What two processes and one are both asked to do: a phase, its settings, and what it ends with."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,8 +79,10 @@ def build(case: Case, accelerator: Accelerator, **training):
         **case.settings,
     }
 
-    def network(seed: int) -> WanTransformer3DModel:
+    def network(seed: int, trained: bool = True) -> WanTransformer3DModel:
         whole = build_transformer(seed)
+        if case.precision == "bf16" and not trained:
+            whole = halved(whole)
         return whole if first or sharding.strategy == "none" else empty_transformer(dict(whole.config))
 
     with torch.random.fork_rng():
@@ -92,18 +95,25 @@ def build(case: Case, accelerator: Accelerator, **training):
                 guidance_scale=3.0,
                 **settings,
             )
-            shared = SharedBase(network(0), config.fake_lora if config.fake_form == "lora" else "copy")
+            shared = SharedBase(network(0, trained=False), config.fake_lora if config.fake_form == "lora" else "copy")
             generator = network(0) if config.student_lora is None else shared.add(STUDENT, config.student_lora)
             phase = PrimingPhase(config, SHIFT, generator, shared)
         else:
             config = Equilibrium(discriminator=Optimizer(learning_rate=1e-3), **settings)
-            generator, teacher = network(1), network(0)
+            generator, teacher = network(1), network(0, trained=False)
             if config.student_lora is not None:
                 shared = SharedBase(teacher)
                 generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
             phase = EquilibriumPhase(config, SHIFT, generator, teacher, build_head(), default_taps(4))
     spread(phase, config.training, accelerator)
     return phase
+
+
+def halved(network: WanTransformer3DModel) -> WanTransformer3DModel:
+    """As a frozen network is loaded under bf16: all but norms and modulation in that format."""
+    with tempfile.TemporaryDirectory() as folder:
+        network.save_pretrained(folder)
+        return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
 
 
 def fit(phase, folder: Path, accelerator: Accelerator, steps: int | None = None) -> Path:

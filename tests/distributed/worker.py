@@ -22,10 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import SHIFT, build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, result
+from planned import SEVERAL, SMALL, TOKENS, several
+from vpae.bench.live_bytes import LiveBytes
+from vpae.bench.networks import random_condition, random_latents
+from vpae.bench.training import build_phase, held_by
+from vpae.distill import common
 from vpae.distill.common import finish
 from vpae.models.wan import velocity
+from vpae.planning.workload import turns_of
 from vpae.training.ema import update_ema
 from vpae.training.loop import _update
+from vpae.training.precision import INPUTS
+from vpae.training.sharding import spread
 
 
 class Collectives(TorchDispatchMode):
@@ -72,12 +80,24 @@ def resume(folder: Path, accelerator: Accelerator) -> dict:
     return {}
 
 
+def grow(folder: Path, accelerator: Accelerator) -> dict:
+    """Go on from the state of one process."""
+    for name in ("priming", "equilibrium"):
+        phase = build(Case(name, steps=4), accelerator)
+        fit(phase, folder / f"grow-{name}", accelerator)
+        weights = result(phase)
+        if weights:
+            save_file(weights, folder / f"grow-{name}" / "weights.safetensors")
+    return {}
+
+
 def start(folder: Path, accelerator: Accelerator) -> dict:
     """What each process has after a start in which only the first one had weights."""
     phase = build(Case("priming"), accelerator)
     network, reference = phase.generator, build_transformer(0)
     parameters = list(network.parameters())
     return {
+        "processes": common.accelerator_for(phase.config.training).num_processes,
         "tables": all(network.get_buffer(n).equal(b) for n, b in reference.named_buffers()),
         "meta": [n for n, p in network.named_parameters() if p.is_meta],
         "whole": [n for n, p in network.named_parameters() if not isinstance(p, DTensor)],
@@ -134,9 +154,15 @@ def precision(folder: Path, accelerator: Accelerator) -> dict:
 
     for name, module in phase.generator.named_modules():
         module.register_forward_pre_hook(note(name))
+    given: dict[str, str] = {}
+    for name in (*INPUTS, "blocks.0"):
+        module = phase.generator.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, inputs, name=name: given.update({name: str(inputs[0].dtype)}))
     with torch.no_grad(), accelerator.autocast():
         phase.loss("generator", build_batch(1), torch.Generator().manual_seed(0), 0)
-    return {"seen": seen, "masters": masters}
+    frozen = {n: str(p.dtype) for n, p in phase.shared.transformer.named_parameters() if not p.requires_grad}
+    adapters = sorted({str(p.dtype) for p in phase.shared.fake.parameters()})
+    return {"seen": seen, "masters": masters, "given": given, "frozen": frozen, "adapters": adapters}
 
 
 def swap(folder: Path, accelerator: Accelerator) -> dict:
@@ -151,6 +177,27 @@ def swap(folder: Path, accelerator: Accelerator) -> dict:
     except RuntimeError as error:
         return {"said": str(error)}
     return {"said": ""}
+
+
+def memory(folder: Path, accelerator: Accelerator) -> dict:
+    """The most bytes in this process at once while both roles of a phase are updated."""
+    return {name: _peak(name, accelerator) for name in SEVERAL}
+
+
+def _peak(name: str, accelerator: Accelerator) -> int:
+    settings, phase_name = several(name)
+    training = getattr(settings, phase_name).training
+    phase = build_phase(settings, phase_name, SMALL, accelerator.device)
+    spread(phase, training, accelerator)
+    latents = random_latents(settings, 1, accelerator.device)
+    condition = random_condition(settings, SMALL, TOKENS, 1, accelerator.device)
+    peaks = {}
+    for _ in range(2):  # the first time optimisers make their state
+        for turn in turns_of(settings, phase_name):
+            with LiveBytes() as live:
+                _update(phase, turn.role, 0, lambda drawn: (latents, condition), 0, training, 0, 0, accelerator)
+            peaks[turn.role] = live.peak
+    return held_by(phase) + max(peaks.values())
 
 
 def refused(folder: Path, accelerator: Accelerator) -> dict:
@@ -171,7 +218,7 @@ def main() -> int:
     torch.set_num_threads(1)
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))])
     jobs = {name: lambda f, a, name=name: run_case(name, f, a) for name in CASES}
-    jobs |= {f.__name__: f for f in (resume, start, communication, precision, refused, swap)}
+    jobs |= {f.__name__: f for f in (resume, grow, start, communication, precision, refused, swap, memory)}
     chosen = sys.argv[3:] or list(jobs)
     for name in chosen:
         accelerator = accelerator_for("bf16" if "bf16" in name or name == "precision" else "no")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from vpae.arguments import experiment_arguments
 from vpae.experiment import ConfigError, load
 
 PARTS = ("sampling", "priming", "equilibrium", "vae", "discriminator", "fake")
@@ -12,8 +13,7 @@ PARTS = ("sampling", "priming", "equilibrium", "vae", "discriminator", "fake")
 def add_bench(commands: argparse._SubParsersAction) -> None:
     """The arguments of `vpae bench`."""
     bench = commands.add_parser("bench", help="measure sampling, training steps and encoding; write JSON")
-    bench.add_argument("--config", type=Path, default=Path("configs/micro.yaml"), help="an experiment's YAML file")
-    bench.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    experiment_arguments(bench, Path("configs/micro.yaml"))
     bench.add_argument("--device", default="", help="cuda, cuda:1, cpu ...; default: a GPU if there is one")
     bench.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; separated by commas")
     bench.add_argument("--steps", default="1,50", help="sampling steps; with guidance each but 1 takes two evaluations")
@@ -54,11 +54,11 @@ def _bench(arguments: argparse.Namespace) -> None:
         random_weights=arguments.random_weights,
         results=arguments.results,
     )
-    found = {**surroundings(source, options), **run(source, options)}
+    around = surroundings(source, options)
     out = arguments.out or Path("results/bench") / f"{source.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, found)
-    print(as_text(found))
+    found = run(source, options, keep=lambda found: write_json(out, {**around, **found}))
+    print(as_text({**around, **found}))
     print(out, file=sys.stderr)
 
 

@@ -9,12 +9,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+WRAPPERS = (DTensor, AsyncCollectiveTensor)  # tensors that have no memory of their own
+
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made while it is on.
+    """Counts the storages made while it is on; one at a time may be.
 
     Attributes:
         now: bytes of those that are still alive.
@@ -26,7 +30,25 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._counted: dict[int, tuple[weakref.ref, int]] = {}
 
+    def __enter__(self) -> "LiveBytes":
+        # FSDP takes and gives back the memory of gathered weights through their storages, which is no operation.
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = resize(storage, size)
+            self._recount(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = counted
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, WRAPPERS) for kind in types):
+            return NotImplemented  # what they do with the tensor inside comes by here again
         given = {id(s) for s in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
@@ -35,6 +57,17 @@ class LiveBytes(TorchDispatchMode):
                 self._count(storage)
         self.peak = max(self.peak, self.now)
         return result
+
+    def _recount(self, storage: torch.UntypedStorage) -> None:
+        """Take note of another size; a storage that was there before is counted from its first growth on."""
+        key = id(storage)
+        if key not in self._counted:
+            self._count(storage)
+        else:
+            reference, before = self._counted[key]
+            self._counted[key] = reference, storage.nbytes()
+            self.now += storage.nbytes() - before
+        self.peak = max(self.peak, self.now)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()

@@ -6,8 +6,10 @@ from statistics import median
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vpae.bench.live_bytes import LiveBytes
+from vpae.out_of_memory import exhausted_memory
 
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices whose product is timed
 
@@ -35,6 +37,24 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int, warmup
     return {"seconds": median(runs), "low": min(runs), "high": max(runs), "runs": len(runs)}
 
 
+def if_it_fits(measure: Callable[[], dict], device: torch.device) -> dict:
+    """What `measure` returns; or, where memory does not suffice for it, {"skipped": why}. Other errors pass."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        if exhausted_memory(error) is None:
+            raise
+        reason = first_line(error)
+    # Here, where the error no longer holds the frames that hold the tensors.
+    free_memory(device)
+    return {"skipped": f"out of memory: {reason}"}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of the fastest of several large matrix products: what utilisation is measured against."""
     n = MATRIX.get(device.type, 1024)
@@ -54,7 +74,8 @@ def held_bytes(modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Op
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     for optimizer in optimizers:
         tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    storages = {s.data_ptr() or id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    here = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)  # of a sharded one, this process's shard
+    storages = {s.data_ptr() or id(s): s.nbytes() for s in (t.untyped_storage() for t in here)}
     return sum(storages.values())
 
 

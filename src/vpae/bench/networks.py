@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from vpae.config import Experiment
 from vpae.experiment import Source, stage_folder
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline
+from vpae.placement import LARGE
 from vpae.planning.counting import Sequence
 from vpae.planning.network import Network, Pipeline, build_encoders
-
-LARGE = 1_000_000_000  # parameters of a transformer from which on it is sampled in bfloat16
 
 
 @dataclass
@@ -65,10 +64,7 @@ def random_components(pipeline: Pipeline, device: torch.device, dtype: torch.dty
         text_encoder = build_encoders(pipeline, device, ("text_encoder",))["text_encoder"]
     others = build_encoders(pipeline, device, ("vae", "image_encoder"))
     transformer = random_transformer(pipeline.transformer, device, dtype)
-    parts = Components(transformer, others["vae"], text_encoder, others["image_encoder"])
-    for module in (parts.transformer, parts.vae, parts.text_encoder, parts.image_encoder):
-        module.requires_grad_(False).eval()
-    return parts
+    return _at_rest(Components(transformer, others["vae"], text_encoder, others["image_encoder"]))
 
 
 def found_components(source: Source, results: Path, device: torch.device, dtype: torch.dtype) -> Components:
@@ -84,7 +80,10 @@ def found_components(source: Source, results: Path, device: torch.device, dtype:
         )
     dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     pipeline = load_pipeline(folder, dtypes).to(device)
-    parts = Components(pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder)
+    return _at_rest(Components(pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder))
+
+
+def _at_rest(parts: Components) -> Components:
     for module in (parts.transformer, parts.vae, parts.text_encoder, parts.image_encoder):
         module.requires_grad_(False).eval()
     return parts

@@ -1,6 +1,5 @@
 """What stands around a measurement (device, versions, command), and its tables for people."""
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -9,7 +8,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from vpae.artifacts import PACKAGES, code_version, device_name
+from vpae.artifacts import code_version, device_name, package_versions
 from vpae.bench.run import Options
 from vpae.experiment import Source
 
@@ -31,7 +30,7 @@ def surroundings(source: Source, options: Options) -> dict:
             "cpus": os.cpu_count(),
         },
         "code": code_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -49,10 +48,7 @@ def as_text(found: dict) -> str:
     if "sampling" in found:
         lines += ["", *_sampling(found["sampling"])]
     if "vae" in found:
-        lines += ["", "VAE, frames per second"]
-        lines += [
-            f"  {name:10} {found['vae'][name]['frames_per_second']:10.4g}" for name in ("encode", "condition", "decode")
-        ]
+        lines += ["", *_vae(found["vae"])]
     for name in ("priming", "equilibrium"):
         if name in found:
             lines += ["", *_phase(name, found[name])]
@@ -70,17 +66,35 @@ def _sampling(sampling: dict) -> list[str]:
             lines.append(f"{start} skipped: {row['skipped']}")
         else:
             lines.append(f"{start} {row['seconds']:10.4g} {row['share_of_peak']:8.1%}")
-    parts = list(sampling["videos"][0]["seconds"])
-    lines += ["one video, seconds", "  " + " ".join(f"{name:>10}" for name in ("NFE", *parts, "total"))]
-    for row in sampling["videos"]:
+    lines += _videos(sampling["videos"])
+    if r := sampling["ratios"]:
+        lines.append(
+            f"  {r['nfe']:.0f} times the evaluations take {r['diffusion']:.4g} times the diffusion's time, "
+            f"{r['end_to_end']:.4g} times all of it"
+        )
+    return lines
+
+
+def _videos(rows: list[dict]) -> list[str]:
+    parts = next((list(row["seconds"]) for row in rows if "seconds" in row), [])
+    lines = [
+        f"one video ({rows[0]['attention']}, {rows[0]['mode']}), seconds",
+        "  " + " ".join(f"{name:>10}" for name in ("NFE", *parts, "total")),
+    ]
+    for row in rows:
+        if "skipped" in row:
+            lines.append(f"  {row['nfe']:10} skipped: {row['skipped']}")
+            continue
         cells = [f"{row['nfe']:10}", *(f"{row['seconds'][p]:10.4g}" for p in parts), f"{row['total_seconds']:10.4g}"]
         lines.append("  " + " ".join(cells))
-    r = sampling["ratios"]
-    lines.append(
-        f"  {r['nfe']:.0f} times the evaluations take {r['diffusion']:.4g} times the diffusion's time, "
-        f"{r['end_to_end']:.4g} times all of it"
-    )
     return lines
+
+
+def _vae(vae: dict) -> list[str]:
+    if "skipped" in vae:
+        return [f"VAE: skipped, {vae['skipped']}"]
+    names = ("encode", "condition", "decode")
+    return ["VAE, frames per second", *(f"  {name:10} {vae[name]['frames_per_second']:10.4g}" for name in names)]
 
 
 def _phase(name: str, phase: dict) -> list[str]:

@@ -1,12 +1,14 @@
 """Runs the parts of `vpae bench` that are asked for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from vpae.bench import encoding, sampling, training
-from vpae.bench.measure import free_memory, matmul_peak
+from vpae.bench.measure import free_memory, if_it_fits, matmul_peak
 from vpae.bench.networks import found_components, random_components, sampling_dtype
 from vpae.experiment import RESULTS, ConfigError, Source
 from vpae.planning.network import pipeline_of, transformer_parameters
@@ -41,8 +43,15 @@ class Options:
         return device
 
 
-def run(source: Source, options: Options) -> dict:
-    """All parts, in the order in which they are listed."""
+def run(source: Source, options: Options, keep: Callable[[dict], None] = lambda found: None) -> dict:
+    """All parts, in the order in which they are listed.
+
+    Args:
+        source: the experiment.
+        options: what to measure.
+        keep: is given all that has been found whenever there is more of it, since the time on a machine may end.
+            `unfinished` names the parts that are still to come.
+    """
     settings, device = source.settings, options.place
     pipeline = pipeline_of(source)
     network, tokens = pipeline.transformer, tokens_of(settings, pipeline)
@@ -50,7 +59,13 @@ def run(source: Source, options: Options) -> dict:
     found: dict = {
         "network": {"parameters": transformer_parameters(network)[0], "tokens": tokens.video, "dtype": str(dtype)},
         "matmul_flops_per_second": matmul_peak(device, dtype),
+        "unfinished": list(options.parts),
     }
+
+    def done(part: str) -> None:
+        found["unfinished"].remove(part)
+        keep(found)
+
     if {"sampling", "vae"} & set(options.parts):
         parts = (
             random_components(pipeline, device, dtype)
@@ -59,22 +74,37 @@ def run(source: Source, options: Options) -> dict:
         )
         if "sampling" in options.parts:
             bench = sampling.Bench(settings, parts, network, tokens, device, options.repeats)
-            found["sampling"] = {
-                "flops_per_nfe": bench.flops,
-                "evaluations": bench.evaluations(options.batch_sizes, options.attention, options.compiled),
-                "videos": (videos := bench.videos(options.steps, options.guidance)),
-                "ratios": sampling.ratios(videos),
-            }
+            _sample(bench, options, found, keep)
+            done("sampling")
             del bench
         if "vae" in options.parts:
-            found["vae"] = encoding.measure_vae(settings, parts, device, options.batch_sizes[0], options.repeats)
+            measure = partial(encoding.measure_vae, settings, parts, device, options.batch_sizes[0], options.repeats)
+            found["vae"] = if_it_fits(measure, device)
+            done("vae")
+            del measure
         del parts
         free_memory(device)
-    for name in ("priming", "equilibrium"):
+    work = {
+        "priming": partial(training.measure_phase, settings, "priming"),
+        "equilibrium": partial(training.measure_phase, settings, "equilibrium"),
+        "discriminator": partial(training.compare_discriminators, settings),
+        "fake": partial(training.compare_fakes, settings),
+    }
+    for name, measure in work.items():
         if name in options.parts:
-            found[name] = training.measure_phase(settings, name, network, tokens, device, options.repeats)
-    if "discriminator" in options.parts:
-        found["discriminator"] = training.compare_discriminators(settings, network, tokens, device, options.repeats)
-    if "fake" in options.parts:
-        found["fake"] = training.compare_fakes(settings, network, tokens, device, options.repeats)
+            found[name] = measure(network, tokens, device, options.repeats)
+            done(name)
     return found
+
+
+def _sample(bench: sampling.Bench, options: Options, found: dict, keep: Callable[[dict], None]) -> None:
+    """Whole videos come after single evaluations, in the mode and with the backend that were fastest there."""
+    place = found["sampling"] = {"flops_per_nfe": bench.flops, "evaluations": [], "videos": [], "ratios": {}}
+    for row in bench.evaluations(options.batch_sizes, options.attention, options.compiled):
+        place["evaluations"].append(row)
+        keep(found)
+    mode, backend = sampling.fastest(place["evaluations"])
+    for row in bench.videos(options.steps, options.guidance, mode, backend):
+        place["videos"].append(row)
+        keep(found)
+    place["ratios"] = sampling.ratios(place["videos"])

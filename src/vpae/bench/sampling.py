@@ -1,23 +1,28 @@
 """How long a video takes: the network steps, and all from image and prompt to an mp4, part by part."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
-from vpae.bench.measure import matmul_peak, seconds_of, timed
+from vpae.bench.measure import first_line, if_it_fits, matmul_peak, seconds_of, timed
 from vpae.bench.networks import Components, random_condition
 from vpae.config import Experiment
 from vpae.data.video import write_video
 from vpae.models.wan import decode_latents, encode_condition, predict_x0
+from vpae.placement import in_its_own_dtype
 from vpae.planning.counting import Sequence, transformer_flops
 from vpae.planning.network import Network
 from vpae.sampling import euler
 
+EAGER, COMPILED = "eager", "compiled"
+NO_KERNEL = "No available kernel"  # what torch says of a native backend that is not for this device or these sizes
 LONG_SECONDS = 60.0  # a row that takes longer is timed once: a hundred evaluations are their own average
 
 
@@ -46,33 +51,52 @@ class Bench:
         self.dtype = parts.transformer.dtype
         self.flops = transformer_flops(network, tokens).forward
         self.peak = matmul_peak(device, self.dtype)
-        parts.transformer.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
+        parts.transformer.register_forward_pre_hook(in_its_own_dtype, with_kwargs=True)
 
     @torch.no_grad()
-    def evaluations(self, batch_sizes: tuple[int, ...], attention: tuple[str, ...], compiled: bool) -> list[dict]:
+    def evaluations(self, batch_sizes: tuple[int, ...], attention: tuple[str, ...], compiled: bool) -> Iterator[dict]:
         """One network evaluation for each attention backend and batch size, eager and, if wanted, compiled."""
-        model, rows = self.parts.transformer, []
-        for mode in ("eager", "compiled") if compiled else ("eager",):
-            if mode == "compiled":
-                model.compile_repeated_blocks()
+        for mode in (EAGER, COMPILED) if compiled else (EAGER,):
             for backend in attention:
                 for batch in batch_sizes:
-                    row = {"attention": backend, "mode": mode, "batch": batch}
-                    rows.append(row | self._evaluation(backend, batch))
-        _uncompile(model)
-        model.set_attention_backend("native")
-        return rows
+                    yield {"attention": backend, "mode": mode, "batch": batch} | self._evaluation(mode, backend, batch)
 
-    def _evaluation(self, backend: str, batch: int) -> dict:
+    def _evaluation(self, mode: str, backend: str, batch: int) -> dict:
+        """The time of a row, or why there is none: what this machine lacks ends no measurement, other errors do."""
         try:
-            self.parts.transformer.set_attention_backend(backend)
-            work = self._prediction(batch)
-            found = timed(work, self.device, self.repeats, warmup=2)
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-            # A backend that is not installed or not for this device, or too large a batch, ends no measurement.
-            return {"skipped": (str(error).splitlines() or [type(error).__name__])[0]}
+            self._prepare(mode, backend)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:  # diffusers' ways to refuse a backend
+            return {"skipped": f"the backend is not to be had: {first_line(error)}"}
+        try:
+            prediction = self._prediction(batch)
+            found = if_it_fits(partial(timed, prediction, self.device, self.repeats, warmup=2), self.device)
+        except TorchDynamoException as error:
+            if mode == EAGER:
+                raise
+            return {"skipped": f"cannot be compiled: {first_line(getattr(error, 'inner_exception', error))}"}
+        except RuntimeError as error:
+            if NO_KERNEL not in str(error):
+                raise
+            return {"skipped": f"the backend cannot do this here: {first_line(error)}"}
+        if "skipped" in found:
+            return found
         rate = batch * self.flops / found["seconds"]
         return {**found, "seconds_per_nfe_and_video": found["seconds"] / batch, "share_of_peak": rate / self.peak}
+
+    def _prepare(self, mode: str, backend: str) -> None:
+        """Have the transformer run in a mode with a backend.
+
+        Raises:
+            ImportError, OSError, RuntimeError, ValueError: there is no such backend here.
+        """
+        model = self.parts.transformer
+        model.set_attention_backend(backend)
+        for module in model.modules():
+            module._compiled_call_impl = None
+        # Else torch counts what each row compiles anew, and soon runs the rows after it uncompiled without a word.
+        torch._dynamo.reset()
+        if mode == COMPILED:
+            model.compile_repeated_blocks()
 
     def _prediction(self, batch: int) -> Callable[[], Tensor]:
         shape = (batch, 16, *self.settings.geometry.latent_shape)
@@ -81,30 +105,28 @@ class Bench:
         return lambda: predict_x0(self.parts.transformer, noise, one, condition)
 
     @torch.no_grad()
-    def videos(self, steps: tuple[int, ...], guidance: float) -> list[dict]:
+    def videos(self, steps: tuple[int, ...], guidance: float, mode: str, backend: str) -> Iterator[dict]:
         """One video end to end for each number of steps; those of several steps are guided, as teachers sample."""
-        rows = []
+        self._prepare(mode, backend)
         for number in steps:
             w = 1.0 if number == 1 else guidance
-            nfe = number * (1 if w == 1.0 else 2)
-            self._video(1, 1.0)  # nothing is timed cold
-            runs = [self._video(number, w)]
-            while len(runs) < self.repeats and sum(runs[0].values()) < LONG_SECONDS:
-                runs.append(self._video(number, w))
-            found = {part: median(run[part] for run in runs) for part in runs[0]}
-            rows.append(
-                {
-                    "steps": number,
-                    "guidance": w,
-                    "nfe": nfe,
-                    "runs": len(runs),
-                    "seconds": found,
-                    "total_seconds": sum(found.values()),
-                    "diffusion_seconds_per_nfe": found["diffusion"] / nfe,
-                    "diffusion_share_of_peak": nfe * self.flops / found["diffusion"] / self.peak,
-                }
-            )
-        return rows
+            row = {"attention": backend, "mode": mode, "steps": number, "guidance": w}
+            row["nfe"] = number * (1 if w == 1.0 else 2)
+            yield row | if_it_fits(partial(self._videos, number, w, row["nfe"]), self.device)
+
+    def _videos(self, steps: int, guidance: float, nfe: int) -> dict:
+        self._video(1, 1.0)  # nothing is timed cold
+        runs = [self._video(steps, guidance)]
+        while len(runs) < self.repeats and sum(runs[0].values()) < LONG_SECONDS:
+            runs.append(self._video(steps, guidance))
+        found = {part: median(run[part] for run in runs) for part in runs[0]}
+        return {
+            "runs": len(runs),
+            "seconds": found,
+            "total_seconds": sum(found.values()),
+            "diffusion_seconds_per_nfe": found["diffusion"] / nfe,
+            "diffusion_share_of_peak": nfe * self.flops / found["diffusion"] / self.peak,
+        }
 
     def _video(self, steps: int, guidance: float) -> dict[str, float]:
         """Seconds of each part of one video."""
@@ -142,9 +164,22 @@ class Bench:
         return {name: seconds_of(run, device) for name, run in work.items()}
 
 
+def fastest(evaluations: list[dict]) -> tuple[str, str]:
+    """Mode and attention backend of the fastest row that was measured; of single videos, if there are such rows."""
+    measured = [row for row in evaluations if "skipped" not in row]
+    rows = [row for row in measured if row["batch"] == 1] or measured
+    if not rows:
+        return EAGER, "native"
+    best = min(rows, key=lambda row: row["seconds_per_nfe_and_video"])
+    return best["mode"], best["attention"]
+
+
 def ratios(videos: list[dict]) -> dict[str, float]:
-    """Diffusion time of the most network evaluations over that of the fewest, and of the whole."""
-    few, many = (choose(videos, key=lambda row: row["nfe"]) for choose in (min, max))
+    """Diffusion time of the most network evaluations over that of the fewest, and of the whole; empty for one row."""
+    measured = [row for row in videos if "skipped" not in row]
+    if len(measured) < 2:
+        return {}
+    few, many = (choose(measured, key=lambda row: row["nfe"]) for choose in (min, max))
     return {
         "nfe": many["nfe"] / few["nfe"],
         "diffusion": many["seconds"]["diffusion"] / few["seconds"]["diffusion"],
@@ -155,18 +190,3 @@ def ratios(videos: list[dict]) -> dict[str, float]:
 def _image_size(encoder: nn.Module) -> tuple[int, int]:
     side = encoder.config.image_size
     return side, side
-
-
-def _in_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Latents and embeddings in the number format of the weights, as the pipeline gives them."""
-
-    def cast(name: str, value):
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(transformer.dtype) if floating and name != "timestep" else value
-
-    return args, {name: cast(name, value) for name, value in kwargs.items()}
-
-
-def _uncompile(model: nn.Module) -> None:
-    for module in model.modules():
-        module._compiled_call_impl = None

@@ -9,9 +9,10 @@ from functools import partial
 from statistics import median
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from vpae.bench.measure import free_memory, held_bytes, matmul_peak, peak_of, seconds_of
+from vpae.bench.measure import free_memory, held_bytes, if_it_fits, matmul_peak, peak_of, seconds_of
 from vpae.bench.networks import random_condition, random_latents, random_transformer
 from vpae.config import Experiment
 from vpae.distill.equilibrium import EquilibriumPhase
@@ -63,11 +64,11 @@ class Workbench:
         if turn == self.phase.main:
             update_ema(self.phase.ema, role.module, self.training.ema_decay)
 
-    def held(self) -> int:
-        """Bytes of all networks and optimisers."""
-        phase = self.phase
-        modules = [phase.ema, *phase.networks.values(), *(role.module for role in phase.roles.values())]
-        return held_bytes(modules, [role.optimizer for role in phase.roles.values()])
+
+def held_by(phase: PrimingPhase | EquilibriumPhase) -> int:
+    """Bytes of all networks and optimisers of a phase in this process."""
+    modules = [phase.ema, *phase.networks.values(), *(role.module for role in phase.roles.values())]
+    return held_bytes(modules, [role.optimizer for role in phase.roles.values()])
 
 
 def build_phase(
@@ -100,21 +101,13 @@ def measure_phase(
     """Seconds and memory of each turn of a phase, and of a whole step made of them."""
     if reason := _too_large(settings, name, network, tokens, device):
         return {"skipped": reason}
-    found = _measure(
-        Workbench(settings, build_phase(settings, name, network, device), network, tokens, device), repeats
-    )
+    found = if_it_fits(lambda: _measure(settings, name, network, tokens, device, repeats), device)
     free_memory(device)
     return found
 
 
-def _measure(bench: Workbench, repeats: int) -> dict:
-    settings, name, network, tokens, device = (
-        bench.settings,
-        bench.phase.name,
-        bench.network,
-        bench.tokens,
-        bench.device,
-    )
+def _measure(settings, name, network, tokens, device, repeats) -> dict:
+    bench = Workbench(settings, build_phase(settings, name, network, device), network, tokens, device)
     training = bench.training
     peak_rate = matmul_peak(device, torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32)
     turns = {}
@@ -128,7 +121,7 @@ def _measure(bench: Workbench, repeats: int) -> dict:
             "model_flops": flops,
             "utilisation": flops / median(runs) / peak_rate,
         }
-    held = bench.held()
+    held = held_by(bench.phase)
     for role, row in turns.items():
         row["peak_bytes"] = peak_of(partial(bench.update, role), device, held)
     seconds = sum(row["per_step"] * row["seconds"] for row in turns.values())
@@ -177,11 +170,20 @@ def compare_fakes(settings: Experiment, network: Network, tokens: Sequence, devi
 
 
 def _compare(settings, name, key, values, network, tokens, device, repeats) -> dict:
-    found = {}
+    """Both or neither: on a rented GPU, one of the two alone would be minutes for nothing."""
+    variants, reasons = {}, {}
     for value in values:
-        section = getattr(settings, name).model_copy(update={key: value})
-        variant = settings.model_copy(update={name: section})
-        found[value] = measure_phase(variant, name, network, tokens, device, repeats)
+        section = getattr(settings, name)
+        variants[value] = settings.model_copy(update={name: section.model_copy(update={key: value})})
+        try:
+            type(section).model_validate({**section.model_dump(), key: value})
+            reasons[value] = _too_large(variants[value], name, network, tokens, device)
+        except ValidationError as error:
+            reasons[value] = error.errors()[0]["msg"].removeprefix("Value error, ")
+    if any(reasons.values()):
+        other = "the other cannot be measured"
+        return {"setting": f"{name}.{key}", **{v: {"skipped": reason or other} for v, reason in reasons.items()}}
+    found = {value: measure_phase(variants[value], name, network, tokens, device, repeats) for value in values}
     ours, other = (found[value] for value in values)
     if not any("skipped" in row for row in found.values()):
         found["ratio"] = {what: other[what] / ours[what] for what in ("seconds_per_step", "held_bytes", "peak_bytes")}

@@ -1,6 +1,7 @@
 """What the phases share: data, noise, and the student's pipeline folder."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vpae.artifacts import link_tree, write_json
 from vpae.config import Training
 from vpae.data.latents import LatentDataset
+from vpae.experiment import ConfigError
 from vpae.models.adapters import Adapted, lora_names, merge
 from vpae.models.wan import Condition, load_transformer
 from vpae.training.precision import take_exact_inputs
@@ -25,8 +27,20 @@ STUDENT_LORA = "student_lora.safetensors"  # the EMA adapter of a student traine
 
 
 def accelerator_for(training: Training) -> Accelerator:
-    """Device, precision and processes of a run."""
-    return Accelerator(mixed_precision=training.mixed_precision)
+    """Device, precision and processes of a run.
+
+    Raises:
+        ConfigError: several processes were started that do not see each other, and would each train alone.
+    """
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"WORLD_SIZE = {started} processes were started, but this one sees {accelerator.num_processes}: each would "
+            "train alone. To train on CPUs set ACCELERATE_USE_CPU=true; on GPUs see that every process has one "
+            "(`nvidia-smi`, CUDA_VISIBLE_DEVICES) and that a launcher set LOCAL_RANK; or unset WORLD_SIZE"
+        )
+    return accelerator
 
 
 def batches_of(

@@ -3,7 +3,6 @@
 The stage writes what it knows (settings, inputs, licence); `vpae export` adds scores and how to load the form at hand.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import jinja2
 import yaml
 
 import vpae
-from vpae.artifacts import PACKAGES, PROVENANCE, ArtifactError, identity, sha256, write_json, written
+from vpae.artifacts import PROVENANCE, ArtifactError, identity, package_versions, sha256, write_json, written
 from vpae.models.wan import GEOMETRY
 
 CARD = "README.md"
@@ -33,7 +32,7 @@ def stage_provenance(inputs: Mapping[str, Path]) -> dict[str, Any]:
     return {
         "code": {"version": vpae.__version__},
         "inputs": {name: identity(folder) for name, folder in inputs.items()},
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
     }
 
 

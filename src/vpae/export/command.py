@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vpae.artifacts import ArtifactError
+from vpae.artifacts import ArtifactError, identity, read_provenance
 from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline
 from vpae.models.sizes import stored_weights
@@ -58,7 +58,7 @@ def export(
     """
     _check(model, form, out)
     facts = _facts(model)
-    if scores is not None:
+    if scores := scores or find_scores(model):
         facts["scores"] = read_scores(scores)
     source = adapter or find_adapter(model) if form.startswith("lora") else model
     number_format = DTYPES[dtype] if dtype else None
@@ -98,6 +98,15 @@ def find_adapter(model: Path) -> Path:
         f"{model}: no {ADAPTER} there or beside it; only a student trained as a LoRA has one: name it with --adapter, "
         "or export with --format diffusers or wan"
     )
+
+
+def find_scores(model: Path) -> Path | None:
+    """scores.json of the evaluation beside a student's stage, if it is this very student that was evaluated."""
+    stage, evaluation = model.resolve().parent, model.resolve().parents[1] / "evaluation"
+    made, measured = read_provenance(stage), read_provenance(evaluation)
+    if made is None or measured is None or measured["inputs"].get(stage.name) != identity(stage):
+        return None
+    return evaluation / "scores.json"
 
 
 def needed_bytes(source: Path, form: str, dtype: torch.dtype | None) -> int:

@@ -205,8 +205,3 @@ def merge(base: WanTransformer3DModel, lora: dict[str, Tensor], alpha: float) ->
             up = lora[f"{layer}.lora_B.weight"]
             weights[f"{layer}.weight"].add_(up @ down, alpha=alpha / len(down))
     return base
-
-
-def adapter_state(transformer: nn.Module, name: str = FAKE) -> dict[str, Tensor]:
-    """An adapter's weights alone, by name."""
-    return {k: v.detach().contiguous() for k, v in transformer.state_dict().items() if f".{name}." in k}

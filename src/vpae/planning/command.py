@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from vpae.arguments import TINY, experiment_arguments
 from vpae.experiment import ConfigError, load, stage_folder, upstream
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -25,8 +26,7 @@ PART_NAMES = {
 def add_plan(commands: argparse._SubParsersAction) -> None:
     """The arguments of `vpae plan`."""
     plan = commands.add_parser("plan", help="what an experiment needs: parameters, FLOPs, memory, GPU-hours, disk")
-    plan.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
-    plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    experiment_arguments(plan)
     plan.add_argument("--gpus", type=int, default=8, help="GPUs of the whole job")
     plan.add_argument("--gpu-memory", default="80GB", help="memory of each, as 80GB or 141GiB")
     plan.add_argument("--interconnect", type=float, metavar="GB/S", help="of each GPU; else traffic takes no time")
@@ -46,7 +46,7 @@ def add_launch(commands: argparse._SubParsersAction) -> None:
     """The arguments of `vpae launch`."""
     launch = commands.add_parser("launch", help="print a script that runs a phase on several nodes")
     launch.add_argument("stage", choices=("priming", "equilibrium"))
-    launch.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
+    launch.add_argument("--config", type=Path, default=TINY, help="an experiment's YAML file")
     launch.add_argument("--nodes", type=int, default=2)
     launch.add_argument("--gpus-per-node", type=int, default=8, help="0: two processes a node on CPUs, over gloo")
     launch.add_argument("--launcher", choices=("torchrun", "accelerate"), default="torchrun")

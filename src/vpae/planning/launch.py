@@ -113,6 +113,7 @@ def _environment(job: Job) -> list[str]:
         'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         "export first=${hosts%%$'\\n'*}",
         f"export OMP_NUM_THREADS={threads}",
+        f"export SRUN_CPUS_PER_TASK={job.cpus_per_node}  # since 22.05 srun does not take it from the job",
         "export HF_HUB_OFFLINE=1  # compute nodes often have no network, and all that a phase reads is on disk",
     ]
     if job.gpus_per_node:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vpae.config import Optimizer, Training
+from vpae.experiment import ConfigError
 from vpae.progress import Progress
 from vpae.training import checkpoint, sharding
 from vpae.training.ema import update_ema
@@ -110,11 +111,15 @@ def train(
 
     Raises:
         Interruption: a signal asked for an end; the state is saved.
+        ConfigError: the state was saved by processes that made their updates of another number of micro-batches.
     """
     state.mkdir(parents=True, exist_ok=True)
     metrics = state / "metrics.jsonl"
     position = checkpoint.load_latest(state, phase)
     _, ranks = sharding.data_rank(training.sharding, accelerator)
+    per_update = training.accumulate * ranks
+    if position:
+        _require_the_same(per_update, position.get("micro_batches_per_update", per_update), ranks, phase.name, state)
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
@@ -136,7 +141,8 @@ def train(
                 progress.update(text=_brief(values))
             wanted = _anywhere(interruption.requested, accelerator)
             if done % training.checkpoint_every == 0 or done == training.steps or wanted:
-                checkpoint.save(state, phase, {"step": done, "drawn": drawn * ranks})
+                position = {"step": done, "drawn": drawn * ranks, "micro_batches_per_update": per_update}
+                checkpoint.save(state, phase, position)
             if wanted and done < training.steps:
                 raise Interruption(f"{phase.name}: stopped by a signal after step {done}; the state is in {state}")
     if progress:
@@ -194,6 +200,17 @@ def _anywhere(wanted: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return wanted
     return bool(accelerator.reduce(torch.tensor(float(wanted), device=accelerator.device), "sum") > 0)
+
+
+def _require_the_same(now: int, saved: int, ranks: int, name: str, state: Path) -> None:
+    """Whoever takes up a state with more or fewer processes has to share the same micro-batches out among them."""
+    if now == saved:
+        return
+    remedy = f"set {name}.training.accumulate={saved // ranks}" if saved % ranks == 0 else "take other numbers of both"
+    raise ConfigError(
+        f"{state} holds updates of {saved} micro-batches, but {ranks} processes (groups, if they share clips) that "
+        f"accumulate {now // ranks} each make {now}: {remedy}, or delete that folder to begin anew"
+    )
 
 
 def _keep_lines_before(metrics: Path, step: int) -> None:
