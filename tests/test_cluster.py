@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import snakemake_executor_plugin_vpae_slurm as plugin
 from test_workflow import ROOT, Clone
@@ -43,7 +44,7 @@ elif name == "squeue" and "--states=all" in words:
 elif name == "squeue" and "--format=%T" in words:
     print((here / "state").read_text())
 elif name == "sinfo":
-    print("gpu*")
+    print("standard*")
 elif name in ("scontrol", "scancel"):
     with (here / "said").open("a") as file:
         print(name, *words, file=file)
@@ -90,7 +91,7 @@ def test_the_cluster_is_asked_for_what_the_experiment_needs(clone: Clone) -> Non
     assert set(jobs) == set(STAGES)
     for job in jobs.values():
         assert "--signal=TERM@300 --open-mode=append" in job and "--requeue" in job
-        assert " -p gpu " in job and " -A " not in job
+        assert " -p standard " in job and " -A " not in job
     assert "--gres" not in jobs["clips"] and " -t 90 --mem 16000 " in jobs["clips"]
     assert "--gres=gpu:1 " in jobs["samples"] and "--cpus-per-task=8" in jobs["samples"]
     # One task a node, in which torchrun starts a process for each GPU.
@@ -109,6 +110,28 @@ def test_what_is_asked_of_the_cluster_decides_nothing_else(tmp_path: Path) -> No
     settings = {name: load(tmp_path / f"{name}.yaml", environment=False).settings for name in ("micro", "large")}
     for stage in STAGES:
         assert stage_settings(settings["micro"], stage) == stage_settings(settings["large"], stage)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "nodes", "gpus"),
+    [("micro", 1, 0), ("tiny", 1, 0), ("480p-lora", 1, 8), ("480p", 2, 8), ("720p", 4, 8)],
+)
+def test_shipped_experiments_ask_for_the_gpus_that_their_size_needs(experiment: str, nodes: int, gpus: int) -> None:
+    name = experiment if gpus == 0 else f"wan2.1-i2v-14b-{experiment}"
+    cluster = load(ROOT / f"configs/{name}.yaml", environment=False).settings.cluster
+    for stage in STAGES:
+        asked = getattr(cluster, stage)
+        if stage in ("priming", "equilibrium"):
+            assert (asked.nodes, asked.gpus) == (nodes, gpus)
+        else:
+            on_gpu = gpus > 0 and stage in ("latents", "samples", "evaluation")
+            assert (asked.nodes, asked.gpus) == (1, int(on_gpu))
+
+
+def test_only_the_profile_says_how_often_a_job_is_submitted_again() -> None:
+    """A rule's own retries would start again inside the job that is about to end."""
+    assert not [path for path in (ROOT / "workflow").rglob("*.smk") if "retries" in path.read_text()]
+    assert yaml.safe_load((ROOT / "profiles/slurm/profile.yaml").read_text())["retries"] == 3
 
 
 def test_only_the_phases_may_have_several_processes(tmp_path: Path) -> None:
@@ -236,25 +259,52 @@ def test_one_process_for_each_gpu(tmp_path: Path) -> None:
 
 # The page for users.
 
+# What nobody can do but the user.
+BEFORE = ["git clone YOUR-COPY-OF-THIS-REPOSITORY vpae", "cd vpae", "source .venv/bin/activate"]
 
+
+def commands() -> list[str]:
+    """Every command of the page."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def is_of_the_test_cluster(command: str) -> bool:
+    return command.startswith(("make ", "tests/cluster/"))
+
+
+def recipe(*targets: str) -> set[str]:
+    """The lines that make would run."""
+    dry = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(dry.stdout.splitlines())
+
+
+def test_continuous_integration_runs_what_the_page_says_of_the_test_cluster() -> None:
+    run = recipe(*re.findall(r"^ *(?:trap ')?make ([a-z-]+)", (ROOT / ".ci/run").read_text(), re.MULTILINE))
+    found = [command for command in commands() if is_of_the_test_cluster(command)]
+    assert len(found) >= 4
+    for command in found:
+        program, *targets = command.split()
+        wanted = recipe(*targets) if program == "make" else {command}
+        assert {line for line in wanted if not line.startswith("make: ")} <= run, command
+
+
+@pytest.mark.slow
 def test_every_command_of_the_page_works(clone: Clone) -> None:
     page = (ROOT / "docs/cluster.md").read_text()
     for name, content in re.findall(r"```yaml\n# (configs/\S+)\n(.*?)```", page, re.DOTALL):
         (clone.folder / name).write_text(content)
-    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
-    # Set-up and the test cluster are what continuous integration runs itself.
-    commands = [
-        line for line in lines if not line.startswith(("git clone", "cd ", "make ", "source ", "tests/cluster/"))
-    ]
-    assert len(commands) >= 8
+    # As on a cluster that asks for all that the profile has in comments.
+    profile = clone.folder / "profiles/slurm/profile.yaml"
+    profile.write_text(re.sub(r"^( *)# (?=( +)?[\w-]+:)", r"\1", profile.read_text(), flags=re.MULTILINE))
     vpae = clone.folder / "bin/vpae"
     real = Path(sys.executable).with_name("vpae")
     vpae.write_text(
         vpae.read_text().replace("#!/bin/sh\n", f'#!/bin/sh\ncase $1 in config | plan) exec {real} "$@" ;; esac\n')
     )
     (clone.folder / "bin/snakemake").symlink_to(Path(sys.executable).with_name("snakemake"))
-    for command in commands:
+    for command in (line for line in commands() if line not in BEFORE and not is_of_the_test_cluster(line)):
         done = subprocess.run(
             ["bash", "-ec", command],
             cwd=clone.folder,
@@ -264,3 +314,7 @@ def test_every_command_of_the_page_works(clone: Clone) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    submitted = [" ".join(words) for words in json.loads((clone.folder / "bin/jobs.json").read_text())]
+    assert all(" -A project " in job and " -C h100 " in job for job in submitted)
+    for job in submitted:
+        assert (" -p cpu " if "--comment rule_clips" in job else " -p gpu ") in job

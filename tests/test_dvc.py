@@ -1,9 +1,10 @@
 """Snakemake and DVC are of one mind, and neither takes anything stale or damaged for good. Both are the real ones.
 
 In most tests only the stages' bodies are toys, which write a few bytes that follow from settings and inputs: commands,
-provenance, workflow and pipeline are the repository's own.
+provenance, workflow and pipeline are the repository's own. Among them these tests run every command of docs/data.md.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -48,6 +49,20 @@ vpae.artifacts.device_name = lambda: "none"  # finding out takes torch, which ta
 sys.exit(main())
 """
 REAL = f"#!{sys.executable}\nimport sys\nfrom vpae.cli import main\nsys.exit(main())\n"
+VERSIONING = ("dvc.yaml", ".dvcignore", ".gitignore")
+
+
+def pages() -> dict[str, list[str]]:
+    """Heading -> the shell's blocks below it in docs/data.md."""
+    sections = (ROOT / "docs/data.md").read_text().split("\n## ")
+    blocks = {part.partition("\n")[0]: re.findall(r"```sh\n(.*?)```", part, re.DOTALL) for part in sections}
+    return {heading: found for heading, found in blocks.items() if found}
+
+
+def commands(*blocks: str) -> list[str]:
+    """The commands in them."""
+    lines = (line.split(" #")[0].strip() for block in blocks for line in block.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 class Clone:
@@ -58,7 +73,7 @@ class Clone:
         for name in ("workflow", "configs", "profiles", "metrics"):
             if (ROOT / name).exists():
                 shutil.copytree(ROOT / name, folder / name)
-        for name in ("Snakefile", "environment.yml", "dvc.yaml", ".dvcignore", ".gitignore"):
+        for name in ("Snakefile", "Makefile", "pyproject.toml", "constraints.txt", "environment.yml", *VERSIONING):
             shutil.copy(ROOT / name, folder / name)
         (folder / ".dvc").mkdir()
         for name in ("config", ".gitignore"):
@@ -77,6 +92,7 @@ class Clone:
         }.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
+        (programs.parent / ".installed").touch()  # for make
         dropped = ("VPAE_", "SNAKEMAKE_", "DVC_", "GIT_")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)} | {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -118,6 +134,11 @@ class Clone:
         code, printed = self.run(*command)
         assert code == 0, f"{command}\n{printed}"
         return printed
+
+    def follow(self, lines: list[str]) -> None:
+        """Type the commands of a page."""
+        for line in lines:
+            self("bash", "-ec", line)
 
     def commit(self, message: str) -> None:
         self("git", "add", ".")
@@ -285,13 +306,45 @@ def test_a_fresh_clone_is_restored_and_then_sees_changes(recorded: Clone, tmp_pa
     fresh = recorded.clone(tmp_path / "fresh")
     shutil.copytree(recorded.folder / "store", fresh.folder / "store", dirs_exist_ok=True)
     assert (fresh.folder / "metrics/micro/scores.json").is_file()
+    # The teacher of `tiny`, which the repository brings.
+    shutil.copytree(ROOT / "store", fresh.folder / "store", dirs_exist_ok=True)
+    (fresh.folder / "data/teachers").mkdir(parents=True)
+    shutil.copy(ROOT / "data/teachers/tiny.dvc", fresh.folder / "data/teachers/tiny.dvc")
     fresh("dvc", "pull")
-    fresh("vpae", "restore", "--config", "configs/micro.yaml")
+    fresh("dvc", "status", "--quiet")
+    shutil.rmtree(fresh.folder / "data/teachers/tiny")
+    fresh.follow(commands(*pages()["Get what others have made"]))
+    assert (fresh.folder / "data/teachers/tiny/model_index.json").is_file()
     assert is_clean(fresh)
     assert fresh.snakemake_plan() == set()
     assert fresh.contents() == recorded.contents()
     fresh.set("priming.guidance_scale", 2.5)
     assert fresh.snakemake_plan() == {"priming"} | AFTER_EQUILIBRIUM
+
+
+def test_the_page_leads_from_a_change_to_what_others_can_pull(project: Clone, tmp_path: Path) -> None:
+    project.set("report.clips", 1)
+    project.commit("one clip")
+    project.follow(commands(*pages()["Run and record"]))
+    assert project("git", "log", "--format=%s").splitlines()[0] == "micro: results"
+    fresh = project.clone(tmp_path / "fresh")
+    shutil.copytree(project.folder / "store", fresh.folder / "store", dirs_exist_ok=True)
+    make_record, make_restore = commands(*pages()["# Data and checkpoints"])
+    fresh.follow([make_restore])
+    assert fresh.contents() == project.contents()
+    fresh.follow([make_record])
+    assert fresh("git", "status", "--porcelain", "--untracked-files=no") == ""
+    # Forced, a stage runs again although nothing has changed.
+    forced = "snakemake --forcerun priming -- results/micro/priming"
+    assert forced in re.sub(r"\s+", " ", (ROOT / "docs/data.md").read_text())
+    before = fresh.made()["priming"]
+    fresh("bash", "-ec", forced)
+    assert fresh.made()["priming"] != before
+
+
+def test_every_command_of_the_page_stands_where_a_test_follows_it() -> None:
+    followed = {"# Data and checkpoints", "Get what others have made", "Run and record", "Compare", "Remotes"}
+    assert set(pages()) == followed
 
 
 def test_stale_results_cannot_be_recorded(project: Clone) -> None:
@@ -334,18 +387,23 @@ def test_results_of_unknown_origin_are_checked_before_they_are_recorded(project:
 
 def test_metrics_parameters_and_plots_can_be_compared(project: Clone) -> None:
     before = json.loads((project.folder / "metrics/micro/scores.json").read_text())
-    project.set("priming.guidance_scale", 2.5)
-    project("dvc", "repro", *LAST)
+    project.follow(commands(*pages()["Compare"]))
     after = json.loads((project.folder / "metrics/micro/scores.json").read_text())
     scores = "metrics/micro/scores.json"
     diff = project.json("dvc", "metrics", "diff", "--json", "--targets", scores)[scores]
     assert diff["vpae-1nfe.frechet"]["old"] == before["vpae-1nfe"]["frechet"]
     assert diff["vpae-1nfe.frechet"]["new"] == after["vpae-1nfe"]["frechet"] != before["vpae-1nfe"]["frechet"]
     params = project.json("dvc", "params", "diff", "--json")
-    assert params["results/micro/settings.json"]["priming.priming.guidance_scale"]["new"] == 2.5
-    project("dvc", "plots", "show", "--out", "plots")
-    page = (project.folder / "plots/index.html").read_text()
-    assert "micro__phase_II" in page
+    assert params["results/micro/settings.json"]["equilibrium.equilibrium.adversarial_weight"]["new"] == 0
+    assert "micro__phase_II" in (project.folder / "dvc_plots/index.html").read_text()
+
+
+def s3_client(address: str):
+    """Botocore's client of the S3 server."""
+    import botocore.session
+
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    return botocore.session.get_session().create_client("s3", endpoint_url=address, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -353,13 +411,10 @@ def s3() -> Iterator[str]:
     """The address of an S3 server with an empty bucket `vpae`."""
     pytest.importorskip("dvc_s3", reason="the extra `remotes` is not installed")
     server = pytest.importorskip("moto.server", reason="moto[s3] and flask are not installed")
-    import botocore.session
-
     running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     running.start()
     address = "http://{}:{}".format(*running.get_host_and_port())
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    botocore.session.get_session().create_client("s3", endpoint_url=address, **keys).create_bucket(Bucket="vpae")
+    s3_client(address).create_bucket(Bucket="vpae")
     yield address
     running.stop()
 
@@ -415,23 +470,39 @@ def trust(clone: Clone, port: int, keys: Path, host_key: str) -> None:
 
 
 def add_remote(clone: Clone, kind: str, request: pytest.FixtureRequest) -> None:
-    """The commands of docs/data.md, in a clone without data and caches."""
-    add = ("dvc", "remote", "add", "--local", "--default", "work")
+    """Give a clone the remote that docs/data.md sets up, and push to it as the page says."""
+    setup, push = pages()["Remotes"]
+    folder, s3, ssh = setup.split("\n\n")
     if kind == "folder":
-        clone(*add, str(clone.folder.parent / "shared"))
-        settings = {}
+        block, real = folder, {"/shared/vpae": str(clone.folder.parent / "remote")}
     elif kind == "s3":
-        clone(*add, "s3://vpae/store")
-        address = request.getfixturevalue("s3")
-        settings = {"endpointurl": address, "access_key_id": "test", "secret_access_key": "test", "region": "us-east-1"}
+        clone.environment["AWS_DEFAULT_REGION"] = "us-east-1"
+        block, real = s3, {"bucket/": "vpae/", "https://s3.example.org": request.getfixturevalue("s3"), "...": "test"}
     else:
         port, keys = request.getfixturevalue("sshd")
         trust(clone, port, keys, "host")
-        clone(*add, f"ssh://store{clone.folder.parent / 'served'}")
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        settings = {"user": user, "keyfile": str(keys / "user")}
-    for key, value in (settings | {"verify": "true"}).items():
-        clone("dvc", "remote", "modify", "--local", "work", key, value)
+        real = {"/srv/vpae": str(clone.folder.parent / "remote"), " me": f" {user}"}
+        block, real = ssh, real | {"~/.ssh/id_ed25519": str(keys / "user")}
+    for placeholder, value in real.items():
+        assert placeholder in block
+        block = block.replace(placeholder, value)
+    clone.follow(commands(block, push))
+
+
+def tamper(project: Clone, kind: str, content: bytes, request: pytest.FixtureRequest) -> None:
+    """Turn the object with this content around, in the remote."""
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    name = f"files/md5/{digest[:2]}/{digest[2:]}"
+    if kind == "s3":
+        bucket, key = s3_client(request.getfixturevalue("s3")), {"Bucket": "vpae", "Key": f"vpae/{name}"}
+        assert bucket.get_object(**key)["Body"].read() == content
+        bucket.put_object(**key, Body=content[::-1])
+        return
+    stored = project.folder.parent / "remote" / name
+    assert stored.read_bytes() == content
+    stored.chmod(0o644)
+    stored.write_bytes(content[::-1])
 
 
 def wipe(clone: Clone) -> None:
@@ -440,28 +511,23 @@ def wipe(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3", "ssh"])
-def test_push_wipe_pull(kind: str, project: Clone, request: pytest.FixtureRequest) -> None:
+def test_push_wipe_pull_and_a_tampered_object_is_refused_by_name(
+    kind: str, project: Clone, request: pytest.FixtureRequest
+) -> None:
     contents = project.contents()
     add_remote(project, kind, request)
-    project("dvc", "push", *MICRO)
     wipe(project)
     project("dvc", "pull", *MICRO)
     assert is_clean(project)
     assert project.contents() == contents
 
-
-def test_a_tampered_object_is_refused_by_name(project: Clone, request: pytest.FixtureRequest) -> None:
-    add_remote(project, "folder", request)
-    project("dvc", "push", *MICRO)
     weights = project.folder / "results/micro/priming/weights/model.bin"
     content = weights.read_bytes()
-    [stored] = [p for p in (project.folder.parent / "shared").rglob("*") if p.is_file() and p.read_bytes() == content]
-    stored.chmod(0o644)
-    stored.write_bytes(content[::-1])
+    tamper(project, kind, content, request)
     wipe(project)
     code, printed = project.run("vpae", "restore", "--config", "configs/micro.yaml")
     assert code == 2
-    assert "results/micro/priming" in printed
+    assert "results/micro/priming/weights/model.bin" in printed, printed
     assert not weights.exists() or weights.read_bytes() == content
 
 
@@ -469,9 +535,10 @@ def test_an_ssh_server_with_another_key_is_refused(project: Clone, request: pyte
     add_remote(project, "ssh", request)
     port, keys = request.getfixturevalue("sshd")
     trust(project, port, keys, "other")
+    shutil.rmtree(project.folder.parent / "remote")
     code, _ = project.run("dvc", "push", "settings@micro")
     assert code != 0
-    assert not (project.folder.parent / "served").exists()
+    assert not (project.folder.parent / "remote").exists()
     trust(project, port, keys, "host")  # it was the key, and nothing else
     project("dvc", "push", "settings@micro")
-    assert (project.folder.parent / "served").is_dir()
+    assert (project.folder.parent / "remote").is_dir()

@@ -68,19 +68,34 @@ def test_a_mark_made_under_other_settings_is_made_again(tmp_path: Path) -> None:
     assert clone.planned(*CUT) == sorted([*rest, *parts("latents", 2)])
 
 
-def planning(clone: Clone, jobs: int) -> tuple[float, int]:
-    """CPU seconds and peak memory (bytes) of a dry run with so many jobs for one stage."""
-    cut(clone, latents=jobs)
-    process = clone.start("--dry-run", "--forcerun", "latents", *CUT, "--quiet", "all")
+def cost(clone: Clone, *arguments: str) -> tuple[float, int, str]:
+    """CPU seconds and peak memory (bytes) of a run of Snakemake, and what it printed."""
+    process = clone.start(*arguments, *CUT)
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, printed
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, printed
+
+
+def planning(clone: Clone, jobs: int) -> tuple[float, int]:
+    """CPU seconds and peak memory (bytes) of a dry run with so many jobs for one stage."""
+    cut(clone, latents=jobs)
+    seconds, memory, _ = cost(clone, "--dry-run", "--forcerun", "latents", "--quiet", "all")
+    return seconds, memory
 
 
 def test_planning_costs_in_proportion_to_the_number_of_jobs(clone: Clone) -> None:
     """Not of shards at all: a job encodes as many of them as there are."""
     (none, _), (few, small), (many, large) = (planning(clone, jobs) for jobs in (1, 200, 800))
     assert many - none <= 2 * 4 * max(few - none, 0.1), "four times the jobs; with squares, it would be sixteen times"
-    assert large - small <= 100e6
+    jobs = 10_000  # by the straight line through what was measured
+    assert none + (many - none) / 799 * jobs <= 60
+    assert small + (large - small) / 600 * jobs <= 4 * 2**30
+
+
+def test_a_finished_experiment_is_found_finished_at_once(clone: Clone) -> None:
+    cut(clone, clips=2, latents=3, samples=2)
+    seconds, _, printed = cost(clone)
+    assert "Nothing to be done" in printed
+    assert seconds <= 10

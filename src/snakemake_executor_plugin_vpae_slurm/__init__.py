@@ -65,8 +65,9 @@ class Executor(SlurmExecutor):
         super().run_job(job)
 
     def get_account_arg(self, job: JobExecutorInterface) -> Iterator[str]:
-        """The account, if there is one; SLURM knows the user's own, which the parent class tries to guess."""
-        return super().get_account_arg(job) if job.resources.get("slurm_account") else iter([""])
+        """The account, if there is one; sbatch judges it. The parent class guesses and asks, which takes accounting."""
+        account = job.resources.get("slurm_account")
+        yield f" -A {shlex.quote(str(account))}" if account else ""
 
     def shutdown(self) -> None:
         """Leave no file behind."""

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 cluster=$PWD/.cluster
+export PATH=$PATH:/usr/sbin:/sbin # where Debian has the daemons; not in everybody's PATH
 install="apt-get install --no-install-recommends munge slurmctld slurmd slurm-client"
 
 if [[ ${1:-} != inside ]]; then
@@ -18,12 +19,17 @@ if [[ ${1:-} != inside ]]; then
         echo "up.sh: the cluster is up already"
         exit
     fi
-    rm -rf "$cluster"
-    exec unshare --mount --propagation private "$0" inside
+    tests/cluster/down.sh # what is left of one that died
+    exec unshare --mount --propagation private tests/cluster/up.sh inside
 fi
 
-mkdir -p "$cluster"/{run/munge,etc/slurm,munge,log,state,spool}
+mkdir -p "$cluster"/{run/munge,run/spool,etc/slurm,munge,log,state}
+readlink /proc/self/ns/mnt | tr -dc 0-9 >"$cluster/namespace" # by which down.sh knows all processes of the cluster
+trap '(($? == 0)) || tail -n 20 "$cluster"/log/*.log >&2' EXIT
+
+port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 ports=$((10000 + $(cksum <<<"$cluster" | cut -d ' ' -f 1) % 9000)) # so that copies of the project can have one each
+until port_is_free $ports && port_is_free $((ports + 1)) && port_is_free $((ports + 2)); do ports=$((ports + 3)); done
 
 cat >"$cluster/etc/slurm/slurm.conf" <<END
 ClusterName=test
@@ -42,17 +48,18 @@ PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
 KillWait=120
 ReturnToService=2
-# The nodes have more CPUs than this machine.
+# The nodes have more CPUs than this machine. Their sockets are in the spool folder: its path has to be short.
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=1,bf_interval=2
 StateSaveLocation=$cluster/state
-SlurmdSpoolDir=$cluster/spool/%n
+SlurmdSpoolDir=/run/spool/%n
 SlurmctldPidFile=$cluster/run/slurmctld.pid
 SlurmdPidFile=$cluster/run/slurmd.%n.pid
 SlurmctldLogFile=$cluster/log/slurmctld.log
 SlurmdLogFile=$cluster/log/slurmd.%n.log
 NodeName=node[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((ports + 1))-$((ports + 2))] CPUs=4 RealMemory=64000 Gres=gpu:2
 PartitionName=main Nodes=node[1-2] Default=YES PriorityTier=1
+PartitionName=noticed Nodes=node[1-2] PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=node[1-2] PriorityTier=2
 END
 cat >"$cluster/etc/slurm/gres.conf" <<END
@@ -73,8 +80,11 @@ slurmctld -i
 slurmd -N node1
 slurmd -N node2
 for _ in {1..120}; do
-    [[ $(sinfo --noheader --Node --format=%t | sort -u) != idle ]] || { sinfo && exit; }
+    if [[ $(sinfo --noheader --Node --format=%t | sort -u) == idle ]]; then
+        echo "up.sh: two nodes are idle; tests/cluster/in.sh COMMAND runs a command among them"
+        exit
+    fi
     sleep 0.5
 done
-echo "up.sh: the nodes are not idle after a minute; see $cluster/log" >&2
+echo "up.sh: the nodes are not idle after a minute; the logs say:" >&2
 exit 1

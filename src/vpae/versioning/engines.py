@@ -1,8 +1,10 @@
 """Calling Snakemake and DVC, as their users do."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from vpae.artifacts import ArtifactError
 
@@ -38,6 +40,22 @@ def must(*command: str) -> str:
     if code:
         raise ArtifactError(f"`{' '.join(command)}` failed:\n{printed.strip()}")
     return printed
+
+
+def pull(remote: str | None, targets: Sequence[str], folders: Sequence[str]) -> None:
+    """Get recorded results: what DVC calls `targets`, most of which stands in `folders`.
+
+    Raises:
+        ArtifactError: naming the files that the remote lacks, or has in another form; DVC itself only names folders.
+    """
+    code, printed = run("dvc", "pull", *(["--remote", remote] if remote else []), *targets)
+    if not code:
+        return
+    listed = must("dvc", "data", "status", "--granular", "--json", *folders).splitlines()
+    status = next(json.loads(line) for line in listed if line.startswith("{"))
+    if files := status.get("not_in_cache"):
+        raise ArtifactError("\n  ".join(["these are missing in the remote, or damaged there:", *files]))
+    raise ArtifactError(f"`dvc pull` failed:\n{printed.strip()}")
 
 
 def require_nothing_to_do(experiment: str) -> None:

@@ -54,9 +54,10 @@ def restore(source: Source, pull: bool = True, remote: str | None = None) -> lis
     Raises:
         ArtifactError: what is in the remote, or here, is not what it says.
     """
+    folders = sorted({str(stage_folder(source, stage)) for stage in STAGES})
     if pull:
         targets = [*_recorded(_targets(source, STAGES)), *_teacher_file(source)]
-        engines.must("dvc", "pull", *(["--remote", remote] if remote else []), *targets)
+        engines.pull(remote, targets, [*folders, *(file.removesuffix(".dvc") for file in _teacher_file(source))])
         code, _ = engines.run("dvc", "status", "--quiet", *targets)
         if code:
             _, changes = engines.run("dvc", "status", *targets)
@@ -66,7 +67,7 @@ def restore(source: Source, pull: bool = True, remote: str | None = None) -> lis
             )
     require_true(source)
     engines.touch(source.name)
-    return sorted({str(stage_folder(source, stage)) for stage in STAGES})
+    return folders
 
 
 def _owners(source: Source) -> list[Source]:
