@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpae.artifacts import link_tree, write_json
-from vpae.config import Training
+from vpae.config import Experiment, Training
 from vpae.data.latents import LatentDataset
 from vpae.experiment import ConfigError
 from vpae.models.adapters import Adapted, lora_names, merge
 from vpae.models.wan import Condition, load_transformer
+from vpae.training.loop import train
 from vpae.training.precision import take_exact_inputs
 from vpae.training.randomness import Shuffled
-from vpae.training.sharding import data_rank, empty_transformer, full_state, is_sharded, unsharded
+from vpae.training.sharding import data_rank, empty_transformer, full_state, is_sharded, spread, unsharded
 
 STUDENT_LORA = "student_lora.safetensors"  # the EMA adapter of a student trained as one
 
@@ -56,6 +57,16 @@ def batches_of(
         return dataset.batch([order(first + i) for i in range(size)], accelerator.device)
 
     return batch
+
+
+def train_phase(settings: Experiment, name: str, inputs: dict[str, Path], state: Path, build: Callable) -> tuple:
+    """Build a phase, spread it over the processes and train it; returns it and the path of its metrics."""
+    training = getattr(settings, name).training
+    accelerator = accelerator_for(training)
+    phase = build(settings, inputs, accelerator.device)
+    spread(phase, training, accelerator)
+    batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
+    return phase, train(phase, batches, training, settings.seed, state, accelerator)
 
 
 def load_network(folder: Path, training: Training, device: torch.device, trained: bool) -> WanTransformer3DModel:

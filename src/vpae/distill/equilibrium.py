@@ -18,13 +18,12 @@ from vpae.config import Equilibrium, Experiment
 from vpae.distill.adversarial import discriminator_hinge, generator_adversarial
 from vpae.distill.common import (
     STUDENT_LORA,
-    accelerator_for,
-    batches_of,
     finish,
     load_network,
     networks_of,
     noise_like,
     save_weights,
+    train_phase,
 )
 from vpae.distill.csds import csds_loss
 from vpae.distill.priming import motion_monitors
@@ -35,10 +34,10 @@ from vpae.models.adapters import STUDENT, Adapted, SharedBase
 from vpae.models.heads import SemanticHead
 from vpae.models.wan import Condition, default_taps, features, predict_x0
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role, progress_at, train
+from vpae.training.loop import Role, progress_at
 from vpae.training.precision import finer_autocast
 from vpae.training.randomness import derived_seed
-from vpae.training.sharding import spread, whole_sequence
+from vpae.training.sharding import whole_sequence
 
 
 class EquilibriumPhase:
@@ -162,14 +161,9 @@ def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Train phase II; returns counts."""
-    training = settings.equilibrium.training
-    accelerator = accelerator_for(training)
-    phase = build(settings, inputs, accelerator.device)
-    spread(phase, training, accelerator)
-    batches = batches_of(inputs["latents"], training, settings.seed, "equilibrium", accelerator)
-    metrics = train(phase, batches, training, settings.seed, state, accelerator)
+    phase, metrics = train_phase(settings, "equilibrium", inputs, state, build)
     save_weights(phase.head, out / "head.safetensors")
-    counts = finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)
+    counts = finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, settings.equilibrium.training)
     if (out / "student").is_dir():  # in the first process
         write_card(out / "student", stage_provenance(inputs), settings.model_dump(mode="json"))
     return counts

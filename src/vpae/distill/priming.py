@@ -13,22 +13,20 @@ from torch import Tensor
 
 from vpae.config import Experiment, Priming
 from vpae.distill.common import (
-    accelerator_for,
-    batches_of,
     finish,
     load_network,
     networks_of,
     noise_like,
     save_weights,
+    train_phase,
 )
 from vpae.distill.vsd import flow_matching_loss, vsd_direction, vsd_loss
 from vpae.flow import add_noise, sample_times
 from vpae.models.adapters import STUDENT, Adapted, SharedBase
 from vpae.models.wan import Condition, guided_velocity, predict_x0, velocity
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role, progress_at, train
+from vpae.training.loop import Role, progress_at
 from vpae.training.randomness import derived_seed
-from vpae.training.sharding import spread
 
 
 class PrimingPhase:
@@ -107,15 +105,10 @@ def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Train phase I; returns counts."""
-    training = settings.priming.training
-    accelerator = accelerator_for(training)
-    phase = build(settings, inputs, accelerator.device)
-    spread(phase, training, accelerator)
-    batches = batches_of(inputs["latents"], training, settings.seed, "priming", accelerator)
-    metrics = train(phase, batches, training, settings.seed, state, accelerator)
+    phase, metrics = train_phase(settings, "priming", inputs, state, build)
     save_weights(phase.generator, out / "generator.safetensors")
     save_weights(
         phase.shared.fake,
         out / ("fake_lora.safetensors" if settings.priming.fake_form == "lora" else "fake.safetensors"),
     )
-    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, training)
+    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, settings.priming.training)
