@@ -212,6 +212,8 @@ def test_what_does_not_divide_is_refused(key: str, value: object, words: str, ba
         ({"clips": {"world": {"hidden_direction": 1.5}}}, "clips.world.hidden_direction"),
         ({"clips": None}, "clips"),
         ({"teacher": {"source": "folder"}}, "source = folder needs path"),
+        ({"teacher": {"source": "folder", "path": "a", "start": "b"}}, "start is of source = train alone"),
+        ({"teacher": {"transformer": {"training": {"mixed_precision": "bf16"}}}}, "the same mixed_precision"),
         ({"teacher": {"source": "hub", "path": "a/b"}}, "40 hex digits"),
         ({"teacher": {"source": "hub", "path": "a/b", "revision": "main"}}, "40 hex digits"),
         ({"latents": {"dtype": "float16"}}, "latents.dtype"),

@@ -298,6 +298,9 @@ class Teacher(Section):
             raise ValueError(f"source = {self.source} needs path")
         if self.source != "train" and self.start:
             raise ValueError(f"start is of source = train alone, not of source = {self.source}; remove it")
+        runs = (self.vae.training, self.vae.whole_training, self.vae.decoder_training, self.encoders.training)
+        if {run.mixed_precision for run in runs} != {self.transformer.training.mixed_precision}:
+            raise ValueError("vae, encoders and transformer train in one process: give all the same mixed_precision")
         if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             raise ValueError("source = hub needs revision: the 40 hex digits of a commit, so that weights cannot move")
         return self
