@@ -210,6 +210,7 @@ def test_what_does_not_divide_is_refused(key: str, value: object, words: str, ba
         ({"clips": {"source": "folder"}}, "source = folder needs path"),
         ({"clips": {"source": "table"}}, "source = table needs path"),
         ({"clips": {"world": {"hidden_direction": 1.5}}}, "clips.world.hidden_direction"),
+        ({"clips": {"world": {"grows_share": 0.6, "spins_share": 0.5}}}, "clips.world"),
         ({"clips": None}, "clips"),
         ({"teacher": {"source": "folder"}}, "source = folder needs path"),
         ({"teacher": {"source": "folder", "path": "a", "start": "b"}}, "start is of source = train alone"),

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
+from vpae.data.encoding import Encoders
 from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS
-from vpae.experiment import STAGES, load
+from vpae.experiment import STAGES, ConfigError, load
 from vpae.stages import run_stage
-from vpae.training.preemption import EXIT_CODE
+from vpae.training.preemption import EXIT_CODE, Interruption
 
 CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"
 ROWS = {"real", "teacher-100nfe", "teacher-1nfe", "priming-1nfe", "vpae-1nfe", "vpae-2nfe", "vpae-4nfe"}
@@ -80,6 +81,36 @@ def test_a_teacher_is_trained_further_on_other_clips(results, tmp_path):
     torch.testing.assert_close(after, before, rtol=0, atol=2e-6)
     for part in ("vae", "text_encoder", "image_encoder", "tokenizer"):
         assert file_hashes(made / part) == file_hashes(start / part)
+
+    other = {"shift": 8.0, "transformer": {"layers": 7}}
+    for key, value in other.items():
+        wrong = {**settings, "teacher": {**settings["teacher"], key: value}}
+        config.write_text(yaml.safe_dump({"extends": str(CONFIG.with_suffix("")), **wrong}))
+        with pytest.raises(ConfigError, match=f"teacher.{key}.*train anew without teacher.start"):
+            run_stage(load(config), "teacher", tmp_path)
+
+
+def test_a_signal_while_the_teacher_encodes_its_clips_is_heeded_at_once(results, tmp_path, monkeypatch):
+    """The encoding is the loop's first batch: the loop itself would see the signal only after it, minutes later."""
+    encoded = []
+
+    def first_then_signal(self, frames):
+        encoded.append(len(frames))
+        signal.raise_signal(signal.SIGTERM)
+        return videos(self, frames)
+
+    videos = Encoders.videos
+    monkeypatch.setattr(Encoders, "videos", first_then_signal)
+    settings = {
+        "clips": {"source": "world", "train": 33, "held_out": 8, "workers": 1},
+        "teacher": {"source": "train", "start": str(results / "teacher")},
+    }
+    config = tmp_path / "asked.yaml"
+    config.write_text(yaml.safe_dump({"extends": str(CONFIG.with_suffix("")), **settings}))
+    run_stage(load(config), "clips", tmp_path)
+    with pytest.raises(Interruption, match="teacher/encode"):
+        run_stage(load(config), "teacher", tmp_path)
+    assert len(encoded) == 1
 
 
 def test_vbench_is_measured_for_every_row_and_shown(results):

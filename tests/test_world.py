@@ -14,6 +14,7 @@ from vpae.data.world import (
     DIRECTIONS,
     GROWTH,
     MARGIN,
+    MOTIONS,
     RADII,
     SHAPES,
     TRAVEL,
@@ -122,6 +123,17 @@ def test_the_direction_is_hidden_in_the_wanted_share_of_moving_clips(moving: lis
 def test_the_bystanders_share_is_near_the_wanted_one(many: list[Truth]) -> None:
     assert np.mean([t.bystander is not None for t in many]) == pytest.approx(BYSTANDERS, abs=0.04)
     assert all(draw(i, bystanders=0.0).bystander is None for i in range(100))
+
+
+def test_motions_have_the_wanted_shares(many: list[Truth]) -> None:
+    assert {m: Counter(t.motion for t in many)[m] / len(many) for m in MOTIONS} == pytest.approx(
+        {"moves": 0.7, "grows": 0.15, "spins": 0.15}, abs=0.03
+    )
+    for grows, spins, only in ((1.0, 0.0, "grows"), (0.0, 1.0, "spins"), (0.0, 0.0, "moves")):
+        drawn = {draw_truth((3, 0, i), 5, 1.0, HIDDEN, BYSTANDERS, grows, spins).motion for i in range(50)}
+        assert drawn == {only}
+    drawn = {draw_truth((3, 0, i), 5, 1.0, HIDDEN, BYSTANDERS, 0.8, 0.2).motion for i in range(50)}
+    assert drawn == {"grows", "spins"}, "0.8 and 0.2 are 1, whatever floating point makes of it"
 
 
 def test_speeds_span_a_factor_of_four_evenly_on_a_logarithmic_scale(moving: list[Truth]) -> None:

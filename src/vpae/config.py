@@ -91,7 +91,15 @@ class World(Section):
 
     hidden_direction: Share = Field(0.4, description="Share of moving clips whose caption hides the direction.")
     bystander_share: Share = Field(0.25, description="Share of clips with a second, still sprite.")
+    grows_share: Share = Field(0.15, description="Share of clips whose sprite grows.")
+    spins_share: Share = Field(0.15, description="Share of clips whose sprite spins; in the rest it moves.")
     crf: int = Field(12, ge=0, le=51, description="x264's constant rate factor of the rendered clips.")
+
+    @model_validator(mode="after")
+    def _shares(self) -> "World":
+        if self.grows_share + self.spins_share > 1:
+            raise ValueError(f"grows_share = {self.grows_share} and spins_share = {self.spins_share} are more than 1")
+        return self
 
 
 class Clips(Section):

@@ -129,6 +129,8 @@ def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[
         geometry.width / geometry.height,
         world.hidden_direction,
         world.bystander_share,
+        world.grows_share,
+        world.spins_share,
     )
     key = f"{split}-{index:06d}"
     path = Path("videos") / f"{key}.mp4"

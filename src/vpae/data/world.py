@@ -132,7 +132,13 @@ def render(truth: Truth, height: int, width: int) -> np.ndarray:
 
 
 def draw_truth(
-    key: tuple[int, ...], frames: int, aspect: float, hidden_direction: float, bystander_share: float
+    key: tuple[int, ...],
+    frames: int,
+    aspect: float,
+    hidden_direction: float,
+    bystander_share: float,
+    grows_share: float = 0.15,
+    spins_share: float = 0.15,
 ) -> Truth:
     """Draw one clip's truth.
 
@@ -142,9 +148,11 @@ def draw_truth(
         aspect: width / height.
         hidden_direction: share of the moving clips whose caption does not tell the direction, in [0, 1].
         bystander_share: share of the clips with a second sprite, which stands still, in [0, 1].
+        grows_share: share of the clips whose sprite grows, in [0, 1].
+        spins_share: share of the clips whose sprite spins, in [0, 1]; in the rest it moves.
     """
     rng = np.random.default_rng(key)
-    motion = str(rng.choice(MOTIONS, p=(0.7, 0.15, 0.15)))
+    motion = str(rng.choice(MOTIONS, p=(max(0.0, 1 - grows_share - spins_share), grows_share, spins_share)))
     shape = str(rng.choice(SHAPES[1:] if motion == "spins" else SHAPES))
     colour, other = (str(c) for c in rng.permutation(list(COLOURS))[:2])
     size = str(rng.choice(list(RADII)))

@@ -14,13 +14,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from torch import Tensor
 
 from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json
-from vpae.config import Experiment, Training
+from vpae.config import Experiment, Teacher, Training
 from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
+from vpae.experiment import ConfigError
 from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.progress import track
 from vpae.teacher import encoders, flow_matching, vae
 from vpae.training.loop import train
+from vpae.training.preemption import Interruption
 from vpae.training.randomness import Shuffled, derived_seed
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -69,15 +71,37 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def _check_built_as_set(pipeline: WanImageToVideoPipeline, config: Teacher) -> None:
+    """Refuse settings of the network or its shift that training further cannot change."""
+    found = pipeline.transformer.config
+    with torch.device("meta"):
+        wanted = flow_matching.build(config.transformer, found.text_dim, found.image_dim).config
+    pairs = {"teacher.shift": (config.shift, pipeline.scheduler.config.shift)}
+    for key, name in (
+        ("heads", "num_attention_heads"),
+        ("head_dim", "attention_head_dim"),
+        ("ffn_multiple", "ffn_dim"),
+        ("layers", "num_layers"),
+        ("freq_dim", "freq_dim"),
+    ):
+        pairs[f"teacher.transformer.{key}"] = (wanted[name], found[name])
+    other = [f"{key} makes {ours}, it has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    if other:
+        raise ConfigError(
+            f"teacher.start = {config.start} was built with other settings, which training further cannot change: "
+            f"{'; '.join(other)}. Set them as they were, or train anew without teacher.start"
+        )
+
+
 def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> dict:
     config, geometry = settings.teacher, settings.geometry
-    clips = read_manifest(clips_folder, "train")
-    frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
-
     accelerator = Accelerator(mixed_precision=config.transformer.training.mixed_precision)
     if config.start:
         pipeline = load_pipeline(_checked(Path(config.start))).to(accelerator.device)
-    else:
+        _check_built_as_set(pipeline, config)
+    clips = read_manifest(clips_folder, "train")
+    frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
+    if not config.start:
         pipeline = _untrained(settings, clips, frames_NTHW3, state, accelerator)
     phase = flow_matching.FlowMatchingPhase(config.transformer, config.shift, pipeline.transformer)
     pipeline.transformer = phase.ema
@@ -186,10 +210,13 @@ def _encoded(frames_NTHW3: np.ndarray, clips: list[Clip], encode: Encoders, trai
     def everything() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
         tokens = text_tokens_for(encode.longest_text(sorted({c.caption for c in clips})))
         step, chunks = 16, []
-        for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
-            frames = frames_NTHW3[start : start + step]
-            first = list(frames[:, 0])
-            chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
+        with Interruption.watch() as interruption:  # the loop, whose first batch this is, would heed a signal after it
+            for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
+                frames = frames_NTHW3[start : start + step]
+                first = list(frames[:, 0])
+                chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
+                if interruption.requested:
+                    raise Interruption("teacher/encode: stopped by a signal; the clips are encoded anew next time")
         captions = sorted({c.caption for c in clips})
         texts = {c: pad_text(text, tokens) for c, text in zip(captions, encode.texts(captions), strict=True)}
         x0, condition, image = (torch.cat(parts) for parts in zip(*chunks, strict=True))
