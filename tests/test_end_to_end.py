@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
+from vpae.data.catalog import read_manifest
 from vpae.data.encoding import Encoders
 from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS
 from vpae.experiment import STAGES, ConfigError, load
+from vpae.models.wan import load_pipeline
 from vpae.stages import run_stage
+from vpae.teacher.stage import _encoded
 from vpae.training.preemption import EXIT_CODE, Interruption
 
 CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"
@@ -111,6 +114,17 @@ def test_a_signal_while_the_teacher_encodes_its_clips_is_heeded_at_once(results,
     with pytest.raises(Interruption, match="teacher/encode"):
         run_stage(load(config), "teacher", tmp_path)
     assert len(encoded) == 1
+
+
+def test_clips_that_were_encoded_for_the_teacher_are_not_encoded_again(results, tmp_path, monkeypatch):
+    settings, folder = load(CONFIG).settings, results / "clips"
+    clips, encoders = read_manifest(folder, "train")[:4], Encoders(load_pipeline(results / "teacher"))
+    frames = np.stack([clip.frames(settings.geometry, folder) for clip in clips])
+    training = settings.teacher.transformer.training.model_copy(update={"batch_size": 3})
+    x0, condition = _encoded(frames, clips, encoders, training, settings, tmp_path)(0)
+    monkeypatch.setattr(Encoders, "videos", None)
+    again, condition_again = _encoded(frames, clips, encoders, training, settings, tmp_path)(0)
+    assert again.equal(x0) and condition_again.text_BLD.equal(condition.text_BLD)
 
 
 def test_vbench_is_measured_for_every_row_and_shown(results):

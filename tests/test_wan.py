@@ -104,6 +104,25 @@ def test_a_caption_s_embedding_does_not_depend_on_the_captions_beside_it(pipelin
         torch.testing.assert_close(Encoders(pipeline).texts([caption])[0], text, **CLOSE)
 
 
+def test_thousands_of_captions_are_not_encoded_at_once(pipeline, monkeypatch):
+    """Attention among 512 tokens, times 8,000 captions, took more memory than the machine has."""
+    batches = []
+
+    def encode_prompt(captions, **options):
+        batches.append(len(captions))
+        return type(pipeline).encode_prompt(pipeline, captions, **options)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt, raising=False)
+    monkeypatch.setattr("vpae.data.encoding.TEXTS_AT_ONCE", 2)
+    captions = [*CAPTIONS, *CAPTIONS, "one more"]
+    found = Encoders(pipeline).texts(captions)
+    assert max(batches) == 2 and sum(batches) == len(captions)
+    monkeypatch.undo()
+    for caption, text in zip(captions, found, strict=True):
+        torch.testing.assert_close(text, Encoders(pipeline).texts([caption])[0], **CLOSE)
+        assert text.untyped_storage().nbytes() == text.nbytes, "a view keeps 512 tokens of padding alive"
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 48)])
 def test_image_embeddings_are_diffusers_own(pipeline, height, width):
     frames = [picture(height, width, seed) for seed in range(2)]

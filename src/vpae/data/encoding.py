@@ -16,6 +16,8 @@ from torch import Tensor
 
 from vpae.models.wan import TEXT_TOKENS, encode_condition, encode_video
 
+TEXTS_AT_ONCE = 32  # captions of 512 tokens whose attention weights fit beside the rest
+
 
 @dataclass
 class Encoders:
@@ -34,10 +36,15 @@ class Encoders:
         """UMT5 embeddings of each caption without padding, [(L_i, D)]."""
         cleaned = [prompt_clean(caption) for caption in captions]  # as the pipeline does before it encodes
         lengths = self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
-        padded, _ = self.pipeline.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
-        )
-        return [text[: len(ids)].cpu() for text, ids in zip(padded, lengths, strict=True)]
+        found = []
+        for start in range(0, len(captions), TEXTS_AT_ONCE):
+            some = slice(start, start + TEXTS_AT_ONCE)
+            padded, _ = self.pipeline.encode_prompt(
+                list(captions[some]), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+            )
+            # A clone: a view would keep the padding, which is most of it, in memory.
+            found += [text[: len(ids)].clone().cpu() for text, ids in zip(padded, lengths[some], strict=True)]
+        return found
 
     @torch.no_grad()
     def images(self, first_frames: Sequence[np.ndarray]) -> Tensor:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json
+from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json, written
 from vpae.config import Experiment, Teacher, Training
 from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
@@ -105,7 +106,7 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
         pipeline = _untrained(settings, clips, frames_NTHW3, state, accelerator)
     phase = flow_matching.FlowMatchingPhase(config.transformer, config.shift, pipeline.transformer)
     pipeline.transformer = phase.ema
-    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings)
+    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings, state)
     _fit(phase, encoded, config.transformer.training, settings, state, accelerator)
     pipeline.to("cpu")
     if config.start:
@@ -198,37 +199,53 @@ def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, tr
     return batch
 
 
-def _encoded(frames_NTHW3: np.ndarray, clips: list[Clip], encode: Encoders, training: Training, settings: Experiment):
+def _encoded(
+    frames_NTHW3: np.ndarray,
+    clips: list[Clip],
+    encode: Encoders,
+    training: Training,
+    settings: Experiment,
+    state: Path,
+):
     """Batches of latents and conditions, encoded at the first call: not at all when nothing is left to train.
 
-    They are held in memory: a tiny corpus is some hundred megabytes.
+    They are held in memory: a tiny corpus is some hundred megabytes. The state folder keeps them for the next start.
     """
     numbers = _numbers(len(clips), training.batch_size, settings.seed, "transformer")
     device = encode.pipeline.vae.device
+    captions = sorted({c.caption for c in clips})
+    row = {caption: number for number, caption in enumerate(captions)}
 
     @cache
-    def everything() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
-        tokens = text_tokens_for(encode.longest_text(sorted({c.caption for c in clips})))
-        step, chunks = 16, []
-        with Interruption.watch() as interruption:  # the loop, whose first batch this is, would heed a signal after it
-            for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
-                frames = frames_NTHW3[start : start + step]
-                first = list(frames[:, 0])
-                chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
-                if interruption.requested:
-                    raise Interruption("teacher/encode: stopped by a signal; the clips are encoded anew next time")
-        captions = sorted({c.caption for c in clips})
-        texts = {c: pad_text(text, tokens) for c, text in zip(captions, encode.texts(captions), strict=True)}
-        x0, condition, image = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        return x0, condition, image, texts, pad_text(encode.texts([""])[0], tokens)
+    def everything() -> dict[str, Tensor]:
+        kept = state / "encoded.safetensors"
+        if not kept.is_file():
+            with written(kept) as temporary:
+                save_file(_encode(frames_NTHW3, clips, captions, encode), temporary)
+        return load_file(kept)
 
     def batch(drawn: int) -> tuple[Tensor, Condition]:
-        x0, condition, image, texts, empty = everything()
-        chosen = numbers(drawn)
-        x = x0[chosen]
-        frame = torch.cat([first_frame_mask(len(x), *x.shape[2:]), condition[chosen]], dim=1)
-        text_BLD = torch.stack([texts[clips[n].caption] for n in chosen])
-        found = Condition(frame.to(device), image[chosen].to(device), text_BLD.to(device), empty.to(device))
-        return x.to(device), found
+        corpus, chosen = everything(), numbers(drawn)
+        x = corpus["x0"][chosen]
+        frame = torch.cat([first_frame_mask(len(x), *x.shape[2:]), corpus["condition"][chosen]], dim=1)
+        text_BLD = corpus["text"][[row[clips[n].caption] for n in chosen]]
+        parts = (frame, corpus["image"][chosen], text_BLD, corpus["empty"])
+        return x.to(device), Condition(*(part.to(device) for part in parts))
 
     return batch
+
+
+def _encode(frames_NTHW3: np.ndarray, clips: list[Clip], captions: list[str], encode: Encoders) -> dict[str, Tensor]:
+    """Latents, conditions and image embeddings of every clip; text embeddings of every caption, and the empty one."""
+    tokens = text_tokens_for(encode.longest_text(captions))
+    step, chunks = 16, []
+    with Interruption.watch() as interruption:  # the loop, whose first batch this is, would heed a signal after it
+        for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
+            frames = frames_NTHW3[start : start + step]
+            first = list(frames[:, 0])
+            chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
+            if interruption.requested:
+                raise Interruption("teacher/encode: stopped by a signal; the clips are encoded anew next time")
+    parts = dict(zip(("x0", "condition", "image"), (torch.cat(p) for p in zip(*chunks, strict=True)), strict=True))
+    texts = [pad_text(text, tokens) for text in encode.texts([*captions, ""])]
+    return {**parts, "text": torch.stack(texts[:-1]), "empty": texts[-1]}
