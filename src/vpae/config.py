@@ -241,7 +241,7 @@ class TinyVae(Section):
 
 
 class TinyEncoders(Section):
-    """Small UMT5 and CLIP encoders, trained together contrastively (caption against first and last frame)."""
+    """Small UMT5 and CLIP encoders: a caption finds its first and last frame, and can be read from its embedding."""
 
     text_dim: Positive = Field(64, multiple_of=4, description="Width of the UMT5 encoder, which has four heads.")
     text_layers: Positive = Field(2, description="Layers of the UMT5 encoder.")
@@ -254,6 +254,9 @@ class TinyEncoders(Section):
     )
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True), description="Of both encoders together."
+    )
+    stay_weight: NonNegative = Field(
+        0.3, description="Weight of the distance from where it was, when a text encoder is trained further [choice]."
     )
 
 
@@ -287,7 +290,10 @@ class Teacher(Section):
     path: str = Field("", description="The folder, or the hub id.")
     start: str = Field(
         "",
-        description="With source = train: a teacher's folder whose transformer is trained further; the rest is kept.",
+        description="With source = train: a teacher's folder that is trained further.",
+    )
+    further: tuple[Literal["transformer", "text_encoder"], ...] = Field(
+        ("transformer",), description="What of start is trained further; the rest is kept."
     )
     revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
     architecture: Literal["", "wan2.1-i2v-14b", "wan2.1-i2v-1.3b"] = Field(
@@ -306,6 +312,8 @@ class Teacher(Section):
             raise ValueError(f"source = {self.source} needs path")
         if self.source != "train" and self.start:
             raise ValueError(f"start is of source = train alone, not of source = {self.source}; remove it")
+        if "transformer" not in self.further:
+            raise ValueError("further lacks transformer, which must follow whatever else is trained further")
         runs = (self.vae.training, self.vae.whole_training, self.vae.decoder_training, self.encoders.training)
         if {run.mixed_precision for run in runs} != {self.transformer.training.mixed_precision}:
             raise ValueError("vae, encoders and transformer train in one process: give all the same mixed_precision")

@@ -1,6 +1,8 @@
 """Training of the tiny UMT5 and CLIP encoders: each caption must find its clip's first and last frame, and the reverse.
 
-The last frame is what makes the words of motion mean something; at inference only the first is seen.
+The last frame is what makes the words of motion mean something; at inference only the first is seen. A caption must
+also be readable from its embedding: a contrastive loss alone leaves a text encoder nearly blind to the order of words
+(Yuksekgonul et al., ICLR 2023), and with it to which of two sprites it is that moves.
 Axes: B batch, L text tokens, N image tokens, D width, H/W height and width.
 """
 
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from vpae.config import TinyEncoders
+from vpae.models.wan import TEXT_TOKENS
 from vpae.training.ema import make_ema
 from vpae.training.loop import Role
 
@@ -72,24 +75,44 @@ def build_image_encoder(config: TinyEncoders, height: int) -> tuple[CLIPVisionMo
     return model, CLIPImageProcessor(size={"shortest_edge": height}, crop_size=size)
 
 
+class Reader(nn.Module):
+    """A text encoder, with what reads a caption back from the mean of its token embeddings."""
+
+    def __init__(self, text: UMT5EncoderModel):
+        super().__init__()
+        width = text.config.d_model
+        self.text = text
+        self.place = nn.Embedding(TEXT_TOKENS, width)
+        self.words = nn.Sequential(
+            nn.Linear(2 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, text.config.vocab_size)
+        )
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Token embeddings (B, L, D), and their mean (B, D), which by itself has no order."""
+        hidden = self.text(ids_BL, attention_mask=mask_BL).last_hidden_state
+        return hidden, (hidden * mask_BL.unsqueeze(-1)).sum(1) / mask_BL.sum(1, keepdim=True)
+
+    def loss(self, mean_BD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the token at each place, and the share of the tokens that are read right."""
+        batch, length = ids_BL.shape
+        places = self.place.weight[:length].expand(batch, -1, -1)
+        logits = self.words(torch.cat([mean_BD[:, None].expand(-1, length, -1), places], dim=-1))[mask_BL.bool()]
+        wanted = ids_BL[mask_BL.bool()]
+        return F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
+
+
 class Towers(nn.Module):
     """Both encoders with the projections that only their training needs."""
 
     def __init__(self, text: UMT5EncoderModel, image: CLIPVisionModel):
         super().__init__()
         text_dim, image_dim, shared = text.config.d_model, image.config.hidden_size, 64
-        self.text, self.image = text, image
+        self.reader, self.image = Reader(text), image
         self.text_head = nn.Linear(text_dim, shared)
         self.image_head = nn.Sequential(
             nn.Linear(2 * image_dim, 2 * image_dim), nn.GELU(), nn.Linear(2 * image_dim, shared)
         )
         self.log_scale = nn.Parameter(torch.tensor(2.0))
-
-    def text_embedding(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Unit vectors (B, 64) of captions: the mean over their tokens, projected."""
-        hidden = self.text(ids_BL, attention_mask=mask_BL).last_hidden_state
-        mean = (hidden * mask_BL.unsqueeze(-1)).sum(1) / mask_BL.sum(1, keepdim=True)
-        return F.normalize(self.text_head(mean), dim=-1)
 
     def clip_embedding(self, first_B3HW: Tensor, last_B3HW: Tensor) -> Tensor:
         """Unit vectors (B, 64) of pairs of frames, from the features that Wan uses (the last layer but one)."""
@@ -98,7 +121,7 @@ class Towers(nn.Module):
 
 
 class EncoderPhase:
-    """Symmetric InfoNCE; clips with the same caption are all right answers."""
+    """Symmetric InfoNCE, in which clips with the same caption are all right answers, and reading captions back."""
 
     name = "teacher/encoders"
     main = "towers"
@@ -111,13 +134,41 @@ class EncoderPhase:
         return ["towers"]
 
     def loss(self, turn: str, batch: dict[str, Tensor], rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
-        """Contrastive loss of a batch with keys ids, mask (B, L), first, last (B, 3, H, W)."""
-        towers = self.roles["towers"].module
-        text = towers.text_embedding(batch["ids"], batch["mask"])
+        """Contrastive and reading loss of a batch with keys ids, mask (B, L), first, last (B, 3, H, W)."""
+        towers, ids, mask = self.roles["towers"].module, batch["ids"], batch["mask"]
+        _, mean = towers.reader(ids, mask)
+        text = F.normalize(towers.text_head(mean), dim=-1)
         clip = towers.clip_embedding(batch["first"], batch["last"])
         logits = towers.log_scale.exp() * text @ clip.T
-        same = (batch["ids"][:, None] == batch["ids"][None]).all(-1).float()
+        same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
-        loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        contrastive = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        reading, read = towers.reader.loss(mean, ids, mask)
         hit = same.gather(1, logits.argmax(1, keepdim=True)).mean()
-        return loss, {"retrieval": hit}
+        return contrastive + reading, {"retrieval": hit, "read": read}
+
+
+class TextPhase:
+    """A finished text encoder learns the order of words: captions are read back, its embeddings stay near the old."""
+
+    name = "teacher/text"
+    main = "reader"
+
+    def __init__(self, config: TinyEncoders, reader: Reader):
+        self.config = config
+        self.old = make_ema(reader.text)
+        self.roles = {"reader": Role(reader, config.optimizer)}
+        self.ema = make_ema(reader)
+
+    def turns(self, step: int) -> list[str]:
+        return ["reader"]
+
+    def loss(self, turn: str, batch: dict[str, Tensor], rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
+        """Reading loss of a batch with keys ids, mask (B, L), and relative squared distance from the old encoder."""
+        reader, ids, mask = self.roles["reader"].module, batch["ids"], batch["mask"]
+        hidden, mean = reader(ids, mask)
+        with torch.no_grad():
+            old = self.old(ids, attention_mask=mask).last_hidden_state
+        reading, read = reader.loss(mean, ids, mask)
+        moved = ((hidden - old)[mask.bool()] ** 2).mean() / (old[mask.bool()] ** 2).mean()
+        return reading + self.config.stay_weight * moved, {"read": read, "moved": moved}

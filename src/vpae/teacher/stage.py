@@ -104,14 +104,21 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
     if not config.start:
         pipeline = _untrained(settings, clips, frames_NTHW3, state, accelerator)
+    elif "text_encoder" in config.further:
+        reader = _seeded(settings, "reader", lambda: encoders.Reader(pipeline.text_encoder)).to(accelerator.device)
+        words = encoders.TextPhase(config.encoders, reader)
+        captions = _captions(clips, pipeline.tokenizer, config.encoders.training, settings.seed)
+        _fit(words, captions, config.encoders.training, settings, state, accelerator)
+        pipeline.text_encoder = words.ema.text
     phase = flow_matching.FlowMatchingPhase(config.transformer, config.shift, pipeline.transformer)
     pipeline.transformer = phase.ema
     encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings, state)
     _fit(phase, encoded, config.transformer.training, settings, state, accelerator)
     pipeline.to("cpu")
     if config.start:
-        link_tree(Path(config.start), out, skip=(GEOMETRY, "transformer"), foreign=True)
-        pipeline.transformer.save_pretrained(out / "transformer")
+        link_tree(Path(config.start), out, skip=(GEOMETRY, *config.further), foreign=True)
+        for name in config.further:
+            getattr(pipeline, name).save_pretrained(out / name)
     else:
         pipeline.save_pretrained(out)
     return {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in NETWORKS}
@@ -139,7 +146,7 @@ def _untrained(
     build = lambda: flow_matching.build(config.transformer, config.encoders.text_dim, config.encoders.image_dim)  # noqa: E731
     return WanImageToVideoPipeline(
         tokenizer=tokenizer,
-        text_encoder=phase.ema.text,
+        text_encoder=phase.ema.reader.text,
         vae=trained_vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
         image_processor=processor,
@@ -187,14 +194,24 @@ def _videos(frames_NTHW3: np.ndarray, training: Training, seed: int):
 
 def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, training: Training, seed: int):
     numbers = _numbers(len(clips), training.batch_size, seed, "encoders")
-    longest = max(len(ids) for ids in tokenizer([c.caption for c in clips]).input_ids)
+    captions = _captions(clips, tokenizer, training, seed)
 
     def batch(drawn: int) -> dict[str, Tensor]:
         chosen = numbers(drawn)
-        captions = [clips[n].caption for n in chosen]
-        text = tokenizer(captions, padding="max_length", max_length=longest, return_tensors="pt")
         pixels = [processor(images=list(frames_NTHW3[chosen, at]), return_tensors="pt").pixel_values for at in (0, -1)]
-        return {"ids": text.input_ids, "mask": text.attention_mask, "first": pixels[0], "last": pixels[1]}
+        return {**captions(drawn), "first": pixels[0], "last": pixels[1]}
+
+    return batch
+
+
+def _captions(clips: list[Clip], tokenizer, training: Training, seed: int):
+    numbers = _numbers(len(clips), training.batch_size, seed, "encoders")
+    longest = max(len(ids) for ids in tokenizer([c.caption for c in clips]).input_ids)
+
+    def batch(drawn: int) -> dict[str, Tensor]:
+        captions = [clips[n].caption for n in numbers(drawn)]
+        text = tokenizer(captions, padding="max_length", max_length=longest, return_tensors="pt")
+        return {"ids": text.input_ids, "mask": text.attention_mask}
 
     return batch
 
