@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
-from vpae.data.catalog import read_manifest
+from vpae.data.catalog import read_manifest, read_truth
 from vpae.data.encoding import Encoders
+from vpae.data.latents import LatentDataset
+from vpae.evaluation import motions
 from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS
 from vpae.experiment import STAGES, ConfigError, load
@@ -237,6 +239,35 @@ def test_the_probe_trains_as_the_stage_does_and_measures_on_the_way(results, cap
     assert lines[0]["frechet_ema"] == lines[0]["frechet_raw"] != lines[2]["frechet_raw"]
     logged = [json.loads(line) for line in (results / "priming/metrics.jsonl").read_text().splitlines()]
     assert [line["generator_loss"] for line in lines[1:]] == [line["generator_loss"] for line in logged]
+
+
+def test_captions_by_motion_are_parts_of_the_score(results, capsys):
+    assert motions.main(["--config", str(CONFIG), "--results", str(results.parent)]) == 0
+    head, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    rows = json.loads((results / "evaluation/scores.json").read_text())["rows"]
+    assert [line[0] for line in lines] == list(rows)
+    for line in lines:
+        cells = dict(zip(head, line, strict=True))
+        parts = [[float(v) for v in cells[kind].split(" of ")] for kind in motions.KINDS if " of " in cells[kind]]
+        followed, videos = sum(share * n for share, n in parts), sum(n for _, n in parts)
+        assert followed / videos == pytest.approx(rows[cells["row"]]["caption_following"]["mean"], abs=1e-3)
+        assert float(cells["identity"]) == pytest.approx(rows[cells["row"]]["identity"]["mean"], abs=1e-3)
+
+
+def test_a_redrawn_video_depends_on_its_clip_and_noise_alone(results):
+    dataset, truths = LatentDataset(results / "latents", "held_out"), read_truth(results / "clips")
+    vae, student = load_pipeline(results / "teacher").vae, results / "priming/student"
+    twice = motions.redraw(student, vae, dataset, truths, motions.KINDS, 2, 3.0)
+    assert len(twice) == 2 * len(dataset)
+    kinds = {kind for kind, _ in twice}
+    for kind in kinds:
+        assert motions.redraw(student, vae, dataset, truths, (kind,), 2, 3.0) == [v for v in twice if v[0] == kind]
+    assert twice[: len(dataset)] != twice[len(dataset) :]
+
+
+def test_captions_by_motion_need_an_evaluation(tmp_path, capsys):
+    assert motions.main(["--config", str(CONFIG), "--results", str(tmp_path)]) == 2
+    assert "run its stage" in capsys.readouterr().err
 
 
 def test_sample_says_what_is_missing(tmp_path, capsys):

@@ -44,6 +44,9 @@ from vpae.training.randomness import derived_seed
 
 REAL = "real"  # the row of the clips themselves, which only go through the VAE
 SHEET = 16  # videos on a contact sheet
+# How many network evaluations a decoding counts for when work is shared out. In a large model it takes about as long as
+# one, in a small one as dozens; and there it is more of the work.
+DECODING = 10
 
 
 def euler(
@@ -147,8 +150,13 @@ def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part)
     """Draw and decode one part's share of the videos into the state folder."""
     batches = _batches(settings)
     rows = settings.samples.rows
-    # Decoding counts as one network evaluation. Neighbours are mostly of one row: few models to load.
-    costs = [batch.size * (1 + (rows[batch.row].nfe if batch.row in rows else 0)) for batch in batches]
+
+    def cost(batch: Batch) -> int:
+        decoded = min(max(settings.samples.decode - batch.start, 0), batch.size)
+        return batch.size * (rows[batch.row].nfe if batch.row in rows else 0) + DECODING * decoded
+
+    # Neighbours are mostly of one row: few models to load.
+    costs = [cost(batch) for batch in batches]
     _complete(part.stretch(batches, costs), settings, inputs, state, f"samples {part}")
 
 
