@@ -256,13 +256,28 @@ def test_captions_by_motion_are_parts_of_the_score(results, capsys):
 
 def test_a_redrawn_video_depends_on_its_clip_and_noise_alone(results):
     dataset, truths = LatentDataset(results / "latents", "held_out"), read_truth(results / "clips")
-    vae, student = load_pipeline(results / "teacher").vae, results / "priming/student"
-    twice = motions.redraw(student, vae, dataset, truths, motions.KINDS, 2, 3.0)
+    student = results / "priming/student"
+    twice = motions.redraw(student, dataset, truths, motions.KINDS, 2, 3.0)
     assert len(twice) == 2 * len(dataset)
-    kinds = {kind for kind, _ in twice}
-    for kind in kinds:
-        assert motions.redraw(student, vae, dataset, truths, (kind,), 2, 3.0) == [v for v in twice if v[0] == kind]
-    assert twice[: len(dataset)] != twice[len(dataset) :]
+    for kind in {motions.kind_of(truth) for truth, _ in twice}:
+        alone = motions.redraw(student, dataset, truths, (kind,), 2, 3.0)
+        among = [video for truth, video in twice if motions.kind_of(truth) == kind]
+        assert len(alone) == len(among) < len(twice)
+        for (_, video), other in zip(alone, among, strict=True):
+            torch.testing.assert_close(video, other)
+    first, second = twice[0][1], twice[len(dataset)][1]
+    assert twice[0][0] == twice[len(dataset)][0]
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_students_are_drawn_anew(results, capsys):
+    student = str(results / "priming/student")
+    arguments = ["--config", str(CONFIG), "--results", str(results.parent), "--noises", "2", student]
+    assert motions.main(arguments) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert student in line
+    videos = [int(cell.split(" of ")[1]) for cell in line.split("|") if " of " in cell]
+    assert sum(videos) == 2 * len(LatentDataset(results / "latents", "held_out"))
 
 
 def test_captions_by_motion_need_an_evaluation(tmp_path, capsys):

@@ -11,11 +11,12 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vpae.artifacts import ArtifactError, identity
 from vpae.config import Sampler
@@ -53,28 +54,20 @@ def by_kind(measured: Iterable[tuple[str, dict[str, float]]]) -> dict[str, tuple
 
 @torch.no_grad()
 def redraw(
-    model: Path,
-    vae,
-    dataset: LatentDataset,
-    truths: dict[str, Truth],
-    kinds: tuple[str, ...],
-    noises: int,
-    shift: float,
-) -> list[tuple[str, dict[str, float]]]:
-    """Kind and truth metrics of a student's single steps for the held-out clips of these kinds, `noises` of each."""
-    network = load_transformer(model).eval()
+    model: Path, dataset: LatentDataset, truths: dict[str, Truth], kinds: Sequence[str], noises: int, shift: float
+) -> list[tuple[Truth, Tensor]]:
+    """Truth and latents (16, F, H, W) of a student's single steps for the clips of these kinds, `noises` of each."""
+    network, row = load_transformer(model).eval(), Sampler(model="equilibrium", steps=1)
     numbers = [i for i, entry in enumerate(dataset.entries) if kind_of(truths[entry.key]) in kinds]
-    measured = []
+    drawn = []
     for noise in range(noises):
         for start in range(0, len(numbers), BATCH):
             some = numbers[start : start + BATCH]
             x, condition = dataset.batch(some)
             seeds = [noise * SEEDS_OF_A_NOISE + i for i in some]
-            row = Sampler(model="equilibrium", steps=1)
-            for i, latents in zip(some, draw(network, row, shift, condition, tuple(x.shape[1:]), seeds), strict=True):
-                truth = truths[dataset.entries[i].key]
-                measured.append((kind_of(truth), measure(decode_latents(vae, latents[None])[0].numpy(), truth)))
-    return measured
+            videos = draw(network, row, shift, condition, tuple(x.shape[1:]), seeds)
+            drawn += [(truths[dataset.entries[i].key], video) for i, video in zip(some, videos, strict=True)]
+    return drawn
 
 
 def table(rows: dict[str, list[tuple[str, dict[str, float]]]]) -> str:
@@ -118,8 +111,10 @@ def main(argv: list[str] | None = None) -> int:
         vae = load_pipeline(folders["teacher"], transformer=None, text_encoder=None, image_encoder=None).vae
         shift = source.settings.teacher.shift
         for model in arguments.models:
-            kinds = tuple(arguments.kinds)
-            rows[str(model)] = redraw(model, vae, dataset, truths, kinds, arguments.noises, shift)
+            rows[str(model)] = [
+                (kind_of(truth), measure(decode_latents(vae, latents[None])[0].numpy(), truth))
+                for truth, latents in redraw(model, dataset, truths, arguments.kinds, arguments.noises, shift)
+            ]
     else:
         for line in (folders["evaluation"] / "records.jsonl").read_text().splitlines():
             record = json.loads(line)
