@@ -272,8 +272,8 @@ def test_a_redrawn_video_depends_on_its_clip_and_noise_alone(results):
 
 def test_students_are_drawn_anew(results, capsys):
     student = str(results / "priming/student")
-    arguments = ["--config", str(CONFIG), "--results", str(results.parent), "--noises", "2", student]
-    assert motions.main(arguments) == 0
+    arguments = [student, "--config", str(CONFIG), "--results", str(results.parent), "--noises", "2", "--kinds"]
+    assert motions.main([*arguments, *motions.KINDS]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert student in line
     videos = [int(cell.split(" of ")[1]) for cell in line.split("|") if " of " in cell]

@@ -1,7 +1,7 @@
 """Which captions are followed: the share for each kind of motion of the procedural world.
 
     python -m vpae.evaluation.motions --config configs/tiny-reference.yaml
-    python -m vpae.evaluation.motions --config configs/tiny-tuning.yaml --noises 4 --kinds untold spins MODEL...
+    python -m vpae.evaluation.motions MODEL... --config configs/tiny-tuning.yaml --noises 4 --kinds untold spins
 
 The first form reads the rows of a finished evaluation. The second draws single steps of students (pipeline folders) for
 the held-out clips of these kinds, each with several noises: a figure over one noise moves by more than settings do.
