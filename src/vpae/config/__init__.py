@@ -1,0 +1,61 @@
+"""Every setting of an experiment: one tree of validated sections, one file a section.
+
+The tree is the source of the JSON schema in `configs/schema.json`. How a YAML file becomes a tree (`extends:`,
+`--set`, environment) is in `experiment.py`. Paper numbers are the defaults where the paper gives them; what it leaves
+open is marked [choice].
+"""
+
+from vpae.config.clips import Clips, World
+from vpae.config.cluster import Cluster, Jobs, Needs
+from vpae.config.discriminator import R1, Head
+from vpae.config.equilibrium import Equilibrium
+from vpae.config.evaluation import Evaluation
+from vpae.config.experiment import Experiment
+from vpae.config.geometry import PATCH, VAE_STRIDE, Geometry
+from vpae.config.latents import Latents
+from vpae.config.priming import Priming
+from vpae.config.report import Report
+from vpae.config.samples import Sampler, Samples
+from vpae.config.section import NonNegative, Positive, Section, Share, fill_defaults
+from vpae.config.teacher import Teacher, TinyEncoders, TinyTransformer, TinyVae
+from vpae.config.training import Lora, Optimizer, Sharding, Times, Training
+from vpae.config.vbench import VBench, VBenchDimension, VBenchFolder, VBenchRows
+
+__all__ = [
+    "PATCH",
+    "R1",
+    "VAE_STRIDE",
+    "Clips",
+    "Cluster",
+    "Equilibrium",
+    "Evaluation",
+    "Experiment",
+    "Geometry",
+    "Head",
+    "Jobs",
+    "Latents",
+    "Lora",
+    "Needs",
+    "NonNegative",
+    "Optimizer",
+    "Positive",
+    "Priming",
+    "Report",
+    "Sampler",
+    "Samples",
+    "Section",
+    "Sharding",
+    "Share",
+    "Teacher",
+    "Times",
+    "TinyEncoders",
+    "TinyTransformer",
+    "TinyVae",
+    "Training",
+    "VBench",
+    "VBenchDimension",
+    "VBenchFolder",
+    "VBenchRows",
+    "World",
+    "fill_defaults",
+]

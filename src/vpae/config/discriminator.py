@@ -1,0 +1,32 @@
+"""The discriminator's head and its regularisation."""
+
+from pydantic import Field, model_validator
+
+from vpae.config.section import NonNegative, Positive, Section
+
+
+class Head(Section):
+    """The discriminator's semantic head."""
+
+    dim: Positive = Field(512, description="Width.")
+    heads: Positive = Field(8, description="Attention heads.")
+    queries: Positive = Field(8, description="Learnable queries.")
+    semantics: bool = Field(True, description="Join image and text embeddings to the queries (ablation: False).")
+    taps: tuple[int, ...] = Field(
+        (),
+        description="Indices of the blocks whose outputs are features; empty: see `models.wan.default_taps` [choice].",
+    )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Head":
+        if self.dim % self.heads:
+            raise ValueError(f"dim = {self.dim} is not a multiple of heads = {self.heads}")
+        return self
+
+
+class R1(Section):
+    """Spatio-temporal differential R1."""
+
+    weight: NonNegative = Field(100.0, description="Weight w [choice; APT's 100].")
+    sigma_spatial: float = Field(0.01, gt=0, description="sigma_s: varies over space, equal in every frame (paper).")
+    sigma_temporal: float = Field(0.1, gt=0, description="sigma_t: varies over frames, equal over space (paper).")

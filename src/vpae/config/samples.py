@@ -1,0 +1,54 @@
+"""Stage `samples`."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vpae.config.section import Positive, Section
+
+
+class Sampler(Section):
+    """How one row of the tables makes its videos."""
+
+    model: Literal["teacher", "priming", "equilibrium"] = Field(description="Whose weights.")
+    steps: Positive = Field(description="Network steps; guidance doubles the NFE.")
+    guidance_scale: float = Field(1.0, description="w in u + w (c - u); 1 = off.")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per video; guidance counts twice."""
+        return self.steps * (1 if self.guidance_scale == 1.0 else 2)
+
+
+class Samples(Section):
+    """Stage `samples`: the held-out first frames and captions, animated by every row's model."""
+
+    rows: dict[str, Sampler] = Field(
+        {
+            "teacher-100nfe": Sampler(model="teacher", steps=50, guidance_scale=5.0),
+            "teacher-1nfe": Sampler(model="teacher", steps=1),
+            "priming-1nfe": Sampler(model="priming", steps=1),
+            "vpae-1nfe": Sampler(model="equilibrium", steps=1),
+            "vpae-2nfe": Sampler(model="equilibrium", steps=2),
+            "vpae-4nfe": Sampler(model="equilibrium", steps=4),
+        },
+        description="Name of the row -> how its videos are made. A name ending in -Nnfe must tell the truth.",
+    )
+    count: Positive = Field(256, description="Held-out clips to animate.")
+    decode: Positive = Field(64, description="How many of them are decoded to mp4.")
+    batch_size: Positive = Field(16, description="Clips sampled together; the result does not depend on it.")
+    crf: int = Field(10, ge=0, le=51, description="x264's constant rate factor (VBench-I2V: 10).")
+
+    @model_validator(mode="after")
+    def _honest_names(self) -> "Samples":
+        for name, row in self.rows.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+                raise ValueError(f"row {name!r} names a folder: letters, digits, '-', '_' and '.' only")
+            if name == "real":
+                raise ValueError("row real: the clips themselves have this name; choose another")
+            if name.endswith("nfe") and not name.endswith(f"-{row.nfe}nfe"):
+                raise ValueError(f"row {name} takes {row.nfe} NFE; name it {name.rsplit('-', 1)[0]}-{row.nfe}nfe")
+        if self.decode > self.count:
+            raise ValueError(f"decode = {self.decode} is more than count = {self.count}")
+        return self

@@ -1,0 +1,96 @@
+"""What every run of the training loop shares: optimiser, precision, sharding, times and adapters."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vpae.config.section import NonNegative, Positive, Section, Share
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's averages of gradient and squared gradient.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    cosine: bool = Field(False, description="After the warm-up, fall to 2% along half a cosine; otherwise constant.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this total norm.")
+
+
+def _no_is_a_word(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare no as False
+
+
+class Sharding(Section):
+    """How the networks of a phase are spread over processes; one process alone keeps them whole."""
+
+    strategy: Literal["none", "full"] = Field(
+        "none", description="Whole networks in every process, or FSDP2 shards of all of them, frozen ones and EMA too."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Keep only the input of each transformer block and run the block again going backward."
+    )
+    context_parallel: Positive = Field(
+        1, description="Processes that share each clip's tokens (Ulysses); divides processes, heads and tokens."
+    )
+    reduce_every_micro_batch: bool = Field(
+        False,
+        description="Reduce gradients in every micro-batch, not only in an update's last: more communication, but no "
+        "whole gradient in any process (at 14B: 65 GB). Only with accumulate > 1 and strategy = full.",
+    )
+
+
+class Training(Section):
+    """One run of the training loop."""
+
+    steps: Positive = Field(500, description="Optimiser steps of the main role.")
+    schedule_steps: int = Field(
+        0, ge=0, description="Steps that a falling learning rate is laid out for; 0: `steps`. A run may end before."
+    )
+    batch_size: Positive = Field(1, description="Clips per process and micro-batch.")
+    accumulate: Positive = Field(1, description="Micro-batches per optimiser step.")
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
+        "no", description="Autocast of the forward passes."
+    )
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
+    checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
+    log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")
+
+
+class Times(Section):
+    """From which times t in [0, 1] (1 = noise) a loss draws. Bounds are named, because [0.9T, T] is ambiguous."""
+
+    low: Share = Field(0.02, description="Lower bound at the first step.")
+    high: Share = Field(0.98, description="Upper bound at the first step.")
+    last_low: Share | None = Field(None, description="Lower bound at the last step (linear in between); empty: low.")
+    last_high: Share | None = Field(None, description="Upper bound at the last step; empty: high.")
+    t_space: Literal["pre_shift", "post_shift"] = Field(
+        "post_shift", description="Whether the bounds are meant before or after the timestep shift."
+    )
+    distribution: Literal["uniform", "shifted_uniform"] = Field(
+        "shifted_uniform", description="Uniform in t itself, or uniform before the shift."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Times":
+        for low, high in ((self.low, self.high), self.last_bounds):
+            if low > high:
+                raise ValueError(f"the interval [{low}, {high}] is empty; the lower bound comes first")
+        return self
+
+    @property
+    def last_bounds(self) -> tuple[float, float]:
+        """The interval at the last step."""
+        return (
+            self.low if self.last_low is None else self.last_low,
+            self.high if self.last_high is None else self.last_high,
+        )
+
+
+class Lora(Section):
+    """A low-rank adapter on every linear layer of attention and feed-forward."""
+
+    rank: Positive = Field(64, description="Rank r.")
+    alpha: float = Field(64.0, gt=0, description="The update is scaled by alpha / r.")
