@@ -81,7 +81,7 @@ def test_offloading_gives_the_same_video(student, plain, offload):
 
 
 def test_bfloat16_is_what_plain_diffusers_makes_of_it(student, plain, monkeypatch):
-    """All is the same to the last bit but one cast: diffusers' scheduler rounds its result to bfloat16, ours does not."""
+    """All is the same to the last bit but one cast: diffusers rounds what its scheduler returns to bfloat16."""
     drawn = []
     monkeypatch.setattr(sampling, "decode_latents", lambda vae, x: drawn.append(x) or decode_latents(vae, x))
     pipeline = load_placed(student, Placement(dtype="bfloat16"), "cpu")
