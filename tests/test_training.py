@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import SHIFT, build_batch, build_equilibrium, build_priming, build_transformer
@@ -184,6 +185,22 @@ def test_a_head_without_semantics_resumes_although_some_of_its_weights_never_get
     assert_equal(everything(resumed), everything(whole))
 
 
+def test_rmsprop_resumes_bit_for_bit_with_its_averages(tmp_path, accelerator):
+    def build(seed: int = 0):
+        rmsprop = Optimizer(algorithm="rmsprop", learning_rate=1e-4)
+        return build_equilibrium(seed, generator=rmsprop, discriminator=rmsprop)
+
+    whole, resumed = build(), build(seed=7)
+    fit(whole, tmp_path / "a", accelerator)
+    with pytest.raises(Crash):
+        fit(at(build(), 1, 0, crash), tmp_path / "b", accelerator)
+    fit(resumed, tmp_path / "b", accelerator)
+    found = everything(resumed)
+    assert_equal(found, everything(whole))
+    averages = [value for name, value in found.items() if name.endswith("square_avg")]
+    assert sum(value.sum() for value in averages) > 0
+
+
 # One update, on a phase that is small enough to do by hand.
 
 
@@ -245,6 +262,22 @@ def test_accumulation_applies_the_mean_gradient_of_micro_batches_that_each_have_
 def test_micro_batches_are_numbered_on_through_the_steps(tmp_path, accelerator):
     lines = run_line(Line(Optimizer()), tmp_path, accelerator, steps=3, accumulate=2)
     assert [line["number"] for line in lines] == [0.5, 2.5, 4.5]
+
+
+def test_the_first_update_of_rmsprop_is_the_gradient_over_the_root_of_its_averaged_square(tmp_path, accelerator):
+    rate, alpha = 1e-3, 0.9
+    phase = Line(Optimizer(algorithm="rmsprop", learning_rate=rate, alpha=alpha, max_grad_norm=1e6))
+    before = torch.cat([p.detach().flatten() for p in phase.module.parameters()])
+    run_line(phase, tmp_path, accelerator)
+    after = torch.cat([p.detach().flatten() for p in phase.module.parameters()])
+    gradient, _ = gradient_by_hand(0, 0)
+    expected = -rate * gradient.sign() / (1 - alpha) ** 0.5  # of one step: g / sqrt((1 - alpha) g^2)
+    torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=0)
+
+
+def test_rmsprop_refuses_the_weight_decay_that_it_would_put_into_the_gradient():
+    with pytest.raises(ValidationError, match=r"weight_decay = 0\.1: RMSProp"):
+        Optimizer(algorithm="rmsprop", weight_decay=0.1)
 
 
 @pytest.mark.parametrize(("limit", "factor"), [(0.5, None), (1e6, 1.0)])

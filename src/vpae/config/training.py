@@ -8,14 +8,25 @@ from vpae.config.section import NonNegative, Positive, Section, Share
 
 
 class Optimizer(Section):
-    """AdamW."""
+    """AdamW or RMSProp, and its learning rate."""
 
+    algorithm: Literal["adamw", "rmsprop"] = Field("adamw", description="AdamW, or RMSProp (APT's).")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    alpha: float = Field(0.9, ge=0, lt=1, description="RMSProp's average of the squared gradient (APT: 0.9).")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's averages of gradient and squared gradient.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     cosine: bool = Field(False, description="After the warm-up, fall to 2% along half a cosine; otherwise constant.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this total norm.")
+
+    @model_validator(mode="after")
+    def _no_decay_in_the_gradient(self) -> "Optimizer":
+        if self.algorithm == "rmsprop" and self.weight_decay:
+            raise ValueError(
+                f"weight_decay = {self.weight_decay}: RMSProp would add it to the gradient, unlike AdamW; "
+                "leave it 0, or take algorithm = adamw"
+            )
+        return self
 
 
 def _no_is_a_word(value: Any) -> Any:

@@ -46,7 +46,10 @@ class Role:
         s, trained = self.settings, [p for p in self.module.parameters() if p.requires_grad]
         kinds = [[p for p in trained if isinstance(p, DTensor) == kind] for kind in (False, True)]  # they do not mix
         groups = [{"params": kind} for kind in kinds if kind]
-        self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
+        if s.algorithm == "rmsprop":
+            self.optimizer = torch.optim.RMSprop(groups, lr=s.learning_rate, alpha=s.alpha)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves."""
