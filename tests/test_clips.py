@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -496,7 +495,7 @@ def test_no_frame_after_the_last_wanted_one_is_decoded(tmp_path: Path, monkeypat
             taken.append(number)
             yield frame
 
-    monkeypatch.setattr(video, "_decord_frames", counting)
+    monkeypatch.setattr(video, "pyav_frames", counting)
     assert decoded(read_clip(path, 3, 32, 64, 4)) == [0, 2, 4]
     assert taken == [0, 1, 2, 3, 4]
 
@@ -600,12 +599,12 @@ def test_decord_and_pyav_give_the_same_frames(size: tuple[int, int], tmp_path: P
 
 
 @pytest.mark.parametrize("width", [16, 24, 48, 72])
-def test_frames_so_narrow_that_decord_breaks_them_are_read_all_the_same(width: int, tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (5, 32, width, 3), dtype=np.uint8)
+def test_frames_so_narrow_that_decord_breaks_them_are_read(width: int, tmp_path: Path) -> None:
+    frames = np.repeat(np.random.default_rng(0).integers(0, 256, (5, 32, width, 1), dtype=np.uint8), 3, 3)
     write_video(tmp_path / "clip.mp4", frames, 8, crf=20)
     with pytest.raises(VideoError, match=r"decord: [456] channels"):
         read_frames(tmp_path / "clip.mp4", "decord")
-    assert np.array_equal(read_frames(tmp_path / "clip.mp4")[0], read_frames(tmp_path / "clip.mp4", "pyav")[0])
+    assert np.abs(read_frames(tmp_path / "clip.mp4")[0].astype(int) - frames).mean() < 8
 
 
 MATRICES = {
@@ -668,23 +667,6 @@ def test_a_turned_phone_video_is_shown_upright(rotation: int, tmp_path: Path) ->
         assert (info.height, info.width) == frames.shape[1:3]
 
 
-@pytest.mark.parametrize("broken", ["absent", "failing"])
-def test_pyav_takes_over_from_decord(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_coded(tmp_path / "clip.mp4", 6)
-    if broken == "absent":
-        monkeypatch.setitem(sys.modules, "decord", None)
-    else:
-        decord = pytest.importorskip("decord", reason="decord is not installed")
-
-        def fail(*_: object, **__: object) -> None:
-            raise decord.DECORDError("cannot")
-
-        monkeypatch.setattr(decord, "VideoReader", fail)
-    assert decoded(read_frames(path)[0]) == list(range(6))
-    with pytest.raises(VideoError, match="decord"):
-        read_frames(path, "decord")
-
-
 def test_a_file_that_may_not_be_read_goes_to_quarantine(tmp_path: Path) -> None:
     path = write_coded(tmp_path / "secret.mp4", 6)
     path.chmod(0)
@@ -729,7 +711,7 @@ def test_decord_and_pyav_agree_on_real_clips(name: str, tmp_path: Path) -> None:
     path = REAL / name
     if probe(path).streams > 1:
         path = first_stream(path, tmp_path / name)
-    pairs = zip(video._decord_frames(path), video._pyav_frames(REAL / name), strict=True)
+    pairs = zip(video.decord_frames(path), video.pyav_frames(REAL / name), strict=True)
     differences = [np.abs(a.astype(np.int16) - b).mean() for a, b in pairs]
     assert len(differences) == REAL_CLIPS[name][3]
     assert max(differences) <= 2
@@ -747,7 +729,7 @@ def test_a_real_clip_in_full_range_bt709_has_the_standards_colours() -> None:
     r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
     g = (y - red * r - blue * b) / (1 - red - blue)
     expected = np.stack([r, g, b], -1).clip(0, 255)
-    assert np.abs(next(video._decord_frames(REAL / "bt709_full_range.mp4")) - expected).mean() < 2
+    assert np.abs(next(video.decord_frames(REAL / "bt709_full_range.mp4")) - expected).mean() < 2
 
 
 @needs_real_clips

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vpae.artifacts import link, written
 from vpae.config import PATCH, VAE_STRIDE, Experiment, Sampler
 from vpae.data.encoding import Encoders, pad_text
+from vpae.data.image import read_image, read_image_at
 from vpae.data.latents import LatentDataset
 from vpae.data.video import write_video
 from vpae.experiment import ConfigError
@@ -265,9 +266,7 @@ def sample_one(
         raise FileNotFoundError(f"{image}: no such image")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     geometry = json.loads((model / GEOMETRY).read_text()) if (model / GEOMETRY).is_file() else {}
-    picture = Image.open(image).convert("RGB")
-    if geometry:
-        picture = picture.resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
+    picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
     width, height = picture.size
     multiples = VAE_STRIDE[2] * PATCH[2], VAE_STRIDE[1] * PATCH[1]
     if width % multiples[0] or height % multiples[1]:

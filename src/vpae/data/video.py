@@ -1,10 +1,11 @@
-"""Reading and writing video files: decord decodes, PyAV encodes and decodes what decord cannot.
+"""Reading and writing video files by PyAV, which finds damage; decord gives the same bytes and finds none.
 
 Axes: T frames, H height, W width, 3 colours (RGB, uint8).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,9 +14,35 @@ import av
 import numpy as np
 from PIL import Image
 
+from vpae.data.damage import Watch, heard
+
 
 class VideoError(ValueError):
     """A video that cannot be used; the message says why, for the quarantine table."""
+
+
+def open_container(path: Path, mode: str = "r"):
+    """Open a media file with PyAV: a path is a path, whatever its characters, and tags may be in any encoding.
+
+    Without the prefix FFmpeg takes `note: a.mp4` for a file of the protocol `note`.
+    """
+    return av.open(f"file:{path}", mode, metadata_errors="replace")
+
+
+@contextmanager
+def _reading(fault: str = "unreadable") -> Iterator[None]:
+    """Whatever goes wrong while one file is read is a reason to leave out that file, and no more."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{fault}: {error.strerror}") from error
+    except OSError as error:
+        raise VideoError(f"unreadable: {error.strerror}") from error
+    except Exception as error:
+        what = (str(error).splitlines() or [""])[0]
+        raise VideoError(f"{fault}: {type(error).__name__}: {what}") from error
 
 
 @dataclass(frozen=True)
@@ -36,10 +63,10 @@ def probe(path: Path) -> VideoInfo:
     Raises:
         VideoError: the file is missing, unreadable or holds no video.
     """
-    if not path.is_file():
-        raise VideoError("no such file")
-    try:
-        with av.open(str(path)) as container:
+    with _reading():
+        if not path.is_file():
+            raise VideoError("no such file")
+        with open_container(path) as container:
             if not container.streams.video:
                 raise VideoError("no video stream")
             stream = container.streams.video[0]
@@ -47,16 +74,13 @@ def probe(path: Path) -> VideoInfo:
             if not rate or not stream.width or not stream.height:
                 raise VideoError("the header gives no size or frame rate")
             stream.codec_context.thread_count = 1
-            turns = _turns(next(container.decode(video=0)))
-            aspect = float(stream.sample_aspect_ratio or 1)
-            size = (stream.width, stream.height)
+            first = next(container.decode(video=0), None)
+            if first is None:
+                raise VideoError("no frames")
+            turns, aspect, size = _turns(first), float(stream.sample_aspect_ratio or 1), (stream.width, stream.height)
             if turns % 2:
                 size, aspect = size[::-1], 1 / aspect
             return VideoInfo(*size, float(rate), len(container.streams.video), aspect)
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"unreadable: {error.strerror}") from error
-    except StopIteration:
-        raise VideoError("no frames") from None
 
 
 def _turns(frame: av.VideoFrame) -> int:
@@ -64,37 +88,20 @@ def _turns(frame: av.VideoFrame) -> int:
     return round(-frame.rotation / 90) % 4
 
 
-def read_frames(path: Path, decoder: str = "auto") -> tuple[np.ndarray, float]:
+def read_frames(path: Path, decoder: str = "pyav") -> tuple[np.ndarray, float]:
     """Decode every frame of the first video stream, upright and at its own size.
 
     Args:
         path: a video file.
-        decoder: "auto", "decord" or "pyav"; see `_decode`.
+        decoder: "pyav", or "decord", which finds no damage and takes the "best" of several streams.
 
     Returns:
         uint8 frames (T, H, W, 3) and the frame rate in frames per second.
 
     Raises:
-        VideoError: nothing could be decoded.
+        VideoError: nothing could be decoded, or something is damaged.
     """
-    info = probe(path)
-    return _decode(path, info, decoder, list), info.fps
-
-
-def _decode(path: Path, info: VideoInfo, decoder: str, choose: Callable[[Iterator], list]) -> np.ndarray:
-    """Stack the frames that `choose` takes from the decoded ones.
-
-    "auto" is decord where it takes the first stream for sure, and PyAV elsewhere and where decord fails: of several
-    streams decord takes the "best" one and offers no choice. Otherwise both give the same bytes, also of full-range or
-    BT.709 colour and of turned videos.
-    """
-    if decoder == "decord" or (decoder == "auto" and info.streams == 1):
-        try:
-            return _stacked(choose(_decord_frames(path)))
-        except VideoError:
-            if decoder == "decord":
-                raise
-    return _stacked(choose(_pyav_frames(path)))
+    return _stacked(list({"pyav": pyav_frames, "decord": decord_frames}[decoder](path))), probe(path).fps
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
@@ -105,32 +112,52 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
     return np.stack(frames)
 
 
-def _decord_frames(path: Path) -> Iterator[np.ndarray]:
+def decord_frames(path: Path) -> Iterator[np.ndarray]:
+    """Decode by decord, one frame after the other: its seeking is fast, but not exact in every file."""
     try:
         import decord  # slow to import
     except ImportError as error:  # there are no wheels for some platforms
         raise VideoError("decord is not installed") from error
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        # One after the other from the start: decord's seeking is fast, but not exact in every file.
+        reader = decord.VideoReader(f"file:{path}", num_threads=1)
         for _ in range(len(reader)):
             frame = reader.next().asnumpy()
             if frame.shape[2] != 3:  # it takes the padding of some narrow frames for more channels
                 raise VideoError(f"decord: {frame.shape[2]} channels")
             yield frame
-    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+    except (decord.DECORDError, RuntimeError, AssertionError, UnicodeError) as error:
         raise VideoError(f"decord: {str(error).strip().splitlines()[0]}") from error
 
 
-def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
-    try:
-        with av.open(str(path)) as container:
-            # One thread, as for decord: clips are decoded by several processes.
-            container.streams.video[0].codec_context.thread_count = 1
-            for frame in container.decode(video=0):
-                yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"damaged: {error.strerror}") from error
+def pyav_frames(path: Path) -> Iterator[np.ndarray]:
+    """Decode by PyAV, and stop at the first sign of damage; what is not asked for is not decoded.
+
+    Raises:
+        VideoError: damaged, as far as demuxer or decoder notice.
+    """
+    with _reading("damaged"):
+        with heard() as said:
+            container = open_container(path)
+        with container:
+            stream = container.streams.video[0]
+            # One thread: clips are decoded by several processes, and errors are heard in the thread that decodes.
+            stream.codec_context.thread_count = 1
+            watch, packets, number = Watch(container, stream), container.demux(stream), 0
+            fault = watch.complaint(said)
+            while not fault:
+                with heard() as said:
+                    packet = next(packets, None)
+                    fault = watch.fault(packet) if packet else ""
+                    frames = packet.decode() if packet and not fault else []
+                fault = fault or watch.complaint(said)
+                for frame in frames if not fault else ():
+                    if frame.is_corrupt:
+                        raise VideoError(f"damaged: frame {number} is corrupt")
+                    yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
+                    number += 1
+                if packet is None:
+                    return
+            raise VideoError(f"damaged after {number} frames: {fault}")
 
 
 def resample_indices(fps_in: float, frames: int, fps_out: float) -> np.ndarray:
@@ -143,7 +170,7 @@ def _varying_times(path: Path, fps: float, seconds: float) -> np.ndarray | None:
 
     Read from the packets, without decoding. Where the container gives no times the rate is taken for constant.
     """
-    with av.open(str(path)) as container:
+    with open_container(path) as container:
         stamps, stream = [], container.streams.video[0]
         for packet in container.demux(stream):
             if packet.size and packet.pts is None:
@@ -204,9 +231,10 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> n
         VideoError: unreadable, or too short.
     """
     info = probe(path)
-    times = _varying_times(path, info.fps, frames / fps)
+    with _reading():
+        times = _varying_times(path, info.fps, frames / fps)
     indices = resample_indices(info.fps, frames, fps) if times is None else _nearest(times, np.arange(frames) / fps)
-    found = _decode(path, info, "auto", lambda source: _pick(source, indices))
+    found = _stacked(_pick(pyav_frames(path), indices))
     if len(found) < frames:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps need {indices[-1] + 1} at its {info.fps:g} fps")
     return resize_and_crop(found, height, width, info.pixel_aspect)
@@ -222,7 +250,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int, reproducib
         crf: x264's constant rate factor, 0 (lossless) to 51; VBench-I2V uses 10.
         reproducible: give equal bytes for equal frames, at several times the cost.
     """
-    with av.open(str(path), "w") as container:
+    with open_container(path, "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"

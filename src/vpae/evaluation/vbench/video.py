@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpae.artifacts import ArtifactError
-from vpae.data.video import VideoError, _pyav_frames, probe
+from vpae.data.video import VideoError, probe, pyav_frames
 
 CHUNK = 8  # frames, of which 8 x 720p are 88 MB as float32
 
@@ -87,7 +87,7 @@ def open_video(path: Path) -> Video:
     def decode() -> Iterator[np.ndarray]:
         decoded = 0
         try:
-            for frame in _pyav_frames(path):
+            for frame in pyav_frames(path):
                 decoded += 1
                 yield frame
         except VideoError as error:
