@@ -139,6 +139,37 @@ def test_networks_on_one_base_have_their_own_adapters_and_leave_the_teacher_alon
     assert {name.split(".")[-2] for name in trained} == {STUDENT, "other"}
 
 
+def test_a_share_of_an_adapter_leads_from_the_teacher_to_its_network():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    shared, (student,) = with_adapters(STUDENT)
+    names = lora_names(student.state_dict())
+    weak = merge(build_transformer(), names, 0.25 * student.alpha)
+    with torch.no_grad():
+        before = velocity(student, x, t, c)
+        teacher = velocity(build_transformer(), x, t, c)
+        assert velocity(shared.network(STUDENT, 0.0), x, t, c).equal(teacher)
+        assert velocity(shared.network(STUDENT, 1.0), x, t, c).equal(before)
+        quarter = velocity(shared.network(STUDENT, 0.25), x, t, c)
+        torch.testing.assert_close(quarter, velocity(weak, x, t, c), atol=1e-5, rtol=1e-4)
+        assert velocity(student, x, t, c).equal(before)  # a share lasts for one pass
+        student.factors["blocks-0-attn1-to_q"]["B"].weight.add_(0.1)  # what the adapter learns, its share has at once
+        assert not velocity(shared.network(STUDENT, 0.25), x, t, c).equal(quarter)
+    assert (quarter - teacher).abs().max() > 1e-4 and (quarter - before).abs().max() > 1e-4
+
+
+def test_the_recomputation_has_the_share_of_its_forward_pass():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    found = []
+    for again in (False, True):
+        shared, (student,) = with_adapters(STUDENT)
+        if again:
+            shared.transformer.enable_gradient_checkpointing(run_again)
+        loss = velocity(shared.network(STUDENT, 0.25), x, t, c).square().mean()
+        velocity(student, x, t, c)
+        found.append(gradients_of(loss, list(student.parameters())))
+    assert all(a.equal(b) for a, b in zip(*found, strict=True)) and found[0][0].abs().sum() > 0
+
+
 def test_an_adapted_network_is_the_whole_one_that_it_is_merged_into():
     (x, c), t = build_batch(1), torch.tensor([0.4])
     _, (student,) = with_adapters(STUDENT)

@@ -21,7 +21,7 @@ from vpae.config import Lora
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"]
 FAKE, STUDENT, EMA = "fake", "student", "ema"
 
-Selection = list[tuple[LoraLayer, list[str], bool]]
+Selection = list[tuple[LoraLayer, list[str], bool, dict[str, float]]]
 
 
 def adapted_layers(module: nn.Module) -> list[LoraLayer]:
@@ -30,8 +30,8 @@ def adapted_layers(module: nn.Module) -> list[LoraLayer]:
 
 
 def selection_of(layers: Iterable[LoraLayer]) -> Selection:
-    """Which adapter each layer uses now."""
-    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    """Which adapter each layer uses now, and how strongly."""
+    return [(layer, layer._active_adapter, layer._disable_adapters, layer.scaling) for layer in layers]
 
 
 @contextmanager
@@ -49,8 +49,8 @@ def selected(selection: Selection) -> Iterator[None]:
 
 
 def _select(selection: Selection) -> None:
-    for layer, names, disabled in selection:
-        layer._active_adapter, layer._disable_adapters = names, disabled
+    for layer, names, disabled, scaling in selection:
+        layer._active_adapter, layer._disable_adapters, layer.scaling = names, disabled, scaling
 
 
 class SharedBase(nn.Module):
@@ -84,9 +84,9 @@ class SharedBase(nn.Module):
             parameter.requires_grad_(True)
         return network
 
-    def network(self, name: str | None) -> "Adapted":
-        """The network of one adapter, or with no adapter the teacher."""
-        return Adapted(self, name)
+    def network(self, name: str | None, share: float = 1.0) -> "Adapted":
+        """The network of one adapter, or a share of it added to the teacher; with no adapter the teacher."""
+        return Adapted(self, name, share)
 
     @property
     def networks(self) -> dict[str, WanTransformer3DModel]:
@@ -111,8 +111,8 @@ class SharedBase(nn.Module):
             yield self.transformer if self.copy is None else self.copy
 
     @contextmanager
-    def acting_as(self, role: str, adapter: str | None) -> Iterator[None]:
-        """Let the base run with one adapter alone, or with none.
+    def acting_as(self, role: str, adapter: str | None, share: float = 1.0) -> Iterator[None]:
+        """Let the base run with one adapter alone, or a share of its update, or with none.
 
         Raises:
             RuntimeError: it has another role, or this one, already.
@@ -121,18 +121,27 @@ class SharedBase(nn.Module):
             raise RuntimeError(f"the shared base acts as {self._role} already; end that role before {role} begins")
         self._role = role
         try:
-            with selected([(layer, [adapter], adapter is None) for layer in adapted_layers(self.transformer)]):
+            with selected(
+                [
+                    (layer, [adapter], adapter is None, {name: share * value for name, value in layer.scaling.items()})
+                    for layer in adapted_layers(self.transformer)
+                ]
+            ):
                 yield
         finally:
             self._role = None
 
 
 class Adapted(nn.Module):
-    """One network on a shared base: called like a Wan transformer, but its weights are its adapter's alone."""
+    """One network on a shared base: called like a Wan transformer, but its weights are its adapter's alone.
 
-    def __init__(self, shared: SharedBase, name: str | None):
+    With a share below 1 it is the teacher moved so far towards the adapter's network; the adapter is not copied.
+    """
+
+    def __init__(self, shared: SharedBase, name: str | None, share: float = 1.0):
         super().__init__()
-        self.name, self._shared = name, (shared,)  # in a tuple: the base is not a part of this module
+        self.name, self.share = name, share
+        self._shared = (shared,)  # in a tuple: the base is not a part of this module
         self.factors = nn.ModuleDict(
             {
                 path.replace(".", "-"): nn.ModuleDict({"A": layer.lora_A[name], "B": layer.lora_B[name]})
@@ -158,7 +167,7 @@ class Adapted(nn.Module):
 
     def forward(self, *args, **kwargs):
         """As the base's, with this adapter."""
-        with self._shared[0].acting_as(self.name or "teacher", self.name):
+        with self._shared[0].acting_as(self.name or "teacher", self.name, self.share):
             return self.base(*args, **kwargs)
 
     def follower(self, name: str = EMA) -> "Adapted":
