@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vpae.cli import main
 from vpae.data.image import ImageError, read_image, read_image_at
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resize_and_crop, write_video
+from vpae.experiment import ConfigError, load
 
 FRAMES = 12
 
@@ -297,3 +299,94 @@ def test_what_is_no_image_is_named(fault: str, tmp_path: Path) -> None:
         (ImageError, FileNotFoundError), match=r"first\.png: (cannot be read as an image|no such image)"
     ):
         read_image(path)
+
+
+# F: `vpae sample` refuses before it loads a network, and names the nearest possible value.
+
+
+@pytest.fixture
+def asked(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `vpae sample` with these options in place of good ones; a network that is loaded fails the test."""
+    monkeypatch.setattr("vpae.single.load_placed", lambda *_: pytest.fail("a network is loaded"))
+    Image.fromarray(moving(32, 32, 1)[0]).save(tmp_path / "first.png")
+    good = {"model": teacher, "image": tmp_path / "first.png", "prompt": "x", "out": tmp_path / "clip.mp4"}
+
+    def ask(**options: object) -> int:
+        given = {**good, **options}
+        return main(["sample", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())])
+
+    return ask
+
+
+WRONG = [
+    ("num_frames", 16, "the nearest is 13 or 17"),
+    ("num_frames", 0, "the nearest is 1"),
+    ("num_frames", -3, "the nearest is 1"),
+    ("num_frames", 2, "the nearest is 1 or 5"),
+    ("steps", 0, "the nearest is 1"),
+    ("steps", -5, "the nearest is 1"),
+    ("guidance", "nan", "must be a finite number"),
+    ("guidance", "1e999", "must be a finite number"),
+    ("seed", 2**70, f"the nearest is {2**64 - 1}"),
+    ("seed", -1, "the nearest is 0"),
+    ("prompt", "\udce9", "is not UTF-8 text"),
+    ("out", "x", "name it x.mp4"),
+    ("out", "x.gif", "name it x.mp4"),
+    ("out", ".", "is a folder; name a file in it"),
+    ("out", "/dev/null/x.mp4", "/dev/null is no folder that can be written to"),
+    ("out", "x" * 250 + ".mp4", "the name has 254 bytes; the most is 245"),
+    ("frames", "x.txt", "name it x.npy"),
+    ("model", "nowhere", "not a diffusers pipeline folder"),
+    ("image", "nowhere.png", "no such image"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "words"), WRONG, ids=[f"{o}-{str(v)[:20]!a}" for o, v, _ in WRONG])
+def test_sample_refuses_what_cannot_be_done_before_a_network_is_loaded(
+    asked: Callable[..., int], option: str, value: object, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert asked(**{option: value}) == 2
+    said = capsys.readouterr().err
+    assert words in said and f"--{option.replace('_', '-')}" in said
+
+
+@pytest.mark.parametrize("fault", ["text", "truncated"])
+def test_sample_refuses_what_is_no_image(
+    fault: str, asked: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole = (tmp_path / "first.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(b"hello" if fault == "text" else whole[: len(whole) // 2])
+    assert asked(image=tmp_path / "bad.png") == 2
+    assert "bad.png: cannot be read as an image" in capsys.readouterr().err
+
+
+def test_sample_names_all_faults_at_once(asked: Callable[..., int], capsys: pytest.CaptureFixture) -> None:
+    assert asked(steps=0, num_frames=16, out="x") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_a_video_that_is_no_numbers_is_not_written(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Black frames and exit code 0 would say that all is well."""
+    Image.fromarray(moving(32, 32, 1)[0]).save(tmp_path / "first.png")
+    command = ["sample", "--model", teacher, "--image", tmp_path / "first.png", "--prompt", "x", "--num-frames", 5]
+    assert main([str(word) for word in [*command, "--guidance", 1e38, "--steps", 2, "--out", tmp_path / "x.mp4"]]) == 2
+    assert "no finite numbers" in capsys.readouterr().err
+    assert not (tmp_path / "x.mp4").exists()
+
+
+def test_a_video_is_written_to_any_path(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(moving(32, 32, 1)[0]).save("a: first.png")
+    command = ["sample", "--model", str(teacher), "--image", "a: first.png", "--prompt", "x", "--num-frames", "1"]
+    assert main([*command, "--out", "Note: x.mp4", "--frames", "new/x.npy"]) == 0
+    assert np.load("new/x.npy").shape == (1, 32, 32, 3)
+    assert len(read_frames(Path("Note: x.mp4"))[0]) == 1
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_settings_are_finite_numbers(value: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("clips: {source: world}\nteacher: {source: train}\n")
+    with pytest.raises(ConfigError, match="finite"):
+        load(tmp_path / "x.yaml", [f"priming.guidance_scale={value}"])

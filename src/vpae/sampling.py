@@ -19,16 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vpae.artifacts import link, written
-from vpae.config import PATCH, VAE_STRIDE, Experiment, Sampler
+from vpae.artifacts import ArtifactError, link, written
+from vpae.config import Experiment, Sampler
 from vpae.data.encoding import Encoders, pad_text
-from vpae.data.image import read_image, read_image_at
 from vpae.data.latents import LatentDataset
 from vpae.data.video import write_video
-from vpae.experiment import ConfigError
 from vpae.flow import add_noise, schedule, x0_from_velocity
 from vpae.models.wan import (
-    GEOMETRY,
     Condition,
     decode_latents,
     first_frame_mask,
@@ -36,9 +33,7 @@ from vpae.models.wan import (
     load_pipeline,
     load_transformer,
 )
-from vpae.out_of_memory import explained
 from vpae.parts import Part
-from vpae.placement import Placement, load_placed
 from vpae.progress import Progress
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import derived_seed
@@ -244,47 +239,6 @@ def file_stem(prompt: str) -> str:
 
 
 @torch.no_grad()
-def sample_one(
-    model: Path,
-    image: Path,
-    prompt: str,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    num_frames: int | None,
-    out: Path,
-    frames_out: Path | None,
-    placement: Placement = Placement(),  # noqa: B008, it is frozen
-) -> None:
-    """Animate one image and write the mp4 (and, if wanted, the exact frames as .npy).
-
-    Raises:
-        FileNotFoundError: no such model or image.
-        ConfigError: the image's size is not one the model can animate, or memory does not suffice.
-    """
-    if not image.is_file():
-        raise FileNotFoundError(f"{image}: no such image")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    geometry = json.loads((model / GEOMETRY).read_text()) if (model / GEOMETRY).is_file() else {}
-    picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
-    width, height = picture.size
-    multiples = VAE_STRIDE[2] * PATCH[2], VAE_STRIDE[1] * PATCH[1]
-    if width % multiples[0] or height % multiples[1]:
-        raise ConfigError(
-            f"{image}: {width} x {height} pixels; this model says no size of its own and can take multiples of "
-            f"{multiples[0]} x {multiples[1]}: scale the image, for instance to 832 x 480"
-        )
-    length = num_frames or geometry.get("frames", 81)
-    with explained(model, placement, device, length, height, width):
-        pipeline = load_placed(model, placement, device)
-        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_video(out, frames, geometry.get("fps", 16.0), crf=10, reproducible=False)
-    if frames_out is not None:
-        np.save(frames_out, frames)
-
-
-@torch.no_grad()
 def animate(
     pipeline: WanImageToVideoPipeline,
     picture: Image.Image,
@@ -310,4 +264,6 @@ def animate(
     scheduler = pipeline.scheduler.config
     shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))  # the second is UniPC's, of released Wan pipelines
     latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])
+    if not latents.isfinite().all():
+        raise ArtifactError(f"guidance {guidance_scale} and {steps} steps gave no finite numbers; lower the guidance")
     return decode_latents(pipeline.vae, latents)[0].cpu().numpy()

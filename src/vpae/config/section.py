@@ -12,7 +12,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A part of the tree; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

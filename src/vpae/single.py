@@ -1,0 +1,144 @@
+"""One video from one image, `vpae sample`: everything that was asked for is checked before a network is loaded."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vpae.artifacts import written
+from vpae.config import PATCH, VAE_STRIDE
+from vpae.data.image import ImageError, read_image, read_image_at
+from vpae.data.names import NAME_BYTES
+from vpae.data.video import write_video
+from vpae.experiment import ConfigError
+from vpae.models.wan import GEOMETRY
+from vpae.out_of_memory import explained
+from vpae.placement import Placement, load_placed
+from vpae.sampling import animate
+
+FRAMES, FPS = 81, 16.0  # of Wan2.1, where a model's folder says nothing
+LARGEST_SEED = 2**64 - 1  # of torch's generators
+CRF = 10  # x264's constant rate factor, as VBench-I2V asks for
+
+
+@torch.no_grad()
+def sample_one(
+    model: Path,
+    image: Path,
+    prompt: str,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    num_frames: int | None,
+    out: Path,
+    frames_out: Path | None,
+    placement: Placement = Placement(),  # noqa: B008, it is frozen
+) -> None:
+    """Animate one image and write the mp4 (and, if wanted, the exact frames as .npy).
+
+    Raises:
+        ConfigError: all that cannot be done as asked for, a line each, or memory does not suffice.
+        ArtifactError: the networks gave no numbers.
+    """
+    geometry, faults = _geometry(model)
+    faults += [
+        *number_faults(steps, guidance_scale),
+        *_faults_of("--seed", seed, 0, LARGEST_SEED),
+        *_prompt_faults(prompt),
+        *output_faults("--out", out, ".mp4"),
+        *(output_faults("--frames", frames_out, ".npy") if frames_out else ()),
+    ]
+    length = geometry.get("frames", FRAMES) if num_frames is None else num_frames
+    if length < 1 or length % VAE_STRIDE[0] != 1:
+        faults.append(f"--num-frames {length}: the VAE takes 4k + 1 frames; the nearest is {_nearest_length(length)}")
+    picture = None
+    try:
+        picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
+        faults += _size_faults(image, picture)
+    except (ImageError, FileNotFoundError) as error:
+        faults.append(f"--image {error}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(model, placement, device, length, picture.height, picture.width):
+        pipeline = load_placed(model, placement, device)
+        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written(out) as temporary:
+        write_video(temporary, frames, geometry.get("fps", FPS), CRF, reproducible=False)
+    if frames_out is not None:
+        frames_out.parent.mkdir(parents=True, exist_ok=True)
+        with written(frames_out) as temporary:
+            np.save(temporary, frames)
+
+
+def number_faults(steps: int, guidance_scale: float) -> list[str]:
+    """What is wrong with these options, a line each with the nearest possible value."""
+    faults = _faults_of("--steps", steps, 1)
+    if not math.isfinite(guidance_scale):
+        faults.append(f"--guidance {guidance_scale}: must be a finite number; 1 is no guidance")
+    return faults
+
+
+def output_faults(option: str, path: Path, suffix: str) -> list[str]:
+    """Why a file could not be written, which would only show after drawing."""
+    if path.is_dir():
+        return [f"{option} {path}: is a folder; name a file in it, for instance {path / f'clip{suffix}'}"]
+    if path.suffix.lower() != suffix:
+        return [f"{option} {path}: only {suffix} is written; name it {path.with_suffix(suffix)}"]
+    if len(os.fsencode(path.name)) > NAME_BYTES:
+        return [f"{option} {path}: the name has {len(os.fsencode(path.name))} bytes; the most is {NAME_BYTES}"]
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{option} {path}: {existing} is no folder that can be written to; name another"]
+    return []
+
+
+def _geometry(model: Path) -> tuple[dict, list[str]]:
+    """What size a model was made for, if its folder says so; and what is wrong with the folder."""
+    if not (model / "model_index.json").is_file():
+        return {}, [f"--model {model}: holds no model_index.json: it is not a diffusers pipeline folder"]
+    if not (model / GEOMETRY).is_file():
+        return {}, []
+    try:
+        geometry = json.loads((model / GEOMETRY).read_text())
+        return {key: geometry[key] for key in ("frames", "height", "width", "fps")}, []
+    except (ValueError, KeyError, TypeError) as error:
+        return {}, [f"--model {model / GEOMETRY}: is damaged ({error!r}); copy the folder again"]
+
+
+def _faults_of(option: str, value: int, least: int, most: int | None = None) -> list[str]:
+    nearest = max(value, least) if most is None else min(max(value, least), most)
+    if nearest == value:
+        return []
+    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+    return [f"{option} {value}: must be {bounds}; the nearest is {nearest}"]
+
+
+def _nearest_length(length: int) -> str:
+    below = (length - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
+    return f"{below} or {below + VAE_STRIDE[0]}" if below > 0 else "1"
+
+
+def _prompt_faults(prompt: str) -> list[str]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return [f"--prompt {prompt!a}: is not UTF-8 text"]
+    return []
+
+
+def _size_faults(image: Path, picture: Image.Image) -> list[str]:
+    """A model without a size of its own takes the image's, if it can."""
+    wide, high = VAE_STRIDE[2] * PATCH[2], VAE_STRIDE[1] * PATCH[1]
+    if picture.width % wide == 0 and picture.height % high == 0:
+        return []
+    nearest = f"{max(round(picture.width / wide), 1) * wide} x {max(round(picture.height / high), 1) * high}"
+    return [
+        f"--image {image}: {picture.width} x {picture.height} pixels; this model says no size of its own and takes "
+        f"multiples of {wide} x {high}: scale the image, the nearest is {nearest}, or to what the model was made for"
+    ]
