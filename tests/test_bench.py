@@ -220,7 +220,8 @@ def test_a_trained_copy_as_discriminator_costs_time_and_memory(measured: dict) -
     assert measured["discriminator"]["setting"] == "equilibrium.backbone"
     assert ratio["held_bytes"] > 1.3  # the copy with Adam's averages: 3 more networks on 3 + 2
     assert ratio["peak_bytes"] > 1.3
-    assert ratio["seconds_per_step"] > 1
+    flops = {form: measured["discriminator"][form]["model_flops_per_step"] for form in ("ema", "copy")}
+    assert flops["copy"] > flops["ema"]  # seconds of so small a step depend on what else the machine does
 
 
 def test_a_full_copy_as_fake_model_costs_memory(measured: dict) -> None:
