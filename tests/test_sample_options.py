@@ -17,6 +17,7 @@ from vpae.artifacts import write_json
 from vpae.cli import main
 from vpae.distill.common import save_student
 from vpae.experiment import ConfigError
+from vpae.models import formats as formats_module
 from vpae.models.sizes import Weight
 from vpae.models.wan import GEOMETRY, decode_latents, load_pipeline
 from vpae.out_of_memory import Sizes, advice, exhausted_memory
@@ -143,10 +144,10 @@ def test_compiled_blocks_give_the_same_video(student, quantize):
 
 
 def test_large_models_are_sampled_in_bfloat16_unless_told_otherwise(student, monkeypatch):
-    assert Placement().number_format(student) == torch.float32
-    monkeypatch.setattr(placement_module, "LARGE", 1000)
-    assert Placement().number_format(student) == torch.bfloat16
-    assert Placement(dtype="float32").number_format(student) == torch.float32
+    assert Placement().formats(student)["transformer"] == torch.float32
+    monkeypatch.setattr(formats_module, "LARGE", 1000)
+    assert Placement().formats(student)["transformer"] == torch.bfloat16
+    assert Placement(dtype="float32").formats(student)["transformer"] == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,8 @@ def sizes_14b() -> Sizes:
         }
         for network, module in networks.items()
     }
-    return Sizes(shapes, torch.bfloat16)
+    large = dict.fromkeys(("transformer", "text_encoder"), torch.bfloat16)
+    return Sizes(shapes, large | dict.fromkeys(("image_encoder", "vae"), torch.float32))
 
 
 def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks(sizes_14b):

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from vpae.experiment import ConfigError
+from vpae.models.formats import RESIZABLE
 from vpae.models.sizes import Weight, stored_weights
 from vpae.placement import Placement
 
@@ -24,12 +25,12 @@ class Sizes:
     """The weights of a pipeline folder, network by network."""
 
     networks: dict[str, dict[str, Weight]]
-    default: torch.dtype  # what `Placement.dtype = None` means for this model
+    formats: dict[str, torch.dtype]  # what `Placement.dtype = None` means for each of them
 
     @classmethod
     def of(cls, model: Path) -> "Sizes":
         """Read a folder's headers."""
-        return cls({name: stored_weights(model / name) for name in NETWORKS}, Placement().number_format(model))
+        return cls({name: stored_weights(model / name) for name in NETWORKS}, Placement().formats(model))
 
     def resident_bytes(self, placement: Placement, offload: str | None = None) -> int:
         """The most bytes of weights that are on the device at a time.
@@ -54,9 +55,8 @@ class Sizes:
     def _bytes(self, network: str, placement: Placement) -> dict[str, int]:
         """Name -> bytes of a network's weights once it is placed."""
         weights = self.networks[network]
-        dtype = getattr(torch, placement.dtype) if placement.dtype else self.default
-        if network in ("vae", "image_encoder"):
-            dtype = torch.float32
+        chosen = placement.dtype and network in RESIZABLE
+        dtype = getattr(torch, placement.dtype) if chosen else self.formats[network]
         found = {name: weight.values * dtype.itemsize for name, weight in weights.items()}
         if network == "transformer" and placement.quantize != "none":
             for name, weight in weights.items():
@@ -139,7 +139,7 @@ def advice(sizes: Sizes, placement: Placement, place: str, on_gpu: bool, frames:
 def _switches(sizes: Sizes, placement: Placement, on_gpu: bool) -> list[tuple[str, Placement]]:
     """What can be changed, from the cheapest in speed and quality to the dearest."""
     found = []
-    if (placement.dtype or str(sizes.default).removeprefix("torch.")) == "float32":
+    if (placement.dtype or str(sizes.formats["transformer"]).removeprefix("torch.")) == "float32":
         found.append(("--dtype bfloat16", replace(placement, dtype="bfloat16")))
     if on_gpu and placement.offload == "none":
         found.append(("--offload model", replace(placement, offload="model")))

@@ -7,15 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.hooks import apply_group_offloading
-from torch import Tensor, nn
+from torch import nn
 
 from vpae.experiment import ConfigError
-from vpae.models.sizes import stored_weights
+from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
 
 OFFLOADS = {
@@ -29,7 +28,6 @@ QUANTISED = {
     "fp8": "the transformer's blocks stored in float8 and computed in --dtype",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LARGE = 1_000_000_000  # parameters from which on a transformer is sampled in bfloat16 unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Placement:
         quantize: one of `QUANTISED`.
         tile: encode and decode in overlapping tiles of 256 x 256 pixels.
         compile: compile the transformer's blocks with torch.compile.
-        dtype: one of `DTYPES`; None takes bfloat16 for large transformers and float32 for small ones.
+        dtype: one of `DTYPES`, of transformer and text encoder; None: by their sizes, see `formats`.
 
     Raises:
         ConfigError: two of them exclude each other.
@@ -70,12 +68,9 @@ class Placement:
                 "--quantize int8, or leave --compile out"
             )
 
-    def number_format(self, model: Path) -> torch.dtype:
-        """In which number format a pipeline folder's transformer and text encoder compute."""
-        if self.dtype is not None:
-            return DTYPES[self.dtype]
-        values = sum(w.values for w in stored_weights(model / "transformer").values())
-        return torch.bfloat16 if values >= LARGE else torch.float32
+    def formats(self, model: Path) -> dict[str, torch.dtype]:
+        """Network -> number format in which it computes."""
+        return formats(model, DTYPES[self.dtype] if self.dtype else None)
 
 
 def load_placed(
@@ -93,16 +88,14 @@ def load_placed(
         FileNotFoundError: the folder is not a pipeline.
         ConfigError: int8 is wanted, and torchao is not installed.
     """
-    device, dtype = torch.device(device), placement.number_format(model)
+    device, dtypes = torch.device(device), placement.formats(model)
     to_int8 = _int8() if placement.quantize == "int8" else None  # whether it can be done, before minutes of loading
-    # The two small networks lose most by few digits, and gain least.
-    pipeline = load_pipeline(model, {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32})
+    pipeline = load_pipeline(model, dtypes)
     transformer = pipeline.transformer
-    transformer.register_forward_pre_hook(in_its_own_dtype, with_kwargs=True)
     if to_int8 is not None:
         to_int8(transformer.blocks)
     elif placement.quantize == "fp8":
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtypes["transformer"])
     if placement.tile:
         pipeline.vae.enable_tiling()
     if placement.compile:
@@ -121,16 +114,6 @@ def _offload(pipeline: WanImageToVideoPipeline, offload: str, device: torch.devi
         pipeline.vae.to(device)
     else:
         pipeline.to(device)
-
-
-def in_its_own_dtype(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Give the transformer its inputs as the pipeline does: all but the time in the number format of its weights."""
-
-    def cast(name: str, value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(transformer.dtype) if floating and name != "timestep" else value
-
-    return args, {name: cast(name, value) for name, value in kwargs.items()}
 
 
 def _int8() -> Callable[[nn.Module], None]:

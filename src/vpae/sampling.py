@@ -31,7 +31,7 @@ from vpae.models.wan import (
     first_frame_mask,
     guided_velocity,
     load_pipeline,
-    load_transformer,
+    load_sampler,
 )
 from vpae.parts import Part
 from vpae.progress import Progress
@@ -178,25 +178,29 @@ def _complete(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = LatentDataset(inputs["latents"], "held_out")
     suite = make_suite(dataset, settings.samples.count, settings.seed)
+    rows = settings.samples.rows
     missing = [batch for batch in batches if not batch.file(state).is_file()]
+
+    def model_of(batch: Batch) -> str:
+        return rows[batch.row].model if batch.row in rows else ""
+
     if not missing:
         return suite
     vae = load_pipeline(inputs["teacher"], transformer=None, text_encoder=None, image_encoder=None).vae.to(device)
     progress = Progress(sum(batch.size for batch in missing), label)
     with Interruption.watch() as request:
-        for name, group in groupby(missing, key=lambda batch: batch.row):
-            row = settings.samples.rows.get(name)
-            model = load_transformer(model_folder(inputs, row.model)).to(device).eval() if row else None
+        for name, group in groupby(sorted(missing, key=model_of), key=model_of):  # each model is loaded once
+            model = load_sampler(model_folder(inputs, name)).to(device) if name else None
             for batch in group:
                 if request.requested:
                     raise Interruption(f"{label}: {progress.done} more videos are in {state}")
                 x0, condition = dataset.batch(list(range(batch.start, batch.start + batch.size)), device)
                 items = suite[batch.start : batch.start + batch.size]
-                if row:
-                    seeds = [item["seed"] for item in items]
+                if model is not None:
+                    seeds, row = [item["seed"] for item in items], rows[batch.row]
                     x0 = draw(model, row, settings.teacher.shift, condition, tuple(x0.shape[1:]), seeds)
                 _keep(batch, x0, items[: max(0, settings.samples.decode - batch.start)], vae, settings, state)
-                progress.update(batch.size, name)
+                progress.update(batch.size, batch.row)
             model = None  # two large models at a time may be too many
     progress.close()
     return suite

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vpae.config import Experiment
 from vpae.experiment import Source, stage_folder
+from vpae.models.formats import LARGE, formats
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline
-from vpae.placement import LARGE
 from vpae.planning.counting import Sequence
 from vpae.planning.network import Network, Pipeline, build_encoders
 
@@ -78,8 +78,7 @@ def found_components(source: Source, results: Path, device: torch.device, dtype:
         raise FileNotFoundError(
             f"{folder} holds no pipeline: run `vpae teacher --config {source.path}`, or measure with --random-weights"
         )
-    dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
-    pipeline = load_pipeline(folder, dtypes).to(device)
+    pipeline = load_pipeline(folder, formats(folder, dtype)).to(device)
     return _at_rest(Components(pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder))
 
 

@@ -15,8 +15,7 @@ from vpae.bench.measure import first_line, if_it_fits, matmul_peak, seconds_of, 
 from vpae.bench.networks import Components, random_condition
 from vpae.config import Experiment
 from vpae.data.video import write_video
-from vpae.models.wan import decode_latents, encode_condition, predict_x0
-from vpae.placement import in_its_own_dtype
+from vpae.models.wan import decode_latents, encode_condition, predict_x0, take_any_inputs
 from vpae.planning.counting import Sequence, transformer_flops
 from vpae.planning.network import Network
 from vpae.sampling import euler
@@ -51,7 +50,7 @@ class Bench:
         self.dtype = parts.transformer.dtype
         self.flops = transformer_flops(network, tokens).forward
         self.peak = matmul_peak(device, self.dtype)
-        parts.transformer.register_forward_pre_hook(in_its_own_dtype, with_kwargs=True)
+        take_any_inputs(parts.transformer)
 
     @torch.no_grad()
     def evaluations(self, batch_sizes: tuple[int, ...], attention: tuple[str, ...], compiled: bool) -> Iterator[dict]:

@@ -19,12 +19,14 @@ from vpae.evaluation import latency, truth
 from vpae.evaluation.frechet import RandomFeatures, frechet
 from vpae.evaluation.statistics import bootstrap, jackknife
 from vpae.evaluation.vbench import rows as vbench
+from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
 from vpae.progress import track
 from vpae.sampling import animate, draw, model_folder
 
 JACKKNIFE_GROUPS = 20
 LATENCY_PASSES = 3
+SHARED = ("vae", "text_encoder", "image_encoder")  # a student's are the teacher's own
 METRICS = ("frechet", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
 
 
@@ -97,10 +99,14 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"latency_diffusion_s": [], "latency_total_s": []} for name in settings.samples.rows
     }
-    # Several passes over the rows, so that a machine that is busy for a while slows all of them.
-    for _ in range(LATENCY_PASSES):
-        for name, row in settings.samples.rows.items():
-            pipeline = load_pipeline(model_folder(inputs, row.model)).to(device)
+    parts = load_pipeline(inputs["teacher"], transformer=None).to(device)
+    shared = {name: getattr(parts, name) for name in SHARED}
+    for models in _timed_together(settings, inputs):
+        pipelines = {model: load_pipeline(model_folder(inputs, model), **shared).to(device) for model in models}
+        rows = {name: row for name, row in settings.samples.rows.items() if row.model in models}
+        # Several passes over the rows, so that a machine that is busy for a while slows all of them.
+        for name, row in [*rows.items()] * LATENCY_PASSES:
+            pipeline = pipelines[row.model]
 
             def diffuse(pipeline=pipeline, row: Sampler = row) -> None:
                 draw(pipeline.transformer, row, settings.teacher.shift, condition, shape, [0])
@@ -114,9 +120,17 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
             seconds[name]["latency_total_s"] += latency.time_runs(
                 everything, config.latency_repeats, config.latency_warmup
             )
+        del pipeline, pipelines, diffuse, everything  # before the next model is loaded
     return {
         name: {metric: latency.summary(runs) for metric, runs in metrics.items()} for name, metrics in seconds.items()
     }
+
+
+def _timed_together(settings: Experiment, inputs: dict[str, Path]) -> list[list[str]]:
+    """The rows' models, in groups that are on the device together: all of them; of large ones, one at a time."""
+    models = list(dict.fromkeys(row.model for row in settings.samples.rows.values()))
+    large = formats(inputs["teacher"])["transformer"] != torch.float32
+    return [[model] for model in models] if large else [models]
 
 
 def table(scores: dict[str, dict], nfe: dict[str, int]) -> str:

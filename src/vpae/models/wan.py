@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from vpae.flow import x0_from_velocity
+from vpae.models.formats import formats
 
 GEOMETRY = "geometry.json"  # beside model_index.json: frames, height, width and fps a model was made for
 TEXT_TOKENS = 512  # Wan's cross-attention finds the image tokens by counting 512 from the end
@@ -194,7 +196,12 @@ def decode_latents(vae: AutoencoderKLWan, x_BCFHW: Tensor) -> Tensor:
 def load_pipeline(
     folder: Path | str, dtype: torch.dtype | dict[str, torch.dtype] | None = None, **components
 ) -> WanImageToVideoPipeline:
-    """Load a pipeline folder, in one number format or one for each part; `components` replace parts (None omits one).
+    """Load a pipeline folder to sample from or to encode with.
+
+    Args:
+        folder: the pipeline.
+        dtype: one number format, or one for each network; None: those of `formats`.
+        components: replace parts of the pipeline; None omits one.
 
     Raises:
         FileNotFoundError: the folder is not a pipeline.
@@ -204,13 +211,37 @@ def load_pipeline(
     disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = WanImageToVideoPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)
+        pipeline = WanImageToVideoPipeline.from_pretrained(
+            str(folder), torch_dtype=dtype or formats(folder), **components
+        )
     pipeline.set_progress_bar_config(disable=True)
+    if components.get("transformer", pipeline.transformer) is not None:
+        take_any_inputs(pipeline.transformer)
     return pipeline
 
 
-def load_transformer(folder: Path | str, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
-    """Load only the transformer of a pipeline folder."""
+def take_any_inputs(transformer: nn.Module) -> None:
+    """Have a transformer cast its inputs as the pipeline does: all but the time to the format of its weights."""
+
+    def in_its_own_dtype(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def cast(name: str, value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(transformer.dtype) if floating and name != "timestep" else value
+
+        return args, {name: cast(name, value) for name, value in kwargs.items()}
+
+    transformer.register_forward_pre_hook(in_its_own_dtype, with_kwargs=True)
+
+
+def load_sampler(folder: Path | str) -> WanTransformer3DModel:
+    """Load only the transformer of a pipeline folder, in the number format of `formats`, to sample from."""
+    transformer = load_transformer(folder, formats(folder)["transformer"]).requires_grad_(False).eval()
+    take_any_inputs(transformer)
+    return transformer
+
+
+def load_transformer(folder: Path | str, dtype: torch.dtype) -> WanTransformer3DModel:
+    """Load only the transformer of a pipeline folder, to train or to convert it."""
     if not (Path(folder) / "transformer" / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no transformer/config.json: it is not a Wan pipeline folder")
     return WanTransformer3DModel.from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype)

@@ -98,7 +98,7 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     config, geometry = settings.teacher, settings.geometry
     accelerator = Accelerator(mixed_precision=config.transformer.training.mixed_precision)
     if config.start:
-        pipeline = load_pipeline(_checked(Path(config.start))).to(accelerator.device)
+        pipeline = load_pipeline(_checked(Path(config.start)), torch.float32).to(accelerator.device)
         _check_built_as_set(pipeline, config)
     clips = read_manifest(clips_folder, "train")
     frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])
