@@ -90,7 +90,9 @@ def test_every_stage_loads_large_networks_in_bfloat16_and_each_once(place, monke
     for stage in STAGES:
         run_stage(source, stage, results)
         found[stage] = loads.take()
-    expected = {kind: in_two_bytes(results / "own" / "teacher", name) for kind, name in zip(LARGE, NETWORKS, strict=True)}
+    expected = {
+        kind: in_two_bytes(results / "own" / "teacher", name) for kind, name in zip(LARGE, NETWORKS, strict=True)
+    }
     loads.take()
     for stage, copies in {"latents": (0, 1, 1, 1), "samples": (2, 0, 1, 0), "evaluation": (2, 1, 1, 1)}.items():
         counted = tuple(sum(kind is other for other, _, _ in found[stage]) for kind in (*LARGE, *SMALL))

@@ -93,8 +93,12 @@ def _videos(rows: list[dict]) -> list[str]:
 def _vae(vae: dict) -> list[str]:
     if "skipped" in vae:
         return [f"VAE: skipped, {vae['skipped']}"]
-    names = ("encode", "condition", "decode")
-    return ["VAE, frames per second", *(f"  {name:10} {vae[name]['frames_per_second']:10.4g}" for name in names)]
+    rows = {name: row for name, row in vae.items() if isinstance(row, dict)}
+    return [
+        "VAE, frames per second",
+        *(f"  {name:25} {row['frames_per_second']:10.4g}" for name, row in rows.items()),
+        f"  the condition differs from diffusers' by {vae['condition_error']:.2g} at most",
+    ]
 
 
 def _phase(name: str, phase: dict) -> list[str]:

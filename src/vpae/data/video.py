@@ -241,20 +241,21 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> n
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int, reproducible: bool = True) -> None:
-    """Write uint8 frames (T, H, W, 3) as H.264 (yuv420p); one thread, so that equal frames give equal files.
+    """Write uint8 frames (T, H, W, 3) as H.264 (yuv420p).
 
     Args:
         path: an .mp4 file; replaced if it exists.
         frames: uint8, even height and width.
         fps: frames per second.
         crf: x264's constant rate factor, 0 (lossless) to 51; VBench-I2V uses 10.
-        reproducible: give equal bytes for equal frames, at several times the cost.
+        reproducible: give equal bytes for equal frames, with one thread and at several times the cost; otherwise with
+            as many threads as there are.
     """
     with open_container(path, "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "threads": "1"}
+        stream.options = {"crf": str(crf), "threads": "1" if reproducible else "0"}
         if reproducible:
             # With assembly, the same frames have been seen to give unequal files; without it, never. See docs/log.md.
             stream.options |= {"x264-params": "no-asm=1"}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vpae.flow import x0_from_velocity
 from vpae.models.formats import formats
+from vpae.models.still import can_encode_still, encode_still
 
 GEOMETRY = "geometry.json"  # beside model_index.json: frames, height, width and fps a model was made for
 TEXT_TOKENS = 512  # Wan's cross-attention finds the image tokens by counting 512 from the end
@@ -164,7 +165,15 @@ def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Ten
 
 def encode_video(vae: AutoencoderKLWan, video_B3THW: Tensor) -> Tensor:
     """Encode pixels in [-1, 1] to normalised latents (B, 16, F, H, W), float32: the mode of the posterior."""
-    z = vae.encode(video_B3THW.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode().float()
+    return _normalised(vae, vae.encode(_placed(vae, video_B3THW)).latent_dist.mode())
+
+
+def _placed(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    return x.to(get_module_execution_device(vae), vae.dtype)
+
+
+def _normalised(vae: AutoencoderKLWan, z_BCFHW: Tensor) -> Tensor:
+    z = z_BCFHW.float()
     mean, std = _latent_statistics(vae, z)
     return (z - mean) * (1.0 / std)
 
@@ -180,14 +189,18 @@ def encode_condition(vae: AutoencoderKLWan, first_B3HW: Tensor, frames: int) -> 
     Returns:
         normalised latents (B, 16, F, H, W); those after the first are not zero, since the VAE looks back.
     """
-    grey = first_B3HW.new_zeros(*first_B3HW.shape[:2], frames - 1, *first_B3HW.shape[2:])
-    return encode_video(vae, torch.cat([first_B3HW.unsqueeze(2), grey], dim=2))
+    still = can_encode_still(vae, frames)
+    grey = first_B3HW.new_zeros(*first_B3HW.shape[:2], 1 if still else frames - 1, *first_B3HW.shape[2:])
+    video = torch.cat([first_B3HW.unsqueeze(2), grey], dim=2)
+    if not still:
+        return encode_video(vae, video)
+    return _normalised(vae, encode_still(vae, _placed(vae, video), frames).chunk(2, dim=1)[0])  # the mode
 
 
 def decode_latents(vae: AutoencoderKLWan, x_BCFHW: Tensor) -> Tensor:
     """Decode normalised latents to uint8 frames (B, T, H, W, 3), as the pipeline does."""
     mean, std = _latent_statistics(vae, x_BCFHW)
-    z = (x_BCFHW / (1.0 / std) + mean).to(get_module_execution_device(vae), vae.dtype)
+    z = _placed(vae, x_BCFHW / (1.0 / std) + mean)
     video = vae.decode(z, return_dict=False)[0]
     scaled = (video.float() * 0.5 + 0.5).clamp(0, 1) * 255
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
