@@ -41,7 +41,7 @@ def experiment(folder: Path, name: str = "own", geometry: dict | None = None, se
         "geometry": geometry or GEOMETRY,
         "clips": {"source": "world", "train": 6, "held_out": 3, "workers": 1, **clips},
         "teacher": {"source": "train"},
-        "samples": {"count": 1, "decode": 1},
+        "samples": {"count": 3, "decode": 1},
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -246,11 +246,11 @@ def videos(tmp_path: Path) -> Path:
 def test_a_folder_becomes_a_manifest_that_points_to_the_videos(videos: Path, tmp_path: Path) -> None:
     (videos / "clip_no-0.txt").write_text("ein Käfer läuft\n", encoding="utf-8")
     (videos / "notes.md").write_text("not a video")
-    source = experiment(tmp_path, source="folder", path=str(videos), train=4, held_out=2)
+    source = experiment(tmp_path, source="folder", path=str(videos), train=3, held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")
     clips = read_manifest(folder)
-    assert {c.split: [d.split for d in clips].count(c.split) for c in clips} == {"held_out": 2, "train": 4}
-    assert list(quarantine(folder).values()) == ["beyond clips.train = 4"]
+    assert {c.split: [d.split for d in clips].count(c.split) for c in clips} == {"held_out": 3, "train": 3}
+    assert list(quarantine(folder).values()) == ["beyond clips.train = 3"]
     captions = {Path(c.path).name: c.caption for c in clips}
     expected = {f"clip_no-{n}.mp4": f"clip no {n}" for n in range(6)}
     expected |= {"clip_no-0.mp4": "ein Käfer läuft", "seventh.MP4": "seventh"}
@@ -266,7 +266,7 @@ def test_a_relative_path_is_found_again_from_elsewhere(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = experiment(tmp_path, source="folder", path="videos", held_out=1)
+    source = experiment(tmp_path, source="folder", path="videos", held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")
     monkeypatch.chdir("/")
     assert read_manifest(folder)[0].frames(source.settings.geometry, folder).shape == (5, 32, 32, 3)
@@ -290,7 +290,7 @@ def test_unusable_videos_go_to_quarantine_with_the_reason(videos: Path, tmp_path
         container.mux(stream.encode())
     expected = {
         "short.mp4": "too short: 5 frames at 8 fps need 5 at its 8 fps",
-        "cut_in_the_middle.mp4": "damaged: Invalid data",
+        "cut_in_the_middle.mp4": "damaged after 3 frames: a packet is corrupt or cut off",
         "cut_in_the_header.mp4": ("unreadable", "no video stream"),  # as much of it as FFmpeg can make out
         "text.mp4": "unreadable",
         "empty.mp4": "unreadable",
@@ -301,10 +301,10 @@ def test_unusable_videos_go_to_quarantine_with_the_reason(videos: Path, tmp_path
     }
     found = {}
     for workers in (1, 2):
-        settings = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=2, workers=workers)
+        settings = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3, workers=workers)
         folder = run_stage(settings, "clips", tmp_path / f"results{workers}")
         assert len(read_manifest(folder)) == 7
-        assert read_provenance(folder)["counts"] == {"train": 5, "held_out": 2, "quarantine": len(expected)}
+        assert read_provenance(folder)["counts"] == {"train": 4, "held_out": 3, "quarantine": len(expected)}
         found[workers] = quarantine(folder)
     assert found[1] == found[2]
     assert set(found[1]) == set(expected)
@@ -315,8 +315,8 @@ def test_unusable_videos_go_to_quarantine_with_the_reason(videos: Path, tmp_path
 def test_too_few_usable_videos_are_an_error_that_says_why(tmp_path: Path) -> None:
     write_coded(tmp_path / "videos" / "good.mp4", 6)
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"")
-    source = experiment(tmp_path, source="folder", path=str(tmp_path / "videos"), held_out=1)
-    with pytest.raises(ArtifactError, match=r"1 usable clips cannot give clips\.held_out = 1.*bad\.mp4: unreadable"):
+    source = experiment(tmp_path, source="folder", path=str(tmp_path / "videos"), held_out=3)
+    with pytest.raises(ArtifactError, match=r"1 usable clips cannot give clips\.held_out = 3.*bad\.mp4: unreadable"):
         run_stage(source, "clips", tmp_path / "results")
     assert not (tmp_path / "results" / "own" / "clips").exists()
 
@@ -334,7 +334,7 @@ def test_a_folder_without_videos_is_an_error_that_names_it(tmp_path: Path) -> No
 
 
 def test_a_video_that_changes_after_cataloguing_is_an_error_that_names_it(videos: Path, tmp_path: Path) -> None:
-    source = experiment(tmp_path, source="folder", path=str(videos), held_out=2)
+    source = experiment(tmp_path, source="folder", path=str(videos), held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")
     clip = next(c for c in read_manifest(folder) if c.path.endswith("clip_no-3.mp4"))
     write_coded(videos / "clip_no-3.mp4", 6, start=40)
@@ -346,7 +346,7 @@ def test_a_video_that_changes_after_cataloguing_is_an_error_that_names_it(videos
 
 
 def test_the_stage_runs_again_exactly_when_videos_or_captions_change(videos: Path, tmp_path: Path) -> None:
-    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=2)
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")
 
     def ran() -> bool:
@@ -735,7 +735,7 @@ def test_a_real_clip_in_full_range_bt709_has_the_standards_colours() -> None:
 @needs_real_clips
 def test_the_stage_catalogues_all_real_clips(tmp_path: Path) -> None:
     geometry = {"frames": 9, "height": 64, "width": 96, "fps": 16}
-    source = experiment(tmp_path, geometry=geometry, source="folder", path=str(REAL), held_out=2)
+    source = experiment(tmp_path, geometry=geometry, source="folder", path=str(REAL), held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")
     assert {Path(c.path).name for c in read_manifest(folder)} == set(REAL_CLIPS)
     assert quarantine(folder) == {}

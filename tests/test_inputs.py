@@ -1,18 +1,30 @@
 """What users really bring: names, tags, damage, kinds of images and arguments that public bug reports are full of."""
 
+import json
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from vpae.artifacts import ArtifactError, sha256, written
 from vpae.cli import main
+from vpae.config.experiment import LEAST_VIDEOS
+from vpae.data import catalog
 from vpae.data.image import ImageError, read_image, read_image_at
+from vpae.data.names import NAME_BYTES, STEM_BYTES, check_names, file_names
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resize_and_crop, write_video
-from vpae.experiment import ConfigError, load
+from vpae.evaluation.frechet import frechet
+from vpae.evaluation.statistics import jackknife
+from vpae.experiment import ConfigError, Source, load
+from vpae.stages import run_stage
 
 FRAMES = 12
 
@@ -390,3 +402,169 @@ def test_settings_are_finite_numbers(value: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("clips: {source: world}\nteacher: {source: train}\n")
     with pytest.raises(ConfigError, match="finite"):
         load(tmp_path / "x.yaml", [f"priming.guidance_scale={value}"])
+
+
+# A: names of the files that are made from prompts.
+
+CHINESE = "一只红色的小鸟在蓝天下飞翔" * 14 + "飞翔飞翔"  # 186 characters, 558 bytes
+AWKWARD = [
+    CHINESE,
+    "a" * 200 + "b",
+    "a" * 200 + "c",
+    "a/b c",
+    "a_b c",
+    "A_B C",
+    "a_b c",
+    "",
+    ".hidden",
+    "a\nb",
+    "é",
+    "e\u0301",
+    "x-1",
+    "x",
+    "x",
+]
+
+
+def test_names_are_unique_and_bounded_in_bytes_with_every_prefix_and_suffix(tmp_path: Path) -> None:
+    names = file_names(AWKWARD)
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(AWKWARD)
+    for name in names:
+        with written(tmp_path / name) as temporary:
+            temporary.touch()
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    assert not [name for name in names if name.startswith(".")]
+    assert max(len(name.encode()) for name in names) <= STEM_BYTES + len("-0.mp4")
+
+
+def test_ordinary_prompts_are_their_own_names_and_equal_ones_are_counted() -> None:
+    assert file_names(["a cat.", "a dog", "a cat."]) == ["a cat.-0.mp4", "a dog-0.mp4", "a cat.-1.mp4"]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=300), max_size=6))
+def test_any_prompts_have_names_that_a_file_system_takes(prompts: list[str]) -> None:
+    names = file_names(prompts)
+    assert len(set(names)) == len(prompts)
+    for name in names:
+        assert len(name.encode()) <= NAME_BYTES and not set(name) & {"/", "\0", "\n"} and name[0] != "."
+        name.encode().decode()
+
+
+def test_a_file_system_with_shorter_names_is_refused_when_clips_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plainly = Path.touch
+
+    def touch(path: Path) -> None:
+        if len(path.name.encode()) > 143:  # encrypted home folders
+            raise OSError(36, "File name too long")
+        plainly(path)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    check_names(tmp_path, ["short-0.mp4"])
+    with pytest.raises(ArtifactError, match=r"takes no name of 216 bytes.*elsewhere"):
+        check_names(tmp_path, ["short-0.mp4", "x" * 200 + "-0.mp4"])
+
+
+def experiment(folder: Path, **clips: object) -> Source:
+    tree = {
+        "geometry": {"frames": 5, "height": 32, "width": 32, "fps": 8},
+        "clips": {"held_out": 3, "workers": 1, **clips},
+        "teacher": {"source": "train"},
+        "samples": {"count": 3, "decode": 1},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(tree))
+    return load(folder / "own.yaml")
+
+
+def rows(folder: Path, table: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / table).read_text().splitlines()]
+
+
+def write_clips(folder: Path, count: int) -> list[Path]:
+    return [write_clip(folder / f"clip {i}.mp4", np.roll(moving(), i, 2)) for i in range(count)]
+
+
+def test_the_clips_stage_maps_names_to_captions_and_quarantines_impossible_paths(tmp_path: Path) -> None:
+    paths = [str(path) for path in write_clips(tmp_path, 6)]
+    captions = [CHINESE, "a" * 200 + "b", "a" * 200 + "c", "a/b c", "a_b c", "x"]
+    impossible = ["x" * 300 + ".mp4", "a\0b.mp4", "x/" * 3000 + "y.mp4", "."]
+    lines = [json.dumps({"path": p, "caption": c}) for p, c in zip(paths, captions, strict=True)]
+    lines += [json.dumps({"path": p, "caption": "x"}) for p in impossible]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = experiment(tmp_path, source="table", path=str(tmp_path / "t.jsonl"))
+    folder = run_stage(source, "clips", tmp_path / "results")
+    held_out = [row["caption"] for row in rows(folder, "manifest.jsonl") if row["split"] == "held_out"]
+    assert json.loads((folder / "names.json").read_text()) == dict(zip(file_names(held_out), held_out, strict=True))
+    assert len(rows(folder, "quarantine.jsonl")) == len(impossible)
+
+
+# B and M: in a folder of clips, too.
+
+
+def test_one_clips_fault_is_its_reason_and_hidden_files_are_none_of_ours(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    paths = write_clips(videos, 8)
+    paths[0].rename(os.fsdecode(bytes(videos) + b"/Z\xfcrich.mp4"))
+    paths[1].rename(videos / "LOUD.MP4")
+    (videos / "._clip 2.mp4").write_bytes(b"\0\5\x16\7")  # what a Mac leaves beside each file
+    (videos / ".cut.mp4").write_bytes(b"")
+    paths[2].with_suffix(".txt").write_bytes(b"Z\xfcrich")
+    paths[3].with_suffix(".txt").write_bytes("\ufeffa caption".encode())
+    paths[4].write_bytes(paths[4].read_bytes()[:400])
+    source = experiment(tmp_path, source="folder", path=str(videos))
+    folder = run_stage(source, "clips", tmp_path / "results")
+    captions = {row["caption"] for row in rows(folder, "manifest.jsonl")}
+    assert {"Z\ufffdrich", "LOUD", "a caption"} <= captions and len(captions) == 6
+    reasons = {Path(row["path"]).name: row["reason"] for row in rows(folder, "quarantine.jsonl")}
+    assert set(reasons) == {"clip 2.mp4", "clip 4.mp4"}
+    assert reasons["clip 2.mp4"] == "its caption clip 2.txt is not UTF-8 text that can be read"
+
+
+def test_whatever_checking_a_clip_raises_is_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, *_ = write_clips(tmp_path / "videos", 7)
+
+    def fail(path: Path) -> str:
+        if path.name == bad.name:
+            raise RuntimeError("odd")
+        return sha256(path)
+
+    monkeypatch.setattr(catalog, "sha256", fail)
+    folder = run_stage(experiment(tmp_path, source="folder", path=str(bad.parent)), "clips", tmp_path / "results")
+    assert [row["reason"] for row in rows(folder, "quarantine.jsonl")] == ["unusable: RuntimeError: odd"]
+
+
+# N: too few clips for what comes later are refused at once.
+
+
+def test_two_clips_to_train_on_are_refused_when_clips_are_checked(tmp_path: Path) -> None:
+    write_clips(tmp_path / "videos", 5)
+    source = experiment(tmp_path, source="folder", path=str(tmp_path / "videos"))
+    with pytest.raises(ArtifactError, match=r"5 usable clips cannot give clips\.held_out = 3 and 3 to train on"):
+        run_stage(source, "clips", tmp_path / "results")
+    write_clips(tmp_path / "videos", 6)
+    run_stage(source, "clips", tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["clips.train=2"], r"the 3 that evaluation compares with is more than clips\.train = 2"),
+        (["samples.count=2", "samples.decode=1"], r"samples\.count = 2: evaluation needs 3"),
+        (["priming.training.batch_size=9", "clips.train=8"], r"batch_size = 9 is more than clips\.train = 8"),
+    ],
+)
+def test_what_later_stages_need_is_asked_when_the_configuration_is_checked(
+    settings: list[str], words: str, tmp_path: Path
+) -> None:
+    path = experiment(tmp_path, source="world", train=8).path
+    with pytest.raises(ConfigError, match=words):
+        load(path, settings)
+
+
+def test_three_videos_on_each_side_are_enough_for_the_evaluation() -> None:
+    features = np.random.default_rng(0).normal(size=(2, LEAST_VIDEOS, 4))
+    found = jackknife(LEAST_VIDEOS, lambda i: frechet(features[0, i], features[1, i]), 20, 0)
+    assert np.isfinite(list(found.values())).all()
+    with pytest.raises(ValueError, match="at least two"):
+        jackknife(LEAST_VIDEOS - 1, lambda i: frechet(features[0, i], features[1, i]), 20, 0)

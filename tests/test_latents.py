@@ -43,7 +43,7 @@ class Workplace:
             "clips": {"train": 6 if world else 100, "held_out": 3, "workers": 1, **clips},
             "teacher": {"source": "folder", "path": str(self.teacher)},
             "latents": {"shard_size": 2, "batch_size": 2, **latents},
-            "samples": {"count": 1, "decode": 1},
+            "samples": {"count": 3, "decode": 1},
         }
         path = self.folder / "own.yaml"
         path.write_text(yaml.safe_dump(tree))
@@ -248,7 +248,7 @@ def test_bfloat16_halves_the_latents_and_keeps_them_to_a_percent(
 
 
 def test_a_caption_of_any_length_fits_the_text_tokens(place: Workplace) -> None:
-    for number in range(4):
+    for number in range(6):
         place.write_video(number, caption="word " * 1000 if number % 2 else "x")
     lengths = sorted({len(t["text"]) for t in all_tensors(place.run()).values()})
     assert lengths[-1] == TEXT_TOKENS and lengths[0] < 5
@@ -419,7 +419,7 @@ def test_an_interruption_leaves_the_old_latents_intact(place: Workplace, monkeyp
 
 
 def test_a_video_that_changed_since_it_was_catalogued_stops_the_stage_and_is_named(place: Workplace) -> None:
-    for number in range(5):
+    for number in range(6):
         place.write_video(number)
     source = place.source()
     for stage in STAGES[:2]:

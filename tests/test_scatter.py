@@ -205,8 +205,8 @@ def videos(tmp_path: Path) -> Path:
 def test_videos_of_ones_own_are_checked_once_each_by_parts_too(
     videos: Path, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = {"source": "folder", "path": str(videos), "train": 9, "held_out": 2, "workers": 1}
-    source = experiment(tmp_path, teacher, clips=clips, samples={"count": 1, "decode": 1})
+    clips = {"source": "folder", "path": str(videos), "train": 9, "held_out": 3, "workers": 1}
+    source = experiment(tmp_path, teacher, clips=clips, samples={"count": 3, "decode": 1})
     one_job = file_hashes(run_stage(source, "clips", tmp_path / "one"))
     checked: list[Path] = []
     original = catalog.read_clip

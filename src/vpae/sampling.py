@@ -5,7 +5,6 @@ the next smaller time. With one step and no guidance the two are the same.
 """
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -23,6 +22,7 @@ from vpae.artifacts import ArtifactError, link, written
 from vpae.config import Experiment, Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.latents import LatentDataset
+from vpae.data.names import file_names
 from vpae.data.video import write_video
 from vpae.flow import add_noise, schedule, x0_from_velocity
 from vpae.models.wan import (
@@ -223,23 +223,15 @@ def _keep(batch: Batch, x0: Tensor, decoded: list[dict], vae, settings: Experime
 
 
 def make_suite(dataset: LatentDataset, count: int, seed: int) -> list[dict]:
-    """What to animate: key, prompt, index among equal prompts, seed. The seed depends on prompt and index alone."""
-    seen: Counter = Counter()
+    """What to animate: key, prompt, index among equal prompts, file, seed, which depends on prompt and index alone."""
+    seen, names = Counter[str](), file_names([entry.caption for entry in dataset.entries])
     suite = []
-    for entry in dataset.entries[:count]:
+    for entry, name in zip(dataset.entries[:count], names, strict=False):
         index = seen[entry.caption]
         seen[entry.caption] += 1
-        name = f"{file_stem(entry.caption)}-{index}"
         noise_seed = derived_seed(seed, "samples", entry.caption, index) % 2**31
-        suite.append(
-            {"key": entry.key, "prompt": entry.caption, "index": index, "file": f"{name}.mp4", "seed": noise_seed}
-        )
+        suite.append({"key": entry.key, "prompt": entry.caption, "index": index, "file": name, "seed": noise_seed})
     return suite
-
-
-def file_stem(prompt: str) -> str:
-    """A prompt as a file name: VBench's rule, with what file systems refuse replaced."""
-    return re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", prompt)[:200]
 
 
 @torch.no_grad()

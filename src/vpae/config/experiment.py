@@ -17,6 +17,8 @@ from vpae.config.samples import Samples
 from vpae.config.section import fill_defaults
 from vpae.config.teacher import Teacher
 
+LEAST_VIDEOS = 3  # of which a distance between distributions, leaving out one, still has the two that it needs
+
 
 class Experiment(BaseSettings):
     """One experiment: everything that determines its results."""
@@ -51,13 +53,23 @@ class Experiment(BaseSettings):
                 f"samples.count = {self.samples.count} is more than clips.held_out = {self.clips.held_out}; "
                 "keep more clips or animate fewer"
             )
-        for phase in ("priming", "equilibrium"):
-            size = getattr(self, phase).training.batch_size
-            if size > self.clips.train:
-                raise ValueError(f"{phase}.training.batch_size = {size} is more than clips.train = {self.clips.train}")
+        if self.samples.count < LEAST_VIDEOS:
+            raise ValueError(
+                f"samples.count = {self.samples.count}: evaluation needs {LEAST_VIDEOS}, because its "
+                "distances leave some out in turn; animate more"
+            )
+        least, why = self.training_clips_needed()
+        if least > self.clips.train:
+            raise ValueError(f"{why} is more than clips.train = {self.clips.train}")
         if self.equilibrium.student_lora != self.priming.student_lora:
             raise ValueError(
                 "equilibrium.student_lora is not priming.student_lora: the adapter that priming trains is the one that "
                 "goes on learning; set both alike, or leave both empty"
             )
         return self
+
+    def training_clips_needed(self) -> tuple[int, str]:
+        """How many clips to train on the later stages need, and the setting or stage that needs them."""
+        sizes = ((phase, getattr(self, phase).training.batch_size) for phase in ("priming", "equilibrium"))
+        needs = [(size, f"{phase}.training.batch_size = {size}") for phase, size in sizes]
+        return max([*needs, (LEAST_VIDEOS, f"the {LEAST_VIDEOS} that evaluation compares with")])

@@ -1,7 +1,8 @@
 """Stage `clips`: which videos there are, each one checked by decoding it.
 
-Writes `manifest.jsonl` (one row a clip), `quarantine.jsonl` (one row, with its reason, for each clip left out) and,
-for the procedural world, `videos/*.mp4` and `truth.jsonl`. Videos of your own stay where they are: the manifest points
+Writes `manifest.jsonl` (one row a clip), `quarantine.jsonl` (one row, with its reason, for each clip left out),
+`names.json` (which file name stands for which held-out caption wherever videos are named by their prompts) and, for the
+procedural world, `videos/*.mp4` and `truth.jsonl`. Videos of your own stay where they are: the manifest points
 to them, and names the sha256 that later stages check.
 """
 
@@ -9,6 +10,7 @@ import csv
 import io
 import json
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +22,7 @@ import numpy as np
 
 from vpae.artifacts import ArtifactError, digest, link, sha256, write_json, written
 from vpae.config import Experiment, Geometry
+from vpae.data.names import check_names, file_names
 from vpae.data.video import VideoError, probe, read_clip, write_video
 from vpae.data.world import Truth, draw_truth, render
 from vpae.parts import Part
@@ -92,8 +95,10 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
         return {}
     listing = []
     for row in _candidates(settings):
-        path = Path(row["path"])
-        stat = path.stat() if path.is_file() else None
+        try:
+            stat = os.stat(row["path"])
+        except (OSError, ValueError):  # not there, or no path at all: which of them, its check will say
+            stat = None
         listing.append([row["path"], row["caption"], *((stat.st_size, stat.st_mtime_ns) if stat else ())])
     return {settings.clips.path: digest(listing)}
 
@@ -154,13 +159,13 @@ def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
         else:
             seen[found["sha256"]] = row["path"]
             good.append({"path": str(Path(row["path"]).resolve()), "caption": row["caption"], **found})
-    wanted = settings.clips.held_out
-    if len(good) <= wanted:
-        _write_lines(out / "quarantine.jsonl", bad)
+    wanted, (needed, why) = settings.clips.held_out, settings.training_clips_needed()
+    if len(good) - wanted < needed:
         reasons = "; ".join(f"{b['path']}: {b['reason']}" for b in bad[:5])
         raise ArtifactError(
             f"clips.path = {settings.clips.path}: {len(good)} usable clips cannot give clips.held_out = {wanted} and "
-            f"leave some to train on; add videos or hold out fewer. Left out: {len(bad)}{': ' + reasons if bad else ''}"
+            f"{needed} to train on ({why}); add videos or hold out fewer. Left out: {len(bad)}"
+            f"{': ' + reasons if bad else ''}"
         )
     # By content, so that adding or renaming files moves no clip from one split to the other by its place in a list.
     good.sort(key=lambda record: record["sha256"])
@@ -180,7 +185,7 @@ def _candidates(settings: Experiment) -> list[dict]:
     if settings.clips.source == "folder":
         if not root.is_dir():
             raise ArtifactError(f"clips.path = {root}: no such folder")
-        videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         return [{"path": str(p), "caption": _caption_beside(p)} for p in videos]
     if not root.is_file():
         raise ArtifactError(f"clips.path = {root}: no such table")
@@ -197,9 +202,15 @@ def _candidates(settings: Experiment) -> list[dict]:
     return [{"path": str(root.parent / row["path"]), "caption": row["caption"]} for row in rows]
 
 
-def _caption_beside(video: Path) -> str:
+def _caption_beside(video: Path) -> str | None:
+    """From the text beside a video, else from its name; None where that text cannot be read."""
     text = video.with_suffix(".txt")
-    return _text(text).strip() if text.is_file() else video.stem.replace("_", " ").replace("-", " ")
+    if not text.is_file():
+        return os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
+    try:
+        return text.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _text(path: Path) -> str:
@@ -241,11 +252,16 @@ def _check_one(row: dict, geometry: Geometry) -> dict | str:
     """Decode a clip in the experiment's geometry: its measures, or the reason why it cannot be used."""
     path = Path(row["path"])
     try:
+        if row["caption"] is None:
+            raise VideoError(f"its caption {path.with_suffix('.txt').name} is not UTF-8 text that can be read")
+        row["caption"].encode()
         info = probe(path)
         read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps)
+        return {"width": info.width, "height": info.height, "fps": info.fps, "sha256": sha256(path)}
     except VideoError as error:
         return str(error)
-    return {"width": info.width, "height": info.height, "fps": info.fps, "sha256": sha256(path)}
+    except Exception as error:  # one file's fault must not end the others'
+        return f"unusable: {type(error).__name__}: {error}"
 
 
 def _in_processes(work: Callable, jobs: Sequence, workers: int) -> Iterator:
@@ -274,6 +290,10 @@ def _leave_signals() -> None:
 
 
 def _write_tables(out: Path, clips: list[Clip], bad: list[dict]) -> dict:
+    captions = [clip.caption for clip in clips if clip.split == "held_out"]
+    names = file_names(captions)
+    check_names(out, names)
+    write_json(out / "names.json", dict(zip(names, captions, strict=True)))
     _write_lines(out / "manifest.jsonl", (asdict(c) for c in clips))
     _write_lines(out / "quarantine.jsonl", bad)
     return {**{split: sum(c.split == split for c in clips) for split in SPLITS}, "quarantine": len(bad)}
