@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import pickle
-import re
 import sys
 import types
 from pathlib import Path
@@ -17,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import seeded
+from vbench_i2v import backbones, camera
+from vbench_i2v.backbones import clip, plugins
+from vbench_i2v.backbones.dino import DinoViT
+from vbench_i2v.backbones.raft import RAFT
+from vbench_i2v.base import OFFICIAL
+from vbench_i2v.errors import NotComputed
+from vbench_i2v.video import video_of
 from vpae.data.world import draw_truth, render, sprite_alpha
-from vpae.evaluation.vbench import backbones, camera
-from vpae.evaluation.vbench.backbones import classical, clip, plugins, quality
-from vpae.evaluation.vbench.backbones.dino import DinoViT
-from vpae.evaluation.vbench.backbones.raft import RAFT
-from vpae.evaluation.vbench.base import OFFICIAL, NotComputed
-from vpae.evaluation.vbench.video import video_of
+from vpae.evaluation.vbench.tiny import classical, quality
 
 EXACT = 1e-5
 
@@ -409,10 +410,10 @@ FILES = {
     "raft": backbones.RAFT_THINGS,
 }
 PLUGINS = {
-    "interpolate": ("vbench", "vbench==0.1.5"),
-    "tracks": ("cotracker", "facebookresearch/co-tracker"),
-    "musiq": ("pyiqa", re.escape("pip install -c constraints.txt -e '.[vbench]'")),
-    "dreamsim": ("dreamsim", re.escape("pip install -c constraints.txt -e '.[vbench]'")),
+    "interpolate": "vbench",
+    "tracks": "cotracker",
+    "musiq": "pyiqa",
+    "dreamsim": "dreamsim",
 }
 
 
@@ -420,7 +421,7 @@ PLUGINS = {
 def test_weights_that_are_missing_are_named(method, file, tmp_path):
     official = backbones.official(tmp_path)
     assert official.name == OFFICIAL
-    with pytest.raises(NotComputed, match=f"{file} is missing.*vpae evaluation weights"):
+    with pytest.raises(NotComputed, match=f"{file} is missing.*vbench-i2v weights"):
         getattr(official, method)()
 
 
@@ -445,12 +446,53 @@ def test_the_aesthetic_head_is_loaded_once(tmp_path):
     assert official.aesthetic_head() is official.aesthetic_head()
 
 
-@pytest.mark.parametrize(("method", "wanted"), PLUGINS.items(), ids=PLUGINS)
-def test_packages_that_are_missing_are_named(method, wanted, tmp_path, monkeypatch):
-    package, remedy = wanted
+@pytest.mark.parametrize(("method", "package"), PLUGINS.items(), ids=PLUGINS)
+def test_packages_that_are_missing_are_named(method, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
-    with pytest.raises(NotComputed, match=remedy):
+    with pytest.raises(NotComputed, match=rf"{package} is not installed; .*pip install .*\[vbench\].*envs/vbench\.txt"):
         getattr(backbones.official(tmp_path), method)()
+
+
+def installed(folder: Path, monkeypatch, name: str, version: str, code: str, requires: str = "") -> None:
+    """A package as pip would install it, with this code."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(code)
+    information = folder / f"{name}-{version}.dist-info"
+    information.mkdir()
+    needs = f"Requires-Dist: {requires}\n" if requires else ""
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+    (information / "top_level.txt").write_text(name)
+    (information / "RECORD").write_text(f"{name}/__init__.py,,\n")
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_any_exception_of_an_import_names_package_version_and_remedy(tmp_path, monkeypatch):
+    installed(tmp_path, monkeypatch, "torchvision", "0.28.0", "")
+    installed(tmp_path, monkeypatch, "pyiqa", "0.1.10", "import numpy; numpy.sctypes")
+    with pytest.raises(NotComputed, match=r"pyiqa 0\.1\.10 cannot be imported \(AttributeError.*sctypes.*pip install"):
+        backbones.official(tmp_path).musiq()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "nms does not exist"),
+        ("import torchvision_of_another_world", "No module named"),
+        ("raise AttributeError('module torch has no attribute x')", "no attribute"),
+    ],
+    ids=["operator", "module", "attribute"],
+)
+def test_a_torchvision_of_another_torch_is_named(code, words, tmp_path, monkeypatch):
+    installed(tmp_path, monkeypatch, "torchvision", "0.21.0", code, "torch==2.6.0")
+    installed(tmp_path, monkeypatch, "dreamsim", "0.2.1", "import torchvision")
+    with pytest.raises(NotComputed, match=words) as caught:
+        backbones.official(tmp_path).dreamsim()
+    if "another_world" not in code:
+        said = f"torchvision 0.21.0 does not match torch {torch.__version__}: it needs torch==2.6.0"
+        assert said in str(caught.value)
+    assert "dreamsim 0.2.1 cannot be imported" in str(caught.value)
 
 
 def test_dreamsim_never_downloads(tmp_path, monkeypatch):
@@ -555,7 +597,7 @@ def test_cotracker_is_version_2_with_its_own_weights(tmp_path, monkeypatch):
     assert torch.allclose(tracks[0], camera.grid(40, 60), atol=1e-4)
     assert torch.allclose(tracks[1] - tracks[0], moved.expand(10, 10, 2), atol=1e-4)
     module.CoTrackerPredictor = lambda checkpoint=None, window_len=8: None  # before version 3 had to be told apart
-    with pytest.raises(NotComputed, match="newer CoTracker"):
+    with pytest.raises(NotComputed, match="another CoTracker.*pip install"):
         backbones.official(tmp_path).tracks()
 
 

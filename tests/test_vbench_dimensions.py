@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conftest import seeded
-from vpae.artifacts import ArtifactError
+from vbench_i2v import camera, dimensions, transforms
+from vbench_i2v.backbones.dino import DinoViT
+from vbench_i2v.base import Item
+from vbench_i2v.dimensions import DIMENSIONS
+from vbench_i2v.errors import NotComputed, VBenchError
+from vbench_i2v.video import Video, open_video, video_of
 from vpae.config import TinyEncoders
 from vpae.data.video import read_frames, write_video
 from vpae.data.world import draw_truth, render
-from vpae.evaluation.vbench import camera, dimensions, transforms
-from vpae.evaluation.vbench.backbones.dino import DinoViT
-from vpae.evaluation.vbench.backbones.quality import as_bytes, blur
-from vpae.evaluation.vbench.backbones.tiny import tiny
-from vpae.evaluation.vbench.base import TINY, Item, NotComputed
-from vpae.evaluation.vbench.dimensions import DIMENSIONS
-from vpae.evaluation.vbench.video import Video, open_video, video_of
+from vpae.evaluation.vbench.tiny import TINY, tiny
+from vpae.evaluation.vbench.tiny.quality import as_bytes, blur
 from vpae.teacher.encoders import build_image_encoder
 
 EXACT = 1e-5
@@ -389,7 +389,7 @@ def test_camera_motion_asks_for_one_and_counts_by_type(networks):
     assert (records[0]["prompt_type"], records[0]["predict_type"]) == ("pan_right", ["pan_right", "tilt_down"])
     assert camera.by_type(records) == {"pan_right": 1.0, "tilt_down": 1.0, "zoom_in": 0.0}
     assert DIMENSIONS["camera_motion"].aggregate(records) == 0.5
-    with pytest.raises(ArtifactError, match=r"a\.mp4.*camera_motion"):
+    with pytest.raises(VBenchError, match=r"a\.mp4.*camera_motion"):
         measure(video, Item(Path("a.mp4")), networks)
 
 
@@ -484,13 +484,13 @@ def test_missing_truncated_and_foreign_files_are_named(mp4, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.mp4.*no such video"):
         open_video(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(ArtifactError, match=r"text\.mp4"):
+    with pytest.raises(VBenchError, match=r"text\.mp4"):
         open_video(tmp_path / "text.mp4")
     content = mp4.read_bytes()
     for share in (0.2, 0.6, 0.95):
         cut = tmp_path / "cut.mp4"
         cut.write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(ArtifactError, match=r"cut\.mp4.*truncated"):
+        with pytest.raises(VBenchError, match=r"cut\.mp4.*truncated"):
             open_video(cut)
 
 
@@ -508,7 +508,7 @@ def test_a_file_cut_after_its_index_is_truncated(mp4, tmp_path):
     assert open_video(whole).count == 19
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.7)])
-    with pytest.raises(ArtifactError, match=r"cut\.mp4.*truncated"):
+    with pytest.raises(VBenchError, match=r"cut\.mp4.*truncated"):
         list(open_video(cut).frames())
 
 
@@ -516,14 +516,14 @@ def test_too_few_frames_are_an_error_not_a_number(networks, tmp_path):
     Image.fromarray(clip(48, 80, 1)[0]).save(tmp_path / "image.png")
     item, short = Item(tmp_path / "short.mp4", tmp_path / "image.png"), video_of(clip(48, 80, 1), 8)
     for name in ("i2v_subject", "i2v_background", "subject_consistency", "background_consistency", "motion_smoothness"):
-        with pytest.raises(ArtifactError, match=r"short\.mp4: 1 frames"):
+        with pytest.raises(VBenchError, match=r"short\.mp4: 1 frames"):
             DIMENSIONS[name].measure(short, item, networks)
-    with pytest.raises(ArtifactError, match=r"short\.mp4.*input image"):
+    with pytest.raises(VBenchError, match=r"short\.mp4.*input image"):
         DIMENSIONS["i2v_subject"].measure(short, Item(item.video), networks)
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         DIMENSIONS["i2v_subject"].measure(short, Item(item.video, tmp_path / "gone.png"), networks)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ArtifactError, match=r"text\.png"):
+    with pytest.raises(VBenchError, match=r"text\.png"):
         DIMENSIONS["i2v_subject"].measure(short, Item(item.video, tmp_path / "text.png"), networks)
 
 

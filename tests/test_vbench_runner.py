@@ -19,15 +19,16 @@ import pytest
 import torch
 from PIL import Image
 
-from vpae.artifacts import ArtifactError
+from vbench_i2v import results, runner
+from vbench_i2v.base import Dimension
+from vbench_i2v.errors import NotComputed, VBenchError
+from vbench_i2v.runner import Networks, gather, read_records, run
+from vbench_i2v.scores import COLUMNS, read_results, totals
+from vbench_i2v.suite import Clip, Plan, plan_suite, read_suite
 from vpae.cli import main
 from vpae.data.video import read_frames, write_video
-from vpae.evaluation.vbench import networks, processes, results, runner, synthetic
-from vpae.evaluation.vbench.base import Dimension, NotComputed
+from vpae.evaluation.vbench import processes, synthetic, tiny
 from vpae.evaluation.vbench.rows import rank_correlations
-from vpae.evaluation.vbench.runner import Networks, gather, read_records, run
-from vpae.evaluation.vbench.scores import COLUMNS, read_results, totals
-from vpae.evaluation.vbench.suite import Clip, Plan, plan_suite, read_suite
 from vpae.models.wan import load_pipeline
 from vpae.parts import Part
 from vpae.sampling import animate
@@ -149,7 +150,7 @@ def test_a_torn_last_line_is_computed_again_and_a_damaged_one_is_named(thousand:
     assert run(clips, NETS, tmp_path / "records", dimensions=counting(log)).computed == 1
     assert read_records(tmp_path / "records") == before
     path.write_bytes(b"{not json\n" + path.read_bytes())
-    with pytest.raises(ArtifactError, match=rf"{path.name}: line 1 is damaged"):
+    with pytest.raises(VBenchError, match=rf"{path.name}: line 1 is damaged"):
         read_records(tmp_path / "records")
 
 
@@ -175,7 +176,7 @@ def test_a_record_is_of_the_content_and_not_of_the_name(thousand: Plan, tmp_path
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     held = runner.Appender(tmp_path / "x.jsonl")
-    with pytest.raises(ArtifactError, match="being written by another process"):
+    with pytest.raises(VBenchError, match="being written by another process"):
         runner.Appender(tmp_path / "x.jsonl")
     held.close()
     runner.Appender(tmp_path / "x.jsonl").close()
@@ -199,13 +200,13 @@ def test_a_truncated_video_fails_or_is_left_out_by_name(thousand: Plan, tmp_path
     bad = clips[1].item.video
     bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
     records, dimensions = tmp_path / "records", counting(tmp_path / "log")
-    with pytest.raises(ArtifactError, match=r"b-0\.mp4.*--allow-incomplete"):
+    with pytest.raises(VBenchError, match=r"b-0\.mp4.*--allow-incomplete"):
         run(clips, NETS, records, dimensions=dimensions)
     assert len(read_records(records)) == 1  # what came before is kept
     outcome = run(clips, NETS, records, allow_damaged=True, dimensions=dimensions)
     assert (outcome.computed, outcome.found, list(outcome.damaged)) == (1, 1, ["b-0.mp4"])
     plan, gathered = Plan(tuple(clips), {"imaging_quality": 3}), gather(clips, NETS, records)
-    with pytest.raises(ArtifactError, match="imaging_quality: 2 of 3 videos have a record"):
+    with pytest.raises(VBenchError, match="imaging_quality: 2 of 3 videos have a record"):
         results.score(plan, gathered, dimensions=dimensions)
     found = results.score(plan, gathered, allow_incomplete=True, dimensions=dimensions)
     assert found.counts["imaging_quality"] == 2 and found.values["imaging_quality"] is not None
@@ -222,7 +223,7 @@ def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_p
         raise NotComputed("pip install the-network")
 
     dimensions = counting(tmp_path / "log") | {"imaging_quality": Dimension("imaging_quality", absent, np.mean)}
-    with pytest.raises(ArtifactError, match="imaging_quality is not computed: pip install the-network"):
+    with pytest.raises(VBenchError, match="imaging_quality is not computed: pip install the-network"):
         run(clips, NETS, tmp_path / "records", dimensions=dimensions)
     outcome = run(clips, NETS, tmp_path / "records", allow_absent=True, dimensions=dimensions)
     plan = Plan(tuple(clips), {"imaging_quality": 1})
@@ -235,7 +236,7 @@ def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_p
 def test_a_measurement_that_is_no_number_is_refused(thousand: Plan, tmp_path: Path) -> None:
     clips = clips_of(tmp_path / "videos", ["a-0.mp4"], thousand.clips[0])
     dimensions = {"imaging_quality": Dimension("imaging_quality", lambda *_: {"video_results": math.nan}, np.mean)}
-    with pytest.raises(ArtifactError, match=r"a-0\.mp4: imaging_quality is nan"):
+    with pytest.raises(VBenchError, match=r"a-0\.mp4: imaging_quality is nan"):
         run(clips, NETS, tmp_path / "records", dimensions=dimensions)
 
 
@@ -367,7 +368,7 @@ def test_errors_of_the_command_line(scored: tuple[Path, Path], tmp_path: Path, c
     assert "none.yaml does not exist" in said("--config", str(tmp_path / "none.yaml"))
     no_weights = ("--config", str(config), "--backbones", "official", "--weights", str(tmp_path / "empty"))
     message = said(*no_weights, "--dimensions", "dynamic_degree")
-    assert "raft-things.pth (missing)" in message and "vpae evaluation weights --fetch" in message
+    assert "raft-things.pth (missing)" in message and "vbench-i2v weights --fetch" in message
     assert "no such folder" in said("--config", str(config), "--videos", str(folder / "nowhere"))
 
 
@@ -402,8 +403,8 @@ def test_processes_that_share_the_work_leave_all_records(teacher: Path, tmp_path
     synthetic.write(tmp_path, subjects=2, backgrounds=0, samples=2, frames=3, height=32, width=32)
     prompts = read_suite(tmp_path / synthetic.SUITE)
     plan = plan_suite(prompts, tmp_path / "videos", tmp_path / "crop", ["i2v_subject", "dynamic_degree"], samples=2)
-    nets = networks.tiny_networks(teacher, tmp_path / "tiny")
-    networks.load(nets, ["i2v_subject"])
+    nets = tiny.networks(teacher, tmp_path / "tiny")
+    tiny.load(nets, ["i2v_subject"])
     processes.share(plan.clips, nets, tmp_path / "shared", 2)
     assert run(plan.clips, nets, tmp_path / "shared").computed == 0
     run(plan.clips, nets, tmp_path / "alone")

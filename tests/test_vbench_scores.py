@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vpae.artifacts import ArtifactError
+from vbench_i2v.errors import VBenchError
+from vbench_i2v.scores import COLUMNS, OFFICIAL_COUNTS, partial, read_results, reasons, totals
 from vpae.cli import main
-from vpae.evaluation.vbench.scores import COLUMNS, OFFICIAL_COUNTS, partial, read_results, reasons, totals
 
 # Leaderboard rows, in percent: camera_motion, i2v_subject, i2v_background, subject_consistency, background_consistency,
 # motion_smoothness, dynamic_degree, aesthetic_quality, imaging_quality; then I2V Score, Quality Score and Total.
@@ -111,7 +111,7 @@ def test_several_files_and_the_unscored_dimension(tmp_path: Path) -> None:
     found = read_results([first, second])
     assert totals(found.values) == totals(row("MAGI-1"))
     assert found.counts == dict.fromkeys(COLUMNS, 2)
-    with pytest.raises(ArtifactError, match=r"b_eval_results\.json: \w+ is in another of the files"):
+    with pytest.raises(VBenchError, match=r"b_eval_results\.json: \w+ is in another of the files"):
         read_results([second, second])
 
 
@@ -130,7 +130,7 @@ def test_several_files_and_the_unscored_dimension(tmp_path: Path) -> None:
 def test_files_that_are_none(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "x_eval_results.json"
     path.write_text(text)
-    with pytest.raises(ArtifactError, match=rf"x_eval_results\.json.*{words}"):
+    with pytest.raises(VBenchError, match=rf"x_eval_results\.json.*{words}"):
         read_results([path])
 
 

@@ -1,6 +1,8 @@
 """Which videos and images a suite asks for; ratios and seeds; weights; and what is said when something is missing."""
 
 import json
+import re
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -10,13 +12,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from vpae.artifacts import ArtifactError, sha256
-from vpae.cli import main
-from vpae.config import VBenchFolder
-from vpae.data.video import write_video
-from vpae.evaluation.vbench import synthetic, weights
-from vpae.evaluation.vbench.scores import COLUMNS, OFFICIAL_COUNTS
-from vpae.evaluation.vbench.suite import (
+from vbench_i2v import weights
+from vbench_i2v.errors import VBenchError
+from vbench_i2v.files import sha256
+from vbench_i2v.scores import COLUMNS, OFFICIAL_COUNTS
+from vbench_i2v.suite import (
     RATIOS,
     SEED_RULE,
     counts,
@@ -26,6 +26,10 @@ from vpae.evaluation.vbench.suite import (
     read_suite,
     seed_of,
 )
+from vpae.cli import main
+from vpae.config import VBenchFolder
+from vpae.data.video import write_video
+from vpae.evaluation.vbench import synthetic
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "vbench2_i2v_full_info.json"
 official = pytest.mark.skipif(not OFFICIAL.is_file(), reason="VBench's own suite is not on this machine")
@@ -132,7 +136,7 @@ def test_images_of_another_shape_are_refused(copy: Path) -> None:
     for path in (copy / "crop" / "3-2").iterdir():
         path.unlink()
         Image.new("RGB", (64, 64)).save(path)
-    with pytest.raises(ArtifactError, match=r"64 x 64 pixels, .* 48 x 32: another ratio"):
+    with pytest.raises(VBenchError, match=r"64 x 64 pixels, .* 48 x 32: another ratio"):
         plan(copy)
 
 
@@ -167,11 +171,14 @@ def test_a_folder_without_a_suite(tmp_path: Path) -> None:
     assert found.expected == {name: 1 if name == "camera_motion" else 3 for name in COLUMNS}
     assert found.clips[2].item.camera == "pan_left"
     Image.fromarray(frames[0].repeat(2, axis=1)).save(images / "a cat-1.png")
-    with pytest.raises(ArtifactError, match=r"a cat-1\.png has 64 x 32 pixels, a cat-1\.mp4 32 x 32: another ratio"):
+    with pytest.raises(VBenchError, match=r"a cat-1\.png has 64 x 32 pixels, a cat-1\.mp4 32 x 32: another ratio"):
         plan_folder(videos, images, COLUMNS)
     content = (videos / "a cat-1.mp4").read_bytes()
-    (videos / "a cat-1.mp4").write_bytes(content[:99])  # what cannot be read is left to the measuring
-    assert len(plan_folder(videos, images, COLUMNS).clips) == 3
+    (videos / "a cat-1.mp4").write_bytes(content[:99])
+    with pytest.raises(VBenchError, match=r"a cat-1\.mp4: unreadable"):
+        plan_folder(videos, images, COLUMNS)
+    assert len(plan_folder(videos, images, COLUMNS, allow_incomplete=True).clips) == 3  # measuring says so
+    (videos / "a cat-1.mp4").write_bytes(content)
     (images / "a cat.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"images: 1 \('a cat-0\.mp4'\) of 3 videos without an image"):
         plan_folder(videos, images, COLUMNS)
@@ -186,16 +193,17 @@ def test_a_folder_without_a_suite(tmp_path: Path) -> None:
         (lambda r: r[0].pop("dimension"), "record 0: needs the keys"),
         (lambda r: r[1].update(prompt_en="no camera here"), "record 1: camera_motion needs one of camera pans left"),
         (lambda r: r[2].update(prompt_en="a/b, camera static"), "record 2: .*slash"),
+        (lambda r: r[8].update(prompt_en=83 * "\u4e2d"), "record 8: .*more bytes than the 255"),
         (lambda r: r.append(dict(r[0])), "stand there twice"),
     ],
-    ids=["key", "camera", "slash", "twice"],
+    ids=["key", "camera", "slash", "long", "twice"],
 )
 def test_a_suite_that_is_none_is_refused(change, words: str, tmp_path: Path) -> None:
     records = synthetic.records(1, 1)
     change(records)
     path = tmp_path / "suite.json"
     path.write_text(json.dumps(records))
-    with pytest.raises(ArtifactError, match=rf"suite\.json: .*{words}|suite\.json: {words}"):
+    with pytest.raises(VBenchError, match=rf"suite\.json: .*{words}|suite\.json: {words}"):
         read_suite(path)
 
 
@@ -252,16 +260,121 @@ def test_fetch_verifies_and_leaves_nothing_half_done(tmp_path: Path) -> None:
         "MIT",
         "models/inner.pth",
     )
-    assert weights.fetch(root, [plain, inner]) == ["plain.pth", "inner.pth"]
+    assert weights.fetch(root, [plain, inner]) == (["plain.pth", "inner.pth"], [])
     assert (root / "inner.pth").read_bytes() == b"inner"
-    assert weights.fetch(root, [plain, inner]) == []  # nothing twice
+    assert weights.fetch(root, [plain, inner]) == ([], [])  # nothing twice
 
     (root / "plain.pth").write_bytes(b"wrong")
     (source / "plain.pth").write_bytes(b"other")
-    with pytest.raises(ArtifactError, match=r"plain\.pth: sha256 .* instead of .*nothing was installed"):
-        weights.fetch(root, [plain])
+    fetched, (why,) = weights.fetch(root, [plain])
+    assert fetched == [] and re.search(r"plain\.pth: sha256 .* instead of .*nothing was installed", why)
     assert (root / "plain.pth").read_bytes() == b"wrong"
-    (source / "plain.pth").unlink()
-    with pytest.raises(ArtifactError, match="fetch it by other means"):
-        weights.fetch(root, [plain])
     assert sorted(path.name for path in root.iterdir()) == ["inner.pth", "plain.pth"]
+
+    # A dead address does not keep the rest from coming, and a mirror has the files by their names.
+    (source / "plain.pth").unlink()
+    (root / "inner.pth").unlink()
+    fetched, (why,) = weights.fetch(root, [plain, inner])
+    assert fetched == ["inner.pth"] and "plain.pth" in why and "--mirror" in why
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    for name, content in (("plain.pth", b"plain"), ("inner.pth", b"inner")):
+        (mirror / name).write_bytes(content)
+        (root / name).unlink(missing_ok=True)
+    assert weights.fetch(root, [plain, inner], f"{mirror.as_uri()}/") == (["plain.pth", "inner.pth"], [])
+
+
+def test_weights_are_chosen_by_file_and_by_dimension(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = [weight.file for weight in weights.chosen(["raft-things.pth"], ["aesthetic_quality"])]
+    assert names == ["ViT-L-14.pt", "sa_0_4_vit_l_14_linear.pth", "raft-things.pth"]
+    assert weights.chosen([], []) == list(weights.manifest())
+    mirror, root = tmp_path / "mirror", tmp_path / "root"
+    mirror.mkdir()
+    suite = Path(weights.manifest()[-1].file).name
+    command = ["evaluation", "weights", suite, "--root", str(root), "--mirror", mirror.as_uri()]
+    assert main([*command, "--fetch"]) == 2
+    assert f"not fetched: {mirror.as_uri()}/{suite}" in capsys.readouterr().out
+    assert main(["evaluation", "weights", "--check", "--dimensions", "dynamic_degree", "--root", str(root)]) == 2
+    printed = capsys.readouterr().out
+    assert "raft-things.pth: missing" in printed and "1 of 1 are missing" in printed and "ViT" not in printed
+    assert main(["evaluation", "weights", "raft.pth", "--root", str(root)]) == 2
+    assert "raft.pth: no such weight file; there are" in capsys.readouterr().err
+
+
+# Names as people's machines write them
+
+
+def test_names_are_matched_as_people_write_them(copy: Path) -> None:
+    """Hidden files, upper-case suffixes and decomposed letters; what is left over is named."""
+    suite = json.loads((copy / synthetic.SUITE).read_text())
+    (copy / synthetic.SUITE).unlink()
+    old = suite[-1]["prompt_en"]
+    new = "caf\u00e9 \u00fcber alles"
+    (copy / synthetic.SUITE).write_text(json.dumps(suite).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
+    for path in sorted((copy / "videos").iterdir()):
+        if path.name.startswith(old):
+            path.rename(path.with_name(unicodedata.normalize("NFD", path.name.replace(old, new)).replace("mp4", "MP4")))
+    image = next((copy / "crop" / "3-2").glob(f"{old}.jpg"))
+    image.rename(image.with_name(unicodedata.normalize("NFD", new) + ".JPG"))
+    for name in ("._a.mp4", ".b.mp4", ".c-0.mp4.tmp"):
+        (copy / "videos" / name).write_bytes(b"\0")
+    (copy / "crop" / "3-2" / "._x.jpg").write_bytes(b"\0")
+    assert plan(copy).extra == ()
+    assert plan(copy).missing == () and len(plan(copy).clips) == 20
+    some = next((copy / "videos").glob("texture*-0.mp4"))
+    for name in (some.stem + ".webm", "texture_0-0.mp4", some.stem[:-1] + "7.mp4"):
+        (copy / "videos" / name).write_bytes(b"x")
+    found = plan(copy)
+    assert set(found.extra) == {some.stem + ".webm", "texture_0-0.mp4", some.stem[:-1] + "7.mp4"}
+    (note,) = found.notes()
+    assert note.startswith("videos not scored, since nothing asks for them: 3 ('texture")
+    (copy / "videos" / some.with_suffix(".MP4").name).write_bytes(b"x")
+    with pytest.raises(VBenchError, match="count as one name"):
+        plan(copy)
+
+
+def test_the_folder_takes_what_is_a_video_and_names_the_rest(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    write_video(tmp_path / "a-0.mp4", frames, 8, 10)
+    (tmp_path / "a-0.mp4").rename(tmp_path / "A-0.MP4")
+    for name in ("._A-0.mp4", ".x.mp4"):
+        (tmp_path / name).write_bytes(b"\0")
+    (tmp_path / "b-0.mov").write_bytes(b"x")
+    Image.fromarray(frames[0]).save(tmp_path / "A.webp")
+    found = plan_folder(tmp_path, tmp_path, COLUMNS)
+    assert [(c.item.video.name, c.item.image.name) for c in found.clips] == [("A-0.MP4", "A.webp")]
+    assert found.extra == ("b-0.mov",)
+
+
+@pytest.mark.parametrize("which", [0, 1, -1])
+@pytest.mark.parametrize("suite", [True, False], ids=["suite", "folder"])
+def test_whichever_video_is_damaged_the_rest_can_be_planned(copy: Path, which: int, suite: bool) -> None:
+    bad = sorted((copy / "videos").glob("texture number 0-?.mp4"))[which] if suite else None
+    images = copy / "crop" / "3-2"
+    if not suite:
+        bad = sorted((copy / "videos").iterdir())[which]
+        for path in (copy / "videos").iterdir():
+            Image.new("RGB", (48, 32)).save(images / f"{path.stem}.png")
+    content = bad.read_bytes()
+    bad.unlink()
+    bad.write_bytes(content[: len(content) // 2])
+
+    def planned(tolerant: bool):
+        if suite:
+            return plan(copy, allow_incomplete=tolerant)
+        return plan_folder(copy / "videos", images, ["i2v_subject"], tolerant)
+
+    assert len(planned(True).clips) == 20
+    if which == 0 or not suite:  # of a suite the first tells the shape, and measuring looks at the rest
+        with pytest.raises(VBenchError, match=re.escape(bad.name)):
+            planned(False)
+
+
+def test_a_damaged_image_is_one_videos_reason(copy: Path) -> None:
+    for path in (copy / "videos").iterdir():
+        Image.new("RGB", (48, 32)).save(copy / f"{path.stem}.png")
+    bad = copy / f"{min(p.stem for p in (copy / 'videos').iterdir())}.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(VBenchError, match=re.escape(bad.name)):
+        plan_folder(copy / "videos", copy, ["i2v_subject"])
+    assert len(plan_folder(copy / "videos", copy, ["i2v_subject"], allow_incomplete=True).clips) == 20

@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     # What other libraries say while they load weights would bury our own progress. Set before they are imported.
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    from vbench_i2v.errors import VBenchError
     from vpae.artifacts import ArtifactError
     from vpae.training.preemption import EXIT_CODE, Interruption
 
     try:
         return arguments.run(arguments) or 0
-    except (ConfigError, ArtifactError, FileNotFoundError) as error:
+    except (ConfigError, ArtifactError, VBenchError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
     except Interruption as interruption:

@@ -5,36 +5,17 @@ the state folder alone that is believed: what is not there, the stage makes itse
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
+from vbench_i2v.parts import Part as Share
 from vpae.config import Jobs
 
 Work = TypeVar("Work")
 DIVISIBLE = tuple(Jobs.model_fields)  # stages that can be cut
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of `of` shares, counted from 1, as one says "part 3 of 16"."""
-
-    number: int = 1
-    of: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """From "3/16"; ValueError if it is no part."""
-        number, slash, of = text.partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise ValueError(f"{text!r} is no part; write number/of, from 1/16 to 16/16 for sixteen of them")
-        return cls(int(number), int(of))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
-    def share(self, work: Sequence[Work]) -> list[Work]:
-        """Every `of`-th piece of work."""
-        return list(work[self.number - 1 :: self.of])
+class Part(Share):
+    """A share of a stage's work; with `stretch` also one of neighbouring pieces."""
 
     def stretch(self, work: Sequence[Work], costs: Sequence[float]) -> list[Work]:
         """Neighbouring pieces of work, so cut that each part costs about the same."""

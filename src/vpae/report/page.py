@@ -11,11 +11,11 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from vbench_i2v.scores import COLUMNS, PAPER_NAMES
 from vpae import __version__
 from vpae.artifacts import identity, read_provenance
 from vpae.config import Experiment, Sampler
 from vpae.data.video import read_frames
-from vpae.evaluation.vbench.scores import COLUMNS, PAPER_NAMES
 from vpae.experiment import STAGES
 from vpae.report import plots
 

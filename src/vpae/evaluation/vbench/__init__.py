@@ -1,1 +1,1 @@
-"""VBench-I2V: nine dimensions, their totals, and what runs them over a suite."""
+"""V-PAE's side of VBench-I2V (`vbench_i2v`): its own rows, its own samples, small stand-ins for the networks."""

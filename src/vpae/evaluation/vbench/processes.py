@@ -1,18 +1,21 @@
-"""The same work in several processes of one machine: small networks use a core each better than all cores together."""
+"""Measuring with progress, in one process or in several of one machine: small networks use a core each better than all
+cores together."""
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from vpae.artifacts import ArtifactError
-from vpae.evaluation.vbench.runner import Networks, run
-from vpae.evaluation.vbench.suite import Clip
-from vpae.parts import Part
-from vpae.training.preemption import Interruption
+from vbench_i2v import runner
+from vbench_i2v.errors import VBenchError
+from vbench_i2v.parts import Part
+from vbench_i2v.runner import Networks
+from vbench_i2v.suite import Clip
+from vpae.progress import track
+from vpae.training.preemption import Interruption, Request
 
 MOST = 8
 _WORTH_IT = 4  # videos for each process
@@ -22,6 +25,24 @@ def how_many(clips: Sequence[Clip]) -> int:
     """How many processes share the videos on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, MOST, len(clips) // _WORTH_IT))
+
+
+def run(*arguments, label: str = "vbench", **options) -> runner.Outcome:
+    """`runner.run` with progress, until the end is asked for.
+
+    Raises:
+        Interruption: asked to end; what was measured is kept.
+    """
+    with Interruption.watch() as request:
+        return runner.run(*arguments, **options, track=lambda work: until_asked(work, request, label))
+
+
+def until_asked(work: list, request: Request, label: str = "vbench") -> Iterator:
+    """Go through work with progress; `Interruption` between two pieces when the end was asked for."""
+    for piece in track(work, len(work), label):
+        if request.requested:
+            raise Interruption(f"{label}: the records made so far are kept")
+        yield piece
 
 
 def share(clips: Sequence[Clip], networks: Networks, folder: Path, processes: int) -> None:
@@ -57,5 +78,5 @@ def share(clips: Sequence[Clip], networks: Networks, folder: Path, processes: in
 
 def _measure(clips: Sequence[Clip], networks: Networks, folder: Path, part: Part) -> None:
     torch.set_num_threads(1)
-    with suppress(Interruption, ArtifactError, FileNotFoundError):
+    with suppress(Interruption, VBenchError, FileNotFoundError):
         run(clips, networks, folder, part, allow_damaged=True, allow_absent=True, label=f"vbench {part}")

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from vbench_i2v import camera, networks, results, runner, scores, weights
+from vbench_i2v.base import Item
+from vbench_i2v.scores import COLUMNS
+from vbench_i2v.suite import Clip, Plan, Prompt
 from vpae.artifacts import identity, write_json
 from vpae.config import Experiment, VBench
 from vpae.data.latents import LatentDataset
-from vpae.evaluation.vbench import camera, networks, processes, results, runner, scores, weights
-from vpae.evaluation.vbench.base import Item
-from vpae.evaluation.vbench.scores import COLUMNS
-from vpae.evaluation.vbench.suite import Clip, Plan, Prompt
+from vpae.evaluation.vbench import processes, tiny
 from vpae.experiment import ConfigError, Source, stage_folder
 from vpae.parts import Part
 
@@ -98,7 +99,7 @@ def measure(
         what `vbench.json` holds.
 
     Raises:
-        ArtifactError: a video cannot be used.
+        VBenchError: a video cannot be used.
         Interruption: asked to end; what was measured is kept.
     """
     config = settings.evaluation.vbench
@@ -108,9 +109,9 @@ def measure(
     clips = [clip for plan in plans.values() for clip in plan.clips]
     records = work / "records"
     if config.backbones == "tiny":
-        networks.load(nets, networks.wanted(config))  # once, for all processes
+        tiny.load(nets, networks.wanted(config))  # once, for all processes
         processes.share(clips, nets, records, processes.how_many(clips))
-    outcome = runner.run(
+    outcome = processes.run(
         clips, nets, records, allow_damaged=config.allow_incomplete, allow_absent=True, not_computed=why
     )
     rows, of_videos = {}, {}
@@ -139,7 +140,7 @@ def measure(
 
 def _networks(config: VBench, teacher: Path, work: Path) -> tuple[runner.Networks, dict[str, str]]:
     if config.backbones == "tiny":
-        return networks.tiny_networks(teacher, work), {}
+        return tiny.networks(teacher, work), {}
     return networks.official_networks(config, allow_incomplete=True)
 
 
@@ -201,7 +202,7 @@ def run_part(source: Source, folder: Path, dimensions: Collection[str], part: Pa
     """One job of a workflow: some dimensions of a part of an experiment's samples; the stage gathers all records.
 
     Raises:
-        ArtifactError: the samples are missing, or a video cannot be used.
+        ArtifactError, VBenchError: the samples are missing, or a video cannot be used.
     """
     inputs = {name: stage_folder(source, name, folder) for name in ("samples", "latents", "teacher")}
     for path in inputs.values():
@@ -220,7 +221,7 @@ def run_part(source: Source, folder: Path, dimensions: Collection[str], part: Pa
     nets, why = _networks(config, inputs["teacher"], work)
     clips = [clip for plan in plans.values() for clip in plan.clips]
     records = work / "records"
-    outcome = runner.run(clips, nets, records, part, config.allow_incomplete, True, not_computed=why)
+    outcome = processes.run(clips, nets, records, part, config.allow_incomplete, True, not_computed=why)
     absent = "".join(f"\n{name}: not computed: {reason}" for name, reason in outcome.not_computed.items())
     return f"{records}: {outcome.computed} new records, {outcome.found} were there{absent}"
 

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vbench_i2v.folder import SAMPLING
+from vbench_i2v.scores import COLUMNS
+from vbench_i2v.suite import SEED_RULE, find_images, image_folder, read_suite, refuse_other_shape, seed_of, video_name
+from vbench_i2v.transforms import read_image
 from vpae.artifacts import ArtifactError, sha256, write_json
-from vpae.data.video import VideoInfo, write_video
-from vpae.evaluation.vbench.scores import COLUMNS
-from vpae.evaluation.vbench.suite import SEED_RULE, image_folder, read_suite, seed_of
+from vpae.data.video import write_video
 from vpae.models.wan import GEOMETRY
 from vpae.parts import Part
 from vpae.placement import Placement, load_placed
@@ -20,7 +22,6 @@ from vpae.progress import Progress
 from vpae.sampling import animate
 from vpae.training.preemption import Interruption
 
-NOTE = "sampling.json"  # stands beside the videos, and is copied into their scores
 CRF = 10  # what VBench-I2V asks for
 
 
@@ -56,28 +57,31 @@ def sample_suite(
 
     Raises:
         FileNotFoundError: model, suite or images are missing.
+        VBenchError: an image of another shape than the model's videos.
         ArtifactError: the folder holds videos made with other settings.
         Interruption: asked to end; finished videos are kept.
     """
     if not (model / GEOMETRY).is_file():
         raise FileNotFoundError(f"{model / GEOMETRY}: missing; give a pipeline folder that vpae has made")
     geometry = json.loads((model / GEOMETRY).read_text())
-    size = VideoInfo(geometry["width"], geometry["height"], geometry["fps"], 1)
+    size = (geometry["width"], geometry["height"])
     prompts = read_suite(suite)
     folder, ratio = image_folder(images, ratio, size, model)
     wanted = [(i, p, j) for i, p in enumerate(prompts) if set(p.dimensions) & set(dimensions) for j in range(samples)]
-    if absent := [p.image_name for _, p, _ in wanted if not (folder / p.image_name).is_file()]:
-        raise FileNotFoundError(f"{folder}: {len(set(absent))} of the suite's images missing, e.g. {absent[0]!r}")
+    pictures = find_images(folder, [p for _, p, _ in wanted])
+    if wanted:
+        first = pictures[wanted[0][1].image_name]
+        refuse_other_shape(first, read_image(first), str(model), *size)
     _note(out, model, suite, geometry, steps, guidance_scale, ratio)
     mine, made, pipeline = (part or Part()).share(wanted), 0, None
     progress = Progress(len(mine), "sample")
     with Interruption.watch() as request:
         for i, prompt, j in mine:
-            target = out / f"{prompt.text}-{j}.mp4"
+            target = out / video_name(prompt.text, j)
             if not target.is_file():
                 pipeline = pipeline or load_placed(model, Placement(), "cuda" if torch.cuda.is_available() else "cpu")
                 frames = _animate(
-                    pipeline, folder / prompt.image_name, prompt.text, steps, guidance_scale, i, j, geometry
+                    pipeline, pictures[prompt.image_name], prompt.text, steps, guidance_scale, i, j, geometry
                 )
                 temporary = out / f".{os.getpid()}.mp4"
                 write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
@@ -94,8 +98,7 @@ def sample_suite(
 def _animate(
     pipeline, image: Path, text: str, steps: int, guidance: float, i: int, j: int, geometry: dict
 ) -> np.ndarray:
-    with Image.open(image) as opened:
-        picture = opened.convert("RGB").resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
+    picture = read_image(image).resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
     return animate(pipeline, picture, text, steps, guidance, seed_of(i, j), geometry["frames"])
 
 
@@ -113,7 +116,7 @@ def _note(out: Path, model: Path, suite: Path, geometry: dict, steps: int, guida
         "codec": f"h264, crf {CRF}",
     }
     out.mkdir(parents=True, exist_ok=True)
-    path = out / NOTE
+    path = out / SAMPLING
     if not path.is_file():
         write_json(path, note)
     elif (found := json.loads(path.read_text())) != note:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vbench_i2v import camera
+from vbench_i2v.suite import SAMPLES, nearest_ratio
 from vpae.data.video import write_video
 from vpae.data.world import draw_truth, render, render_background
-from vpae.evaluation.vbench import camera
-from vpae.evaluation.vbench.suite import SAMPLES, nearest_ratio
 
 SUITE = "vbench2_i2v_full_info.json"
 SUBJECT = ("i2v_subject", "subject_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality")

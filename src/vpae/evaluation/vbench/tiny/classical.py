@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpae.evaluation.vbench import camera
-from vpae.evaluation.vbench.video import Video
+from vbench_i2v import camera
+from vbench_i2v.video import Video
 
 LARGEST = 128  # pixels of the shorter side, below which blocks are matched; larger frames are halved
 REACH = 6  # whole pixels that a block is looked for in each direction

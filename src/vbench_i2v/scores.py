@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpae.artifacts import ArtifactError
+from vbench_i2v.errors import VBenchError
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_results(paths: Sequence[Path]) -> Results:
 
     Raises:
         FileNotFoundError: no such file.
-        ArtifactError: not of VBench's format, a dimension in two files, or a value that is no share of 1.
+        VBenchError: not of VBench's format, a dimension in two files, or a value that is no share of 1.
     """
     values: dict[str, float] = {}
     counts: dict[str, int | None] = {}
@@ -136,9 +136,9 @@ def read_results(paths: Sequence[Path]) -> Results:
             if name not in COLUMNS:
                 near = difflib.get_close_matches(name, COLUMNS, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"VBench-I2V has {', '.join(COLUMNS)}"
-                raise ArtifactError(f"{path}: {name}: unknown dimension; {hint}")
+                raise VBenchError(f"{path}: {name}: unknown dimension; {hint}")
             if name in values:
-                raise ArtifactError(f"{path}: {name} is in another of the files, too; name each dimension once")
+                raise VBenchError(f"{path}: {name} is in another of the files, too; name each dimension once")
             values[name] = _value(path, name, entry)
             counts[name] = len(entry[-1]) if isinstance(entry[-1], list) else None
     return Results(values, counts)
@@ -146,24 +146,24 @@ def read_results(paths: Sequence[Path]) -> Results:
 
 def _read_dict(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a file that VBench or `vpae evaluation run` has written")
+        raise FileNotFoundError(f"{path}: no such file; give a file that VBench or `vbench-i2v run` has written")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: not JSON ({error}); is the file complete?") from error
+        raise VBenchError(f"{path}: not JSON ({error}); is the file complete?") from error
     if not isinstance(tree, dict):
-        raise ArtifactError(f"{path}: holds a {type(tree).__name__}, not VBench's {{dimension: [value, ...]}}")
+        raise VBenchError(f"{path}: holds a {type(tree).__name__}, not VBench's {{dimension: [value, ...]}}")
     return tree
 
 
 def _value(path: Path, name: str, entry: object) -> float:
     if not isinstance(entry, list) or not entry or isinstance(entry[0], bool) or not isinstance(entry[0], int | float):
-        raise ArtifactError(f"{path}: {name}: index [0] must be the dimension's value, as in VBench's own files")
+        raise VBenchError(f"{path}: {name}: index [0] must be the dimension's value, as in VBench's own files")
     value = float(entry[0])
     if not math.isfinite(value):
-        raise ArtifactError(f"{path}: {name} is {value}; a video that could not be measured spoils the mean")
+        raise VBenchError(f"{path}: {name} is {value}; a video that could not be measured spoils the mean")
     if abs(value) > _POINTS:
-        raise ArtifactError(f"{path}: {name} is {value:g}; VBench's files hold shares of 1, not points")
+        raise VBenchError(f"{path}: {name} is {value:g}; VBench's files hold shares of 1, not points")
     return value
 
 

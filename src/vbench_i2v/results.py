@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpae import __version__
-from vpae.artifacts import ArtifactError, write_json
-from vpae.evaluation.vbench import camera, scores
-from vpae.evaluation.vbench.base import Dimension
-from vpae.evaluation.vbench.dimensions import DIMENSIONS
-from vpae.evaluation.vbench.scores import COLUMNS
-from vpae.evaluation.vbench.suite import IMAGE_DIMENSIONS, Clip, Plan
+from vbench_i2v import __version__, camera, scores
+from vbench_i2v.base import Dimension
+from vbench_i2v.dimensions import DIMENSIONS
+from vbench_i2v.errors import VBenchError
+from vbench_i2v.files import write_json
+from vbench_i2v.scores import COLUMNS
+from vbench_i2v.suite import IMAGE_DIMENSIONS, Clip, Plan
 
 GEOMETRY = ("frames", "height", "width", "fps")
 _OURS = {"key", "dimension", "video", *GEOMETRY}  # of a record; the rest is what VBench's file has
@@ -53,7 +53,7 @@ def score(
         dimensions: what aggregates.
 
     Raises:
-        ArtifactError: records are missing.
+        VBenchError: records are missing.
     """
     reasons = dict(not_computed or {})
     values: dict[str, float | None] = {}
@@ -67,7 +67,7 @@ def score(
         elif name in reasons:
             gaps[name] = f"not computed: {reasons[name]}"
         elif n < of and not allow_incomplete:
-            raise ArtifactError(
+            raise VBenchError(
                 f"{name}: {n} of {of} videos have a record; run the parts that are left, or --allow-incomplete"
             )
         elif not n:
@@ -147,6 +147,7 @@ def account(
             for name in COLUMNS
         },
         "missing_videos": list(plan.missing),
+        "extra_videos": list(plan.extra),
         "damaged_videos": dict(damaged),
         "sizes": [dict(zip(GEOMETRY, size, strict=True)) | {"videos": n} for size, n in sorted(sizes.items())],
         "ratio": plan.ratio,

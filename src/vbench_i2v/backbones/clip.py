@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from vpae.evaluation.vbench.base import NotComputed
+from vbench_i2v.errors import NotComputed
 
 HEAD = 64  # width of one attention head in all of OpenAI's towers
 

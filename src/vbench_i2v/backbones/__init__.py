@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vpae.evaluation.vbench.base import OFFICIAL, Backbones, NotComputed
+from vbench_i2v.base import OFFICIAL, Backbones
+from vbench_i2v.errors import NotComputed
 
 DINO = "dino_vitbase16_pretrain.pth"
 CLIP_B32 = "ViT-B-32.pt"
@@ -66,30 +67,30 @@ class Official:
 
     def dreamsim(self) -> Callable[[Tensor], Tensor]:
         """DreamSim's ensemble, from the package of that name."""
-        from vpae.evaluation.vbench.backbones import plugins
+        from vbench_i2v.backbones import plugins
 
         return self._plugin(DREAMSIM, plugins.dreamsim)
 
     def interpolate(self) -> Callable[[Tensor, Tensor], Tensor]:
         """AMT-S, from VBench's package."""
-        from vpae.evaluation.vbench.backbones import plugins
+        from vbench_i2v.backbones import plugins
 
         return self._plugin(AMT_S, plugins.amt_s)
 
     def musiq(self) -> Callable[[Tensor], Tensor]:
         """MUSIQ-SPAQ, from pyiqa."""
-        from vpae.evaluation.vbench.backbones import plugins
+        from vbench_i2v.backbones import plugins
 
         return self._plugin(MUSIQ_SPAQ, plugins.musiq)
 
     def tracks(self) -> Callable:
         """CoTracker2, from its package."""
-        from vpae.evaluation.vbench.backbones import plugins
+        from vbench_i2v.backbones import plugins
 
         return self._plugin(COTRACKER2, plugins.cotracker2)
 
     def _clip(self, path: Path) -> Callable[[Tensor], Tensor]:
-        from vpae.evaluation.vbench.backbones import clip
+        from vbench_i2v.backbones import clip
 
         model = clip.load(path, self.clip_dtype).to(self.device)
         return lambda frames: model(frames.to(self.clip_dtype)).image_embeds
@@ -116,9 +117,7 @@ def require(path: Path) -> Path:
         NotComputed: there is no such file.
     """
     if not path.exists():
-        raise NotComputed(
-            f"{path} is missing; `vpae evaluation weights --check` tells where it comes from, --fetch gets it"
-        )
+        raise NotComputed(f"{path} is missing; `vbench-i2v weights --check` tells where it comes from, --fetch gets it")
     return path
 
 
@@ -149,7 +148,7 @@ def fill(path: Path, load: Callable[[dict[str, Tensor]], object], state: dict[st
 
 
 def _dino(path: Path) -> nn.Module:
-    from vpae.evaluation.vbench.backbones.dino import DinoViT
+    from vbench_i2v.backbones.dino import DinoViT
 
     model = DinoViT()
     fill(path, model.load_state_dict, read_state(path))
@@ -163,7 +162,7 @@ def _aesthetic(path: Path) -> nn.Module:
 
 
 def _raft(path: Path) -> nn.Module:
-    from vpae.evaluation.vbench.backbones.raft import RAFT
+    from vbench_i2v.backbones.raft import RAFT
 
     model = RAFT()
     fill(path, model.load_original, read_state(path))

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpae.artifacts import ArtifactError
-from vpae.evaluation.vbench import camera, transforms
-from vpae.evaluation.vbench.base import Backbones, Dimension, Item
-from vpae.evaluation.vbench.video import Video
+from vbench_i2v import camera, transforms
+from vbench_i2v.base import Backbones, Dimension, Item
+from vbench_i2v.errors import VBenchError
+from vbench_i2v.video import Video
 
 RAFT_FPS = 8  # dynamic_degree looks at about so many frames a second
 FASTEST = 0.05  # share of the pixels whose mean speed counts
@@ -25,7 +25,7 @@ PAIRS, SMALL = 8, 128 * 128  # pairs of frames that are measured at once, where 
 def camera_motion(video: Video, item: Item, backbones: Backbones) -> dict:
     """1 if the movement asked for is among those that the tracks of four points speak for."""
     if item.camera not in camera.TYPES:
-        raise ArtifactError(f"{item.video}: camera_motion needs a prompt that asks for one; found {item.camera!r}")
+        raise VBenchError(f"{item.video}: camera_motion needs a prompt that asks for one; found {item.camera!r}")
     found = camera.movements(backbones.tracks()(video), video.height, video.width)
     score = 1.0 if item.camera in found else 0.0
     return {"video_results": score, "prompt_type": item.camera, "predict_type": found}
@@ -45,7 +45,7 @@ def i2v_background(video: Video, item: Item, backbones: Backbones) -> dict:
 
 def _image(item: Item) -> Path:
     if item.image is None:
-        raise ArtifactError(f"{item.video}: the i2v dimensions need its input image, and none is given")
+        raise VBenchError(f"{item.video}: the i2v dimensions need its input image, and none is given")
     return item.image
 
 
@@ -169,7 +169,7 @@ def _mean(values: list[float]) -> float:
 
 def _at_least(frames: int, found: int, item: Item) -> None:
     if found < frames:
-        raise ArtifactError(f"{item.video}: {found} frames, and this dimension needs {frames}; generate it again")
+        raise VBenchError(f"{item.video}: {found} frames, and this dimension needs {frames}; generate it again")
 
 
 def mean_of_videos(records: list[dict]) -> float:

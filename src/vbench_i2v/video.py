@@ -4,6 +4,7 @@ Axes: N frames of a chunk, T frames of the video, H height, W width, 3 colours (
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpae.artifacts import ArtifactError
-from vpae.data.video import VideoError, probe, pyav_frames
+from vbench_i2v.errors import VBenchError
 
 CHUNK = 8  # frames, of which 8 x 720p are 88 MB as float32
 
@@ -71,43 +71,67 @@ def open_video(path: Path) -> Video:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: unreadable or truncated; also raised by the streams, when fewer frames can be decoded than the
-            index lists.
+        VBenchError: unreadable or truncated; also raised by the streams, when frames are damaged or fewer than listed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such video; generate it, or leave it out of the suite")
-    try:
-        info = probe(path)
-        listed, present = _packets(path)
-    except VideoError as error:
-        raise ArtifactError(f"{path}: {error}; truncated or no video? Generate it again") from error
-    if present < listed:
-        raise ArtifactError(f"{path}: truncated, {present} of {listed} frames; generate it again")
+    fps, height, width = shape(path)
+    with _stream(path) as stream:
+        shown = [not packet.is_discard for packet in stream.container.demux(stream) if packet.size]
+        count = sum(shown)
+        listed = stream.frames - (len(shown) - count) if stream.frames else count
+    if count < listed:
+        raise VBenchError(f"{path}: truncated, {count} of {listed} frames; generate it again")
 
     def decode() -> Iterator[np.ndarray]:
         decoded = 0
-        try:
-            for frame in pyav_frames(path):
+        with _stream(path) as stream:
+            for frame in stream.container.decode(stream):
+                if frame.is_corrupt:
+                    raise VBenchError(f"{path}: frame {decoded} of {count} is damaged; generate it again")
                 decoded += 1
-                yield frame
-        except VideoError as error:
-            raise ArtifactError(f"{path}: {error} after {decoded} of {present} frames; generate it again") from error
-        if decoded != present:
-            raise ArtifactError(f"{path}: damaged, only {decoded} of {present} frames decode; generate it again")
+                yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
+        if decoded != count:
+            raise VBenchError(f"{path}: damaged, only {decoded} of {count} frames decode; generate it again")
 
-    return Video(info.fps, present, info.height, info.width, decode)
+    return Video(fps, count, height, width, decode)
 
 
-def _packets(path: Path) -> tuple[int, int]:
-    """Frames that the header promises (as many as found, where it promises nothing) and that the file holds; read
-    without decoding."""
+def shape(path: Path) -> tuple[float, int, int]:
+    """Frames per second, height and width of a video as shown upright, from its header and its first frame.
+
+    Raises:
+        VBenchError: the file cannot be read.
+    """
+    with _stream(path) as stream:
+        rate = stream.average_rate or stream.guessed_rate
+        first = next(stream.container.decode(stream), None)
+        if first is None or not rate:
+            raise VBenchError(f"{path}: no frames, or no frame rate; generate it again")
+        sides = (first.height, first.width)
+        return float(rate), *(sides if _turns(first) % 2 == 0 else sides[::-1])
+
+
+@contextmanager
+def _stream(path: Path) -> Iterator[av.VideoStream]:
+    """A file's first video stream. FFmpeg is given an open file: it would take a name with a colon for a protocol."""
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise VBenchError(f"{path}: no video in it; generate it again")
             stream = container.streams.video[0]
-            shown = [not packet.is_discard for packet in container.demux(stream) if packet.size]
-            return stream.frames - (len(shown) - sum(shown)) if stream.frames else sum(shown), sum(shown)
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"unreadable: {error.strerror}") from error
+            stream.codec_context.thread_count = 1  # videos are decoded by several processes
+            yield stream
+    except (VBenchError, MemoryError):
+        raise
+    except Exception as error:  # one file's content must not end the measuring of all others, whatever it is
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VBenchError(f"{path}: unreadable: {reason}; truncated or no video? Generate it again") from error
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    """Clockwise quarter turns, 0 to 3, that a phone's display matrix asks for; FFmpeg counts against the clock."""
+    return round(-frame.rotation / 90) % 4
 
 
 def video_of(frames_THW3: np.ndarray, fps: float) -> Video:

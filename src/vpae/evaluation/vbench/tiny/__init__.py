@@ -7,18 +7,52 @@ Axes: N frames, H height, W width, D feature width, 3 colours.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpae.evaluation.vbench import transforms
-from vpae.evaluation.vbench.backbones import classical
-from vpae.evaluation.vbench.backbones.quality import quality
-from vpae.evaluation.vbench.base import TINY, Backbones, NotComputed
-from vpae.evaluation.vbench.video import Video
+from vbench_i2v import transforms
+from vbench_i2v.base import Backbones
+from vbench_i2v.errors import NotComputed
+from vbench_i2v.runner import Networks
+from vbench_i2v.scores import COLUMNS
+from vbench_i2v.video import Video
+from vpae.artifacts import digest, file_hashes
+from vpae.evaluation.vbench.tiny import classical, quality
+
+TINY = "tiny (not comparable with published scores)"
+
+
+def networks(teacher: Path, state: Path, dimensions: Collection[str] = tuple(COLUMNS)) -> Networks:
+    """The small stand-ins, which see through the image encoder of a pipeline folder, and what identifies them.
+
+    Args:
+        teacher: the pipeline folder.
+        state: folder for what they keep between runs.
+        dimensions: which are wanted.
+
+    Raises:
+        FileNotFoundError: no image encoder there.
+    """
+    parts = [teacher / name for name in ("image_encoder", "image_processor")]
+    for part in parts:
+        if not part.is_dir():
+            raise FileNotFoundError(f"{part}: no such folder; the tiny backbones need a pipeline's image encoder")
+    encoder = [digest(file_hashes(part)) for part in parts]
+    identity = {
+        name: quality.RECIPE if name == "imaging_quality" else {"image_encoder": encoder} for name in dimensions
+    }
+    return Networks(tiny(teacher, state), identity)
+
+
+def load(networks: Networks, dimensions: Collection[str]) -> None:
+    """Load what the tiny backbones load or train, so that processes forked afterwards share it."""
+    networks.backbones.dino()
+    if "imaging_quality" in dimensions:
+        networks.backbones.musiq()
 
 
 def tiny(teacher: Path, state: Path, device: str | torch.device = "cpu") -> Backbones:
@@ -77,7 +111,7 @@ class Tiny:
 
     def musiq(self) -> Callable[[Tensor], Tensor]:
         """The quality network."""
-        return self._once("quality", lambda: quality(self.state).to(self.device))
+        return self._once("quality", lambda: quality.quality(self.state).to(self.device))
 
     def tracks(self) -> Callable[[Video], Tensor]:
         """Points carried along Lucas and Kanade's flow."""

@@ -1,20 +1,13 @@
 """The networks whose code is not free for every use, or drags much along: the user installs them, this connects them.
 
-    AMT-S       pip install torchvision; pip install --no-deps vbench==0.1.5        CC BY-NC 4.0
-    CoTracker2  pip install git+https://github.com/facebookresearch/co-tracker      CC BY-NC 4.0
-    MUSIQ       pip install -c constraints.txt -e '.[vbench]'  (pyiqa)              PolyForm Noncommercial
-    DreamSim    pip install -c constraints.txt -e '.[vbench]'  (dreamsim)           MIT
+    AMT-S       vbench 0.1.5       CC BY-NC 4.0
+    CoTracker2  cotracker          CC BY-NC 4.0
+    MUSIQ       pyiqa 0.1.16       PolyForm Noncommercial 1.0.0
+    DreamSim    dreamsim 0.2.1     MIT
 
-None of them has run with its published weights here, since those were not at hand. What was tried:
-
-    AMT-S       the code of vbench 0.1.5 with random weights: size, batches, sizes that give NaN
-    MUSIQ       the code of pyiqa 0.1.10, which VBench's pins give, with random weights: size, batches
-    CoTracker2  not run; calls compared with its predictor at commit e52c27e
-    DreamSim    not run; calls and file names compared with the code of dreamsim 0.2.1
+None of them has run with its published weights here, since those were not at hand. What was tried: see docs/vbench.md.
 """
 
-import importlib
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpae.evaluation.vbench.backbones import fill, read_state, require
-from vpae.evaluation.vbench.backbones.raft import SMALLEST
-from vpae.evaluation.vbench.base import NotComputed
-from vpae.evaluation.vbench.camera import GRID
-from vpae.evaluation.vbench.video import Video
+from vbench_i2v.backbones import fill, read_state, require
+from vbench_i2v.backbones.raft import SMALLEST
+from vbench_i2v.camera import GRID
+from vbench_i2v.errors import NotComputed
+from vbench_i2v.packages import ENVIRONMENT, imported
+from vbench_i2v.video import Video
+from vbench_i2v.weights import filling
 
 DREAMSIM_FILES = (
     "dino_vitb16_pretrain.pth",
@@ -36,7 +31,6 @@ DREAMSIM_FILES = (
     "facebookresearch_dino_main",
     "checkpoints/dino_vitbase16_pretrain.pth",
 )
-EXTRA = "pip install -c constraints.txt -e '.[vbench]'"
 TRACKER_SIZE = (384, 512)  # what CoTracker resizes every video to
 
 
@@ -45,11 +39,7 @@ def amt_s(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor
 
     Below 128 pixels it raises `NotComputed`, where the original returns NaN, as RAFT does.
     """
-    module = _installed(
-        "vbench.third_party.amt.networks.AMT-S",
-        "motion_smoothness needs AMT-S",
-        "pip install torchvision && pip install --no-deps vbench==0.1.5",
-    )
+    module = imported("vbench.third_party.amt.networks.AMT-S")
     model = module.Model(corr_radius=3, corr_lvls=4, num_flows=3)
     fill(require(path), lambda state: model.load_state_dict(state["state_dict"]), read_tensors(path))
     model = model.eval().requires_grad_(False).to(device)
@@ -70,15 +60,11 @@ def cotracker2(path: Path, device: torch.device) -> Callable[[Video], Tensor]:
     it never lies in memory at full size. VBench asks the torch hub for `cotracker2` of no certain version; the hub's
     entry of that name has at times built CoTracker3 (commit 0b6edd2), so published values may be of either.
     """
-    module = _installed(
-        "cotracker.predictor",
-        "camera_motion needs CoTracker2",
-        "pip install git+https://github.com/facebookresearch/co-tracker",
-    )
+    module = imported("cotracker.predictor")
     try:
         predictor = module.CoTrackerPredictor(checkpoint=None, v2=True, window_len=8)
     except TypeError as error:
-        raise NotComputed(f"camera_motion needs a newer CoTracker ({error}); install its main branch again") from error
+        raise NotComputed(f"camera_motion needs another CoTracker ({error}); {ENVIRONMENT}") from error
     fill(require(path), predictor.model.load_state_dict, read_state(path))
     return follow(predictor.eval().to(device), device)
 
@@ -102,7 +88,7 @@ def follow(predictor: Callable[..., tuple[Tensor, Tensor]], device: torch.device
 
 def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """MUSIQ trained on SPAQ, from pyiqa's code and its checkpoint; pyiqa itself downloads nothing here."""
-    module = _installed("pyiqa.archs.musiq_arch", "imaging_quality needs MUSIQ", EXTRA)
+    module = imported("pyiqa.archs.musiq_arch")
     model = module.MUSIQ(pretrained=False)
     state = {name.removeprefix("module."): value for name, value in read_state(require(path)).items()}
     fill(path, model.load_state_dict, state)
@@ -112,31 +98,16 @@ def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """DreamSim's ensemble from a folder that holds all it would otherwise download."""
-    module = _installed("dreamsim", "i2v_background needs DreamSim", EXTRA)
+    module = imported("dreamsim")
     missing = [name for name in DREAMSIM_FILES if not (folder / name).exists()]
     if missing:
-        raise NotComputed(
-            f'{folder} lacks {", ".join(missing)}; where there is internet, run once: python -c "from dreamsim import '
-            f"dreamsim; dreamsim(pretrained=True, device='cpu', cache_dir='{folder}')\""
-        )
+        raise NotComputed(f"{folder} lacks {', '.join(missing)}; where there is internet, run: {filling(folder)}")
     hub = torch.hub.get_dir()
     try:
         model, _ = module.dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
     finally:
         torch.hub.set_dir(hub)  # it moves the cache of the whole process
     return model.embed
-
-
-def _installed(module: str, need: str, remedy: str) -> types.ModuleType:
-    """Import what the user installs.
-
-    Raises:
-        NotComputed: it is not installed, or cannot be imported.
-    """
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # torchvision beside another torch raises RuntimeError
-        raise NotComputed(f"{need}, and {module} cannot be imported ({error}); install it: {remedy}") from error
 
 
 class _Inert(dict):

@@ -1,8 +1,8 @@
 """The words shared by VBench-I2V's dimensions, by what runs them, and by the networks they need.
 
 A dimension is two functions, `measure` (one video to one record) and `aggregate` (all records to the dimension's
-value). The networks are handed in as a `Backbones`: the official ones (`backbones.official`), the tiny stand-ins
-(`backbones.tiny.tiny`) or a test's.
+value). The networks are handed in as a `Backbones`: the official ones (`backbones.official`), or any stand-ins
+of the same interface.
 
 Axes: N images or frames, T frames of a video, H height, W width, D feature width, 3 colours (RGB).
 """
@@ -15,15 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vpae.evaluation.vbench.video import Video
+from vbench_i2v.video import Video
 
 OFFICIAL = "official"
-TINY = "tiny (not comparable with published scores)"
-
-
-class NotComputed(RuntimeError):
-    """A dimension whose backbone or weights are absent or damaged; the message says what is missing and how to install
-    or fetch it. Never a score of 0."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Backbones(Protocol):
     """
 
     name: str
-    """`OFFICIAL` or `TINY`."""
+    """`OFFICIAL`, or what tells these from the official ones."""
     device: torch.device
 
     def dino(self) -> Callable[[Tensor], Tensor]:
@@ -101,7 +95,7 @@ class Dimension:
         name: VBench's own.
         measure: the record of one video, JSON-able: "video_results" (a number or a bool, as VBench stores it) and
             whatever else VBench's file carries for this dimension, then "fps", "frames", "height" and "width".
-            Raises `NotComputed` when a network is absent, and `ArtifactError` or `FileNotFoundError`, naming the file,
+            Raises `NotComputed` when a network is absent, and `VBenchError` or `FileNotFoundError`, naming the file,
             when the video or the image cannot be used.
         aggregate: the dimension's value from all records, in any order, as VBench computes it on one GPU: about 0 to 1.
     """

@@ -9,19 +9,18 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from vpae.artifacts import ArtifactError, digest, sha256
-from vpae.evaluation.vbench.base import Backbones, Dimension, NotComputed
-from vpae.evaluation.vbench.dimensions import DIMENSIONS
-from vpae.evaluation.vbench.suite import IMAGE_DIMENSIONS, Clip
-from vpae.evaluation.vbench.video import Video, open_video
-from vpae.parts import Part
-from vpae.progress import Progress
-from vpae.training.preemption import Interruption
+from vbench_i2v.base import Backbones, Dimension
+from vbench_i2v.dimensions import DIMENSIONS
+from vbench_i2v.errors import NotComputed, VBenchError
+from vbench_i2v.files import digest, sha256
+from vbench_i2v.parts import Part
+from vbench_i2v.suite import IMAGE_DIMENSIONS, Clip
+from vbench_i2v.video import Video, open_video
 
 FORMAT = 2  # of a record and of what `dimensions` computes: raise it when either changes, and no old record is used
 _LEAVE_OUT = "leave it out with --allow-incomplete"
@@ -81,7 +80,7 @@ def read_records(folder: Path) -> dict[str, dict]:
     """Key -> record of every file of records in a folder; what a killed run left unfinished does not count.
 
     Raises:
-        ArtifactError: a damaged line that is not the last one.
+        VBenchError: a damaged line that is not the last one.
     """
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -91,7 +90,7 @@ def read_records(folder: Path) -> dict[str, dict]:
                 record = json.loads(line)
                 found[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
-                raise ArtifactError(
+                raise VBenchError(
                     f"{path}: line {number} is damaged ({error}); delete the line, what it held is computed again"
                 ) from error
     return found
@@ -107,7 +106,7 @@ class Appender:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._file)
-            raise ArtifactError(f"{path} is being written by another process; wait for it, or end it") from error
+            raise VBenchError(f"{path} is being written by another process; wait for it, or end it") from error
         content = path.read_bytes()
         os.ftruncate(self._file, content.rfind(b"\n") + 1)
 
@@ -115,7 +114,7 @@ class Appender:
         """Add one line in one write: a killed process leaves it whole, or cut short at the end of the file."""
         line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
         if os.write(self._file, line) != len(line):
-            raise ArtifactError("a record could not be written as a whole; is the disk full?")
+            raise VBenchError("a record could not be written as a whole; is the disk full?")
 
     def close(self) -> None:
         """Hand the file to the disk and let go of it."""
@@ -123,15 +122,16 @@ class Appender:
         os.close(self._file)
 
 
-class _Clip:
+class _Opened:
     """A video as the dimensions see it: decoded once for all of them if it is small, and each time if it is not."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, clip: Clip):
+        self.clip = clip
 
     @cached_property
     def video(self) -> Video:
-        streamed = open_video(self._path)
+        """Raises `VBenchError` if it cannot be read."""
+        streamed = open_video(self.clip.item.video)
         if streamed.count * streamed.height * streamed.width * 3 > _KEPT_BYTES:
             return streamed
         frames = list(streamed.source())
@@ -147,9 +147,9 @@ def run(
     allow_absent: bool = False,
     dimensions: Mapping[str, Dimension] = DIMENSIONS,
     not_computed: Mapping[str, str] | None = None,
-    label: str = "vbench",
+    track: Callable[[list], Iterable] = iter,
 ) -> Outcome:
-    """Measure what no record is there for.
+    """Measure what no record is there for; what was measured is kept, however a run ends.
 
     Args:
         clips: all videos, in the same order for every part.
@@ -160,25 +160,19 @@ def run(
         allow_absent: note networks that cannot be had, and go on.
         dimensions: what measures.
         not_computed: dimension -> why it cannot be computed, where that is known already.
-        label: of the progress.
+        track: goes through the list of work, one piece a measurement: it may show progress, or raise to end the run.
 
     Raises:
-        ArtifactError: a video is damaged or a network absent; what was measured before is kept.
-        Interruption: asked to end; what was measured is kept.
+        VBenchError: a video is damaged or a network absent.
     """
     work = _Work(networks, folder, part or Part(), dimensions, allow_damaged, allow_absent)
     work.outcome.not_computed |= not_computed or {}
-    mine = work.part.share(clips)
-    progress = Progress(sum(len(clip.dimensions) for clip in mine), label)
-    with Interruption.watch() as request, work:
-        for clip in mine:
-            opened = _Clip(clip.item.video)
-            for name in clip.dimensions:
-                if request.requested:
-                    raise Interruption(f"{label}: {work.outcome.computed} new records are in {folder}")
-                work.measure(clip, name, opened)
-                progress.update()
-    progress.close()
+    opened = None
+    with work:
+        for clip, name in track([(each, name) for each in work.part.share(clips) for name in each.dimensions]):
+            if opened is None or opened.clip is not clip:
+                opened = _Opened(clip)
+            work.measure(opened, name)
     return work.outcome
 
 
@@ -207,32 +201,32 @@ class _Work:
         for file in self._files.values():
             file.close()
 
-    def measure(self, clip: Clip, name: str, opened: _Clip) -> None:
+    def measure(self, opened: "_Opened", name: str) -> None:
         """Measure one video on one dimension, unless that is done or known to be impossible."""
-        path = clip.item.video
-        if name in self.outcome.not_computed or path.name in self.outcome.damaged:
+        item = opened.clip.item
+        if name in self.outcome.not_computed or item.video.name in self.outcome.damaged:
             return  # said once
-        key = record_key(clip, name, self._networks, self._contents)
+        key = record_key(opened.clip, name, self._networks, self._contents)
         if key in self._known:
             self.outcome.found += 1
             return
-        video_known = False
+        damaged = item.video.name
         try:
             video = opened.video
-            video_known = True
-            measured = self._dimensions[name].measure(video, clip.item, self._networks.backbones)
-            _finite(path, name, measured)
+            damaged = f"{item.video.name}, {name}"
+            measured = self._dimensions[name].measure(video, item, self._networks.backbones)
+            _finite(item.video, name, measured)
         except NotComputed as error:
             if not self._allow_absent:
-                raise ArtifactError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
+                raise VBenchError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
             self.outcome.not_computed[name] = str(error)
             return
-        except ArtifactError as error:
+        except VBenchError as error:
             if not self._allow_damaged:
-                raise ArtifactError(f"{error}. Or {_LEAVE_OUT}") from error
-            self.outcome.damaged[f"{path.name}, {name}" if video_known else path.name] = str(error)
+                raise VBenchError(f"{error}. Or {_LEAVE_OUT}") from error
+            self.outcome.damaged[damaged] = str(error)
             return
-        self._file(name).append({"key": key, "dimension": name, "video": path.name, **measured})
+        self._file(name).append({"key": key, "dimension": name, "video": item.video.name, **measured})
         self._known.add(key)
         self.outcome.computed += 1
 
@@ -245,9 +239,7 @@ class _Work:
 
 def _finite(path: Path, name: str, measured: dict) -> None:
     if not math.isfinite(measured["video_results"]):
-        raise ArtifactError(
-            f"{path}: {name} is {measured['video_results']}; look at the video, it has no usable frames"
-        )
+        raise VBenchError(f"{path}: {name} is {measured['video_results']}; look at the video, it has no usable frames")
 
 
 def gather(clips: Iterable[Clip], networks: Networks, folder: Path) -> dict[str, list[tuple[Clip, dict]]]:

@@ -1,23 +1,24 @@
 """The weight files of the official backbones: one folder, one manifest, a check that needs no network.
 
-Nothing is fetched inside a job: `vpae evaluation weights --fetch` runs where there is internet, the rest reads the
+Nothing is fetched inside a job: `vbench-i2v weights --fetch` runs where there is internet, the rest reads the
 folder.
 """
 
-import importlib.util
 import json
 import shutil
 import sys
-import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 
-from vpae.artifacts import ArtifactError, digest, file_hashes, sha256
+from vbench_i2v.errors import NotComputed, VBenchError
+from vbench_i2v.files import folder_digest, sha256
+from vbench_i2v.packages import imported
 
 _TIMEOUT = 60  # seconds without a byte
 
@@ -34,9 +35,8 @@ class Weight:
         sha256: hex digest, or the leading digits of it that its publisher states; None: not known to us.
         licence: of the file.
         member: its path in the archive; empty: the URL is the file itself.
-        contains: what has to be in it, where it is a folder that its own package fills; see `install`.
-        package: the Python package that reads it, which the user installs; empty: vpae itself does.
-        install: the command for that.
+        contains: what has to be in it, where it is a folder that its own package fills.
+        module: what reads it, of a package that the user installs; empty: this package does.
     """
 
     file: str
@@ -47,8 +47,7 @@ class Weight:
     licence: str
     member: str = ""
     contains: tuple[str, ...] = ()
-    package: str = ""
-    install: str = ""
+    module: str = ""
 
     def problem(self, root: Path) -> str:
         """What is wrong with the file in `root`; empty: nothing that we can see."""
@@ -68,7 +67,7 @@ class Weight:
 @cache
 def manifest() -> tuple[Weight, ...]:
     """The files that the official backbones read, and the prompt suite."""
-    entries = json.loads((files("vpae.evaluation.vbench") / "manifest.json").read_text(encoding="utf-8"))
+    entries = json.loads((files("vbench_i2v") / "manifest.json").read_text(encoding="utf-8"))
     lists = ("dimensions", "contains")
     return tuple(Weight(**{k: tuple(v) if k in lists else v for k, v in entry.items()}) for entry in entries)
 
@@ -93,7 +92,7 @@ def absent(root: Path, dimensions: Iterable[str]) -> dict[str, str]:
         bad = [f"{w.file} ({found[w.file]})" for w in needed([dimension]) if w.file in found]
         if bad:
             why[dimension] = (
-                f"weights in {root}: {', '.join(bad)}; run `vpae evaluation weights --fetch --root {root}` "
+                f"weights in {root}: {', '.join(bad)}; run `vbench-i2v weights --fetch --root {root}` "
                 "where there is internet, or copy the file there"
             )
     return why
@@ -106,7 +105,7 @@ def identities(root: Path, dimensions: Iterable[str]) -> dict[str, dict[str, str
 
 
 def _identity(path: Path) -> str:
-    return digest(file_hashes(path)) if path.is_dir() else _sha256(path)
+    return folder_digest(path) if path.is_dir() else _sha256(path)
 
 
 def _sha256(path: Path) -> str:
@@ -120,12 +119,27 @@ def _sha256_of(path: Path, _size: int, _changed: int) -> str:
     return sha256(path)
 
 
-def report(root: Path) -> tuple[str, bool]:
-    """A table of all files for people, and whether all can be used: weights and the packages that read them."""
-    found = problems(root, manifest())
+def chosen(names: Collection[str], dimensions: Collection[str]) -> list[Weight]:
+    """The files of some names and those of some dimensions; without either, all.
+
+    Raises:
+        VBenchError: a name that is none.
+    """
+    known = {weight.file: weight for weight in manifest()}
+    if unknown := [name for name in names if name not in known]:
+        raise VBenchError(f"{', '.join(unknown)}: no such weight file; there are {', '.join(known)}")
+    read = {weight.file for weight in needed(dimensions)}
+    everything = not names and not dimensions
+    return [weight for weight in manifest() if everything or weight.file in names or weight.file in read]
+
+
+def report(root: Path, weights: Sequence[Weight]) -> tuple[str, bool]:
+    """A table of files for people, and whether all can be used: the files, and the packages that read them, which are
+    imported."""
+    found = problems(root, weights)
+    unusable = {}
     lines = [f"weights in {root}"]
-    lacking = sorted({w.package for w in manifest() if w.package and importlib.util.find_spec(w.package) is None})
-    for weight in manifest():
+    for weight in weights:
         unknown = " (no published digest to compare with)" if weight.sha256 is None else ""
         lines.append(f"{weight.file}: {found.get(weight.file) or f'ok{unknown}'}")
         lines.append(f"    for {', '.join(weight.dimensions) or 'the prompt suite'}; {weight.licence}")
@@ -133,71 +147,78 @@ def report(root: Path) -> tuple[str, bool]:
             place = f"{weight.url} ({weight.member} in it)" if weight.member else weight.url
             lines += [f"    from {place}", f"    to   {root / weight.file}"]
             if weight.contains:
-                lines.append(f"    by   {_filling(root, weight)}")
-        if weight.package in lacking:
-            lines.append(f"    read by the package {weight.package}, which is not installed: {weight.install}")
+                lines.append(f"    by   {filling(root / weight.file)}")
+        if weight.module:
+            try:
+                imported(weight.module)
+            except NotComputed as error:
+                unusable[weight.file] = error
+                lines.append(f"    {error}")
     if found:
-        lines.append(f"{len(found)} of {len(manifest())} are missing or wrong")
-    if lacking:
-        lines.append(f"packages not installed: {', '.join(lacking)}; without them their dimensions are not computed")
-    return "\n".join(lines), not found and not lacking
+        lines.append(f"{len(found)} of {len(weights)} are missing or wrong")
+    if unusable:
+        lines.append(f"what reads {', '.join(unusable)} cannot be used; without it their dimensions are not computed")
+    return "\n".join(lines), not found and not unusable
 
 
-def _filling(root: Path, weight: Weight) -> str:
-    """The command by which a package fills its own folder."""
-    call = f"{weight.package}(pretrained=True, device='cpu', cache_dir='{root / weight.file}')"
-    return f'python -c "from {weight.package} import {weight.package}; {call}"'
+def filling(folder: Path) -> str:
+    """The command by which DreamSim's package fills its own folder."""
+    call = f"dreamsim(pretrained=True, device='cpu', cache_dir='{folder}')"
+    return f'python -c "from dreamsim import dreamsim; {call}"'
 
 
-def fetch(root: Path, weights: Iterable[Weight] | None = None, urls: Mapping[str, str] | None = None) -> list[str]:
-    """Download what is missing or wrong, and verify it.
+def fetch(root: Path, weights: Iterable[Weight], mirror: str = "") -> tuple[list[str], list[str]]:
+    """Download what is missing or wrong, and verify it. What cannot be had does not keep the rest from coming.
 
     Args:
         root: the folder.
-        weights: which files; None: all of the manifest.
-        urls: file -> address to use in place of the manifest's, for a mirror.
+        weights: which files.
+        mirror: address of a folder that has the files by their names; empty: from where each is published.
 
     Returns:
-        the names of the files that were fetched.
-
-    Raises:
-        ArtifactError: a download that failed, or is not what was published; what was there before stays.
+        the names of the files that were fetched, and what went wrong with others; what was there before stays.
     """
     root.mkdir(parents=True, exist_ok=True)
-    fetched = []
-    for weight in manifest() if weights is None else weights:
+    fetched, failed = [], []
+    for weight in weights:
         if not weight.problem(root):
             continue
         if weight.contains:
-            print(f"{weight.file}: its own package fetches it: {_filling(root, weight)}", file=sys.stderr)
+            print(f"{weight.file}: its own package fetches it: {filling(root / weight.file)}", file=sys.stderr)
             continue
-        url = (urls or {}).get(weight.file, weight.url)
-        print(f"fetching {url}", file=sys.stderr)
-        staging = root / f".{weight.file}.part"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
         try:
-            _download(url, staging / (f"{weight.file}.zip" if weight.member else weight.file))
-            if weight.member:
-                _extract(staging / f"{weight.file}.zip", weight.member, staging / weight.file)
-            if wrong := weight.problem(staging):
-                raise ArtifactError(f"{url}: {wrong}; nothing was installed. Has it been replaced at its source?")
-            (staging / weight.file).replace(root / weight.file)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        fetched.append(weight.file)
-    return fetched
+            _fetch(root, weight, mirror)
+            fetched.append(weight.file)
+        except VBenchError as error:
+            failed.append(str(error))
+    return fetched, failed
+
+
+def _fetch(root: Path, weight: Weight, mirror: str) -> None:
+    url = f"{mirror.rstrip('/')}/{weight.file}" if mirror else weight.url
+    member = "" if mirror else weight.member
+    print(f"fetching {url}", file=sys.stderr)
+    staging = root / f".{weight.file}.part"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        _download(url, staging / (f"{weight.file}.zip" if member else weight.file))
+        if member:
+            _extract(staging / f"{weight.file}.zip", member, staging / weight.file)
+        if wrong := weight.problem(staging):
+            raise VBenchError(f"{url}: {wrong}; nothing was installed. Has it been replaced at its source?")
+        (staging / weight.file).replace(root / weight.file)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _download(url: str, target: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, target.open("wb") as file:
             shutil.copyfileobj(response, file, 1 << 20)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, ValueError, HTTPException) as error:  # the last is of a connection that breaks off
         reason = getattr(error, "reason", error)
-        raise ArtifactError(
-            f"{url}: {reason}; fetch it by other means, then `vpae evaluation weights --check`"
-        ) from None
+        raise VBenchError(f"{url}: {reason}; try --mirror, or fetch it by other means and put it there") from None
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
@@ -205,4 +226,4 @@ def _extract(archive: Path, member: str, target: Path) -> None:
         with zipfile.ZipFile(archive) as content, content.open(member) as source, target.open("wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ArtifactError(f"{archive.name}: no {member} in it ({error})") from None
+        raise VBenchError(f"{archive.name}: no {member} in it ({error})") from None

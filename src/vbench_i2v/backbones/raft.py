@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpae.evaluation.vbench.base import NotComputed
+from vbench_i2v.errors import NotComputed
 
 LEVELS = 4  # of the correlation pyramid
 RADIUS = 4  # of the window looked up at each level, in pixels of that level

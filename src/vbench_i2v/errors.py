@@ -1,0 +1,10 @@
+"""What is said of input that cannot be used."""
+
+
+class VBenchError(RuntimeError):
+    """A file or setting that is missing or is not what it says; the message names it and the remedy."""
+
+
+class NotComputed(RuntimeError):
+    """A dimension whose backbone or weights are absent or damaged; the message says what is missing and how to install
+    or fetch it. Never a score of 0."""

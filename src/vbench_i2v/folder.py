@@ -1,0 +1,99 @@
+"""A folder of videos from settings to results."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from vbench_i2v import results, runner
+from vbench_i2v.base import OFFICIAL
+from vbench_i2v.files import sha256
+from vbench_i2v.networks import official_networks, wanted
+from vbench_i2v.parts import Part
+from vbench_i2v.settings import Folder
+from vbench_i2v.suite import SAMPLES, Plan, plan_folder, plan_suite, read_suite, some
+from vbench_i2v.weights import manifest
+
+SAMPLING = "sampling.json"  # beside the videos: how they were made
+
+
+def score_folder(
+    settings: Folder,
+    networks: runner.Networks | None = None,
+    part: Part | None = None,
+    track: Callable[[list], Iterable] = iter,
+) -> str:
+    """Measure what has no record yet, and, unless it is one part of many, write the results.
+
+    Args:
+        settings: the videos, and what is wanted of them.
+        networks: other than the benchmark's own; what they lack is no gap that could be filled.
+        part: which of the videos; None: all.
+        track: see `runner.run`.
+
+    Returns:
+        what there is to say, for people.
+
+    Raises:
+        FileNotFoundError: videos, images or folders are missing.
+        VBenchError: a file cannot be used.
+    """
+    plan = make_plan(settings)
+    out, why, tolerant = _path(settings.out), {}, settings.allow_incomplete
+    absent = tolerant or networks is not None
+    if networks is None:
+        networks, why = official_networks(settings, tolerant)
+    records = out / "records"
+    outcome = runner.run(plan.clips, networks, records, part, tolerant, absent, not_computed=why, track=track)
+    if part:
+        return f"{records}: {outcome.computed} new records; when all parts are done, run this without --part"
+    gathered = runner.gather(plan.clips, networks, records)
+    found = results.score(plan, gathered, outcome.not_computed, tolerant)
+    name = networks.backbones.name
+    accounted = results.account(
+        found,
+        plan,
+        gathered,
+        name,
+        outcome.damaged,
+        comparable=name == OFFICIAL and _as_published(settings),
+        settings=settings.model_dump(mode="json", exclude={"sampling", "videos", "out", "weights"}),
+        suite_sha256=sha256(_path(settings.suite)) if settings.suite else None,
+        sampling=_sampling(settings),
+    )
+    written = results.write(out, settings.name, plan, gathered, found, accounted)
+    damaged = [f"videos damaged: {some(list(outcome.damaged))}"] if outcome.damaged else []
+    return "\n".join([found.table(), "", *plan.notes(), *damaged, f"networks: {name}", str(written)])
+
+
+def make_plan(settings: Folder) -> Plan:
+    """The videos to score, of a suite or of a folder."""
+    videos, images = _path(settings.videos), _path(settings.images) if settings.images else None
+    if not settings.suite:
+        return plan_folder(videos, images, wanted(settings), settings.allow_incomplete)
+    return plan_suite(
+        read_suite(_path(settings.suite)),
+        videos,
+        images,
+        wanted(settings),
+        settings.ratio,
+        settings.samples_per_prompt,
+        settings.allow_incomplete,
+    )
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _as_published(settings: Folder) -> bool:
+    """Whether these are the suite and the number of videos of the leaderboard."""
+    if settings.samples_per_prompt != SAMPLES or not settings.suite:
+        return False
+    official = next(weight for weight in manifest() if not weight.dimensions)
+    return sha256(_path(settings.suite)) == official.sha256
+
+
+def _sampling(settings: Folder) -> dict:
+    """How the videos were made: what was noted beside them, and what the settings add."""
+    noted = _path(settings.videos) / SAMPLING
+    return (json.loads(noted.read_text(encoding="utf-8-sig")) if noted.is_file() else {}) | settings.sampling

@@ -1,0 +1,48 @@
+"""The benchmark's own networks, from settings, and what tells their results from others'."""
+
+from pathlib import Path
+
+import torch
+
+from vbench_i2v import weights
+from vbench_i2v.backbones import official
+from vbench_i2v.errors import VBenchError
+from vbench_i2v.runner import Networks
+from vbench_i2v.scores import COLUMNS
+from vbench_i2v.settings import Measure
+
+CLIP_DIMENSIONS = ("background_consistency", "aesthetic_quality")
+_CHOICE = "Or leave them out: name others with --dimensions, or allow n of N with --allow-incomplete"
+
+
+def wanted(settings: Measure) -> tuple[str, ...]:
+    """The dimensions asked for, in the leaderboard's order."""
+    return tuple(name for name in COLUMNS if name in (settings.dimensions or COLUMNS))
+
+
+def weights_root(settings: Measure) -> Path:
+    """The folder of weight files."""
+    return Path(settings.weights).expanduser()
+
+
+def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[Networks, dict[str, str]]:
+    """The benchmark's own networks; none is loaded yet.
+
+    Returns:
+        the networks, and dimension -> why it cannot be computed, for those whose weight files are missing or wrong.
+
+    Raises:
+        VBenchError: weight files are missing or wrong, and all or nothing was asked for.
+    """
+    root, dimensions = weights_root(settings), wanted(settings)
+    why = weights.absent(root, dimensions)
+    if why and not allow_incomplete:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in why.items())
+        raise VBenchError(f"{len(why)} of {len(dimensions)} dimensions cannot be computed:\n{listed}\n{_CHOICE}")
+    files = weights.identities(root, [name for name in dimensions if name not in why])
+    identity: dict[str, object] = {
+        name: {"weights": found} | ({"clip_dtype": settings.clip_dtype} if name in CLIP_DIMENSIONS else {})
+        for name, found in files.items()
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Networks(official(root, device, settings.clip_dtype), identity), why
