@@ -597,7 +597,7 @@ def test_cotracker_is_version_2_with_its_own_weights(tmp_path, monkeypatch):
     assert torch.allclose(tracks[0], camera.grid(40, 60), atol=1e-4)
     assert torch.allclose(tracks[1] - tracks[0], moved.expand(10, 10, 2), atol=1e-4)
     module.CoTrackerPredictor = lambda checkpoint=None, window_len=8: None  # before version 3 had to be told apart
-    with pytest.raises(NotComputed, match="another CoTracker.*pip install"):
+    with pytest.raises(NotComputed, match=r"another CoTracker.*pip install"):
         backbones.official(tmp_path).tracks()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vbench_i2v import camera, transforms
 from vbench_i2v.base import Backbones, Dimension, Item
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.images import read_image
 from vbench_i2v.video import Video
 
 RAFT_FPS = 8  # dynamic_degree looks at about so many frames a second
@@ -33,13 +34,13 @@ def camera_motion(video: Video, item: Item, backbones: Backbones) -> dict:
 
 def i2v_subject(video: Video, item: Item, backbones: Backbones) -> dict:
     """DINO's likeness of the frames to the input image and to each other."""
-    image = transforms.subject_image(transforms.read_image(_image(item)))
+    image = transforms.subject_image(read_image(_image(item)))
     return _likeness(video, item, image, transforms.subject_frames, backbones.dino(), backbones.device)
 
 
 def i2v_background(video: Video, item: Item, backbones: Backbones) -> dict:
     """DreamSim's likeness of the frames to the input image and to each other."""
-    image = transforms.background_image(transforms.read_image(_image(item)))
+    image = transforms.background_image(read_image(_image(item)))
     return _likeness(video, item, image, transforms.background_frames, backbones.dreamsim(), backbones.device)
 
 

@@ -22,8 +22,8 @@ from PIL import Image
 from vbench_i2v import camera
 from vbench_i2v.base import Item
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.images import read_image
 from vbench_i2v.scores import COLUMNS
-from vbench_i2v.transforms import read_image
 from vbench_i2v.video import shape
 
 SAMPLES = 5  # videos per prompt
@@ -208,8 +208,8 @@ def _first_size(videos: Sequence[Path], allow_incomplete: bool) -> tuple[int, in
     out where that is allowed."""
     for path in videos:
         try:
-            _, height, width = shape(path)
-            return width, height
+            info = shape(path)
+            return info.width, info.height
         except VBenchError:
             if not allow_incomplete:
                 raise
@@ -328,13 +328,13 @@ def same_shape(image: Path, video: Path, allow_incomplete: bool = False) -> bool
         VBenchError: the shapes differ, or one cannot be read.
     """
     try:
-        _, height, width = shape(video)
+        info = shape(video)
         picture = read_image(image)
     except VBenchError:
         if allow_incomplete:
             return False
         raise
-    refuse_other_shape(image, picture, video.name, width, height)
+    refuse_other_shape(image, picture, video.name, info.width, info.height)
     return True
 
 

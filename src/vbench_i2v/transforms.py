@@ -8,15 +8,12 @@ Axes: N frames, H height, W width, 3 colours (RGB).
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-
-from vbench_i2v.errors import VBenchError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -91,30 +88,6 @@ def normalise(frames_N3HW: Tensor, statistics: tuple[tuple, tuple]) -> Tensor:
     """(x - mean) / std by colour."""
     mean, std = (frames_N3HW.new_tensor(values)[:, None, None] for values in statistics)
     return (frames_N3HW - mean) / std
-
-
-def read_image(path: Path) -> Image.Image:
-    """The input image in RGB, upright as its EXIF orientation says, 16 bits brought to 8, transparent over black.
-
-    VBench opens an image as it is stored, and fails on modes other than RGB.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        VBenchError: the file is damaged, or no image.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such input image; put it there, or name another folder of images")
-    try:
-        with Image.open(path) as stored:
-            image = ImageOps.exif_transpose(stored)
-            if image.mode.startswith("I"):  # 16 bits of grey, at which a plain conversion would cut off
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VBenchError(f"{path} cannot be read as an image ({error}); copy it again") from error
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
 
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.media import VideoError, VideoInfo, open_container, probe, pyav_frames, reading
 
 CHUNK = 8  # frames, of which 8 x 720p are 88 MB as float32
 
@@ -67,7 +67,7 @@ class Video:
 
 
 def open_video(path: Path) -> Video:
-    """A video file, checked to be whole as far as its index tells; decoded by PyAV when its frames are asked for.
+    """A video file, checked to be whole as far as its index tells; decoded when its frames are asked for.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,63 +75,42 @@ def open_video(path: Path) -> Video:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such video; generate it, or leave it out of the suite")
-    fps, height, width = shape(path)
-    with _stream(path) as stream:
-        shown = [not packet.is_discard for packet in stream.container.demux(stream) if packet.size]
+    info = shape(path)
+    with _named(path), reading(), open_container(path) as container:
+        stream = container.streams.video[0]
+        shown = [not packet.is_discard for packet in container.demux(stream) if packet.size]
         count = sum(shown)
-        listed = stream.frames - (len(shown) - count) if stream.frames else count
-    if count < listed:
-        raise VBenchError(f"{path}: truncated, {count} of {listed} frames; generate it again")
+        if stream.frames and len(shown) < stream.frames:
+            raise VideoError(f"truncated, {count} of {stream.frames - (len(shown) - count)} frames")
 
     def decode() -> Iterator[np.ndarray]:
         decoded = 0
-        with _stream(path) as stream:
-            for frame in stream.container.decode(stream):
-                if frame.is_corrupt:
-                    raise VBenchError(f"{path}: frame {decoded} of {count} is damaged; generate it again")
+        with _named(path):
+            for frame in pyav_frames(path):
                 decoded += 1
-                yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
-        if decoded != count:
-            raise VBenchError(f"{path}: damaged, only {decoded} of {count} frames decode; generate it again")
+                yield frame
+            if decoded != count:
+                raise VideoError(f"damaged, only {decoded} of {count} frames decode")
 
-    return Video(fps, count, height, width, decode)
+    return Video(info.fps, count, info.height, info.width, decode)
 
 
-def shape(path: Path) -> tuple[float, int, int]:
-    """Frames per second, height and width of a video as shown upright, from its header and its first frame.
+def shape(path: Path) -> VideoInfo:
+    """Size and frame rate of a video, from its header and its first frame.
 
     Raises:
         VBenchError: the file cannot be read.
     """
-    with _stream(path) as stream:
-        rate = stream.average_rate or stream.guessed_rate
-        first = next(stream.container.decode(stream), None)
-        if first is None or not rate:
-            raise VBenchError(f"{path}: no frames, or no frame rate; generate it again")
-        sides = (first.height, first.width)
-        return float(rate), *(sides if _turns(first) % 2 == 0 else sides[::-1])
+    with _named(path):
+        return probe(path)
 
 
 @contextmanager
-def _stream(path: Path) -> Iterator[av.VideoStream]:
-    """A file's first video stream. FFmpeg is given an open file: it would take a name with a colon for a protocol."""
+def _named(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file, av.open(file, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise VBenchError(f"{path}: no video in it; generate it again")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # videos are decoded by several processes
-            yield stream
-    except (VBenchError, MemoryError):
-        raise
-    except Exception as error:  # one file's content must not end the measuring of all others, whatever it is
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VBenchError(f"{path}: unreadable: {reason}; truncated or no video? Generate it again") from error
-
-
-def _turns(frame: av.VideoFrame) -> int:
-    """Clockwise quarter turns, 0 to 3, that a phone's display matrix asks for; FFmpeg counts against the clock."""
-    return round(-frame.rotation / 90) % 4
+        yield
+    except VideoError as error:
+        raise VBenchError(f"{path}: {error}; truncated or damaged? Generate it again") from error
 
 
 def video_of(frames_THW3: np.ndarray, fps: float) -> Video:

@@ -5,8 +5,6 @@ Axes: T frames, H height, W width, 3 colours (RGB, uint8).
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,78 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from vpae.data.damage import Watch, heard
-
-
-class VideoError(ValueError):
-    """A video that cannot be used; the message says why, for the quarantine table."""
-
-
-def open_container(path: Path, mode: str = "r"):
-    """Open a media file with PyAV: a path is a path, whatever its characters, and tags may be in any encoding.
-
-    Without the prefix FFmpeg takes `note: a.mp4` for a file of the protocol `note`.
-    """
-    return av.open(f"file:{path}", mode, metadata_errors="replace")
-
-
-@contextmanager
-def _reading(fault: str = "unreadable") -> Iterator[None]:
-    """Whatever goes wrong while one file is read is a reason to leave out that file, and no more."""
-    try:
-        yield
-    except VideoError:
-        raise
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{fault}: {error.strerror}") from error
-    except OSError as error:
-        raise VideoError(f"unreadable: {error.strerror}") from error
-    except Exception as error:
-        what = (str(error).splitlines() or [""])[0]
-        raise VideoError(f"{fault}: {type(error).__name__}: {what}") from error
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """The first video stream of a file: width and height in pixels as shown upright, mean frames per second, the number
-    of video streams, and width / height of a pixel."""
-
-    width: int
-    height: int
-    fps: float
-    streams: int
-    pixel_aspect: float = 1.0
-
-
-def probe(path: Path) -> VideoInfo:
-    """Read the header and the first frame of a file's first video stream.
-
-    Raises:
-        VideoError: the file is missing, unreadable or holds no video.
-    """
-    with _reading():
-        if not path.is_file():
-            raise VideoError("no such file")
-        with open_container(path) as container:
-            if not container.streams.video:
-                raise VideoError("no video stream")
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate or not stream.width or not stream.height:
-                raise VideoError("the header gives no size or frame rate")
-            stream.codec_context.thread_count = 1
-            first = next(container.decode(video=0), None)
-            if first is None:
-                raise VideoError("no frames")
-            turns, aspect, size = _turns(first), float(stream.sample_aspect_ratio or 1), (stream.width, stream.height)
-            if turns % 2:
-                size, aspect = size[::-1], 1 / aspect
-            return VideoInfo(*size, float(rate), len(container.streams.video), aspect)
-
-
-def _turns(frame: av.VideoFrame) -> int:
-    """Clockwise quarter turns, 0 to 3, that a phone's display matrix asks for; FFmpeg counts against the clock."""
-    return round(-frame.rotation / 90) % 4
+from vbench_i2v.media import VideoError, open_container, probe, pyav_frames, reading
 
 
 def read_frames(path: Path, decoder: str = "pyav") -> tuple[np.ndarray, float]:
@@ -127,37 +54,6 @@ def decord_frames(path: Path) -> Iterator[np.ndarray]:
             yield frame
     except (decord.DECORDError, RuntimeError, AssertionError, UnicodeError) as error:
         raise VideoError(f"decord: {str(error).strip().splitlines()[0]}") from error
-
-
-def pyav_frames(path: Path) -> Iterator[np.ndarray]:
-    """Decode by PyAV, and stop at the first sign of damage; what is not asked for is not decoded.
-
-    Raises:
-        VideoError: damaged, as far as demuxer or decoder notice.
-    """
-    with _reading("damaged"):
-        with heard() as said:
-            container = open_container(path)
-        with container:
-            stream = container.streams.video[0]
-            # One thread: clips are decoded by several processes, and errors are heard in the thread that decodes.
-            stream.codec_context.thread_count = 1
-            watch, packets, number = Watch(container, stream), container.demux(stream), 0
-            fault = watch.complaint(said)
-            while not fault:
-                with heard() as said:
-                    packet = next(packets, None)
-                    fault = watch.fault(packet) if packet else ""
-                    frames = packet.decode() if packet and not fault else []
-                fault = fault or watch.complaint(said)
-                for frame in frames if not fault else ():
-                    if frame.is_corrupt:
-                        raise VideoError(f"damaged: frame {number} is corrupt")
-                    yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
-                    number += 1
-                if packet is None:
-                    return
-            raise VideoError(f"damaged after {number} frames: {fault}")
 
 
 def resample_indices(fps_in: float, frames: int, fps_out: float) -> np.ndarray:
@@ -231,7 +127,7 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> n
         VideoError: unreadable, or too short.
     """
     info = probe(path)
-    with _reading():
+    with reading():
         times = _varying_times(path, info.fps, frames / fps)
     indices = resample_indices(info.fps, frames, fps) if times is None else _nearest(times, np.arange(frames) / fps)
     found = _stacked(_pick(pyav_frames(path), indices))

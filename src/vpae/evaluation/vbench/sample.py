@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vbench_i2v.folder import SAMPLING
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import SEED_RULE, find_images, image_folder, read_suite, refuse_other_shape, seed_of, video_name
-from vbench_i2v.transforms import read_image
 from vpae.artifacts import ArtifactError, sha256, write_json
+from vpae.data.image import read_image, read_image_at
 from vpae.data.video import write_video
 from vpae.models.wan import GEOMETRY
 from vpae.parts import Part
@@ -98,7 +97,7 @@ def sample_suite(
 def _animate(
     pipeline, image: Path, text: str, steps: int, guidance: float, i: int, j: int, geometry: dict
 ) -> np.ndarray:
-    picture = read_image(image).resize((geometry["width"], geometry["height"]), Image.Resampling.BICUBIC)
+    picture = read_image_at(image, geometry["height"], geometry["width"])
     return animate(pipeline, picture, text, steps, guidance, seed_of(i, j), geometry["frames"])
 
 

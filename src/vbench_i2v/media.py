@@ -1,0 +1,116 @@
+"""Reading media files by FFmpeg (PyAV), with an eye on damage: what is read is what was written, or there is an error.
+
+Axes: T frames, H height, W width, 3 colours (RGB, uint8).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from vbench_i2v.damage import Watch, heard
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message says why, for the quarantine table."""
+
+
+def open_container(path: Path, mode: str = "r"):
+    """Open a media file with PyAV: a path is a path, whatever its characters, and tags may be in any encoding.
+
+    Without the prefix FFmpeg takes `note: a.mp4` for a file of the protocol `note`.
+    """
+    return av.open(f"file:{path}", mode, metadata_errors="replace")
+
+
+@contextmanager
+def reading(fault: str = "unreadable") -> Iterator[None]:
+    """Whatever goes wrong while one file is read is a reason to leave out that file, and no more."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{fault}: {error.strerror}") from error
+    except OSError as error:
+        raise VideoError(f"unreadable: {error.strerror}") from error
+    except Exception as error:
+        what = (str(error).splitlines() or [""])[0]
+        raise VideoError(f"{fault}: {type(error).__name__}: {what}") from error
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """The first video stream of a file: width and height in pixels as shown upright, mean frames per second, the number
+    of video streams, and width / height of a pixel."""
+
+    width: int
+    height: int
+    fps: float
+    streams: int
+    pixel_aspect: float = 1.0
+
+
+def probe(path: Path) -> VideoInfo:
+    """Read the header and the first frame of a file's first video stream.
+
+    Raises:
+        VideoError: the file is missing, unreadable or holds no video.
+    """
+    with reading():
+        if not path.is_file():
+            raise VideoError("no such file")
+        with open_container(path) as container:
+            if not container.streams.video:
+                raise VideoError("no video stream")
+            stream = container.streams.video[0]
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate or not stream.width or not stream.height:
+                raise VideoError("the header gives no size or frame rate")
+            stream.codec_context.thread_count = 1
+            first = next(container.decode(video=0), None)
+            if first is None:
+                raise VideoError("no frames")
+            turns, aspect, size = _turns(first), float(stream.sample_aspect_ratio or 1), (stream.width, stream.height)
+            if turns % 2:
+                size, aspect = size[::-1], 1 / aspect
+            return VideoInfo(*size, float(rate), len(container.streams.video), aspect)
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    """Clockwise quarter turns, 0 to 3, that a phone's display matrix asks for; FFmpeg counts against the clock."""
+    return round(-frame.rotation / 90) % 4
+
+
+def pyav_frames(path: Path) -> Iterator[np.ndarray]:
+    """Decode by PyAV, and stop at the first sign of damage; what is not asked for is not decoded.
+
+    Raises:
+        VideoError: damaged, as far as demuxer or decoder notice.
+    """
+    with reading("damaged"):
+        with heard() as said:
+            container = open_container(path)
+        with container:
+            stream = container.streams.video[0]
+            # One thread: clips are decoded by several processes, and errors are heard in the thread that decodes.
+            stream.codec_context.thread_count = 1
+            watch, packets, number = Watch(container, stream), container.demux(stream), 0
+            fault = watch.complaint(said)
+            while not fault:
+                with heard() as said:
+                    packet = next(packets, None)
+                    fault = watch.fault(packet) if packet else ""
+                    frames = packet.decode() if packet and not fault else []
+                fault = fault or watch.complaint(said)
+                for frame in frames if not fault else ():
+                    if frame.is_corrupt:
+                        raise VideoError(f"damaged: frame {number} is corrupt")
+                    yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
+                    number += 1
+                if packet is None:
+                    return
+            raise VideoError(f"damaged after {number} frames: {fault}")
