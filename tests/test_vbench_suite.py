@@ -309,7 +309,7 @@ def test_names_are_matched_as_people_write_them(copy: Path) -> None:
     suite = json.loads((copy / synthetic.SUITE).read_text())
     (copy / synthetic.SUITE).unlink()
     old = suite[-1]["prompt_en"]
-    new = "caf\u00e9 \u00fcber alles"
+    new = "\u00e9\u00fc number 9"
     (copy / synthetic.SUITE).write_text(json.dumps(suite).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
     for path in sorted((copy / "videos").iterdir()):
         if path.name.startswith(old):
