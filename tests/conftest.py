@@ -12,10 +12,11 @@ from hypothesis import settings
 from PIL import Image
 from torch import Tensor
 
-from vpae.config import Equilibrium, Head, Lora, Optimizer, Priming, TinyEncoders, TinyTransformer, TinyVae, Training
-from vpae.distill.equilibrium import EquilibriumPhase
-from vpae.distill.priming import PrimingPhase
-from vpae.models.adapters import SharedBase
+from vpae.config import Head, Lora, Optimizer, TinyEncoders, TinyTransformer, TinyVae, Training
+from vpae.distill import equilibrium, priming
+from vpae.distill.equilibrium import Equilibrium
+from vpae.distill.priming import Priming
+from vpae.models.adapters import FAKE, SharedBase
 from vpae.models.heads import SemanticHead
 from vpae.models.wan import TEXT_TOKENS, Condition, default_taps, first_frame_mask, load_pipeline
 from vpae.teacher import encoders, flow_matching, vae
@@ -23,6 +24,8 @@ from vpae.teacher import encoders, flow_matching, vae
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
 
+# Of an experiment with the paper's two methods, in order.
+STAGES = ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation", "report")
 SHIFT = 3.0
 FRAMES, HEIGHT, WIDTH = 5, 32, 32
 LATENTS = (16, 2, 4, 4)
@@ -70,9 +73,9 @@ def build_head(seed: int = 0, taps: int = 3, **config) -> SemanticHead:
     return seeded(seed, lambda: SemanticHead(settings, 24, taps, TEXT_DIM, IMAGE_DIM))
 
 
-def build_priming(seed: int = 0, **config) -> PrimingPhase:
+def build_priming(seed: int = 0, **config) -> Priming:
     """Phase I on the teacher `build_transformer(0)`; `seed` is that of the adapter."""
-    settings = Priming(
+    settings = priming.Settings(
         **{
             "training": Training(steps=3, batch_size=2, ema_decay=0.5, checkpoint_every=1),
             "generator": Optimizer(learning_rate=1e-3),
@@ -83,13 +86,14 @@ def build_priming(seed: int = 0, **config) -> PrimingPhase:
             **config,
         }
     )
-    shared = seeded(seed, lambda: SharedBase(build_transformer(), settings.fake_lora))
-    return PrimingPhase(settings, SHIFT, build_transformer(), shared)
+    shared = SharedBase(build_transformer())
+    fake = seeded(seed, lambda: shared.add(FAKE, settings.fake_lora))
+    return Priming(settings, SHIFT, build_transformer(), shared.network(None), fake)
 
 
-def build_equilibrium(seed: int = 0, **config) -> EquilibriumPhase:
+def build_equilibrium(seed: int = 0, **config) -> Equilibrium:
     """Phase II with another generator than the teacher, as after priming; `seed` is that of generator and head."""
-    settings = Equilibrium(
+    settings = equilibrium.Settings(
         **{
             "training": Training(steps=3, batch_size=2, ema_decay=0.5, checkpoint_every=1),
             "generator": Optimizer(learning_rate=1e-3),
@@ -98,7 +102,7 @@ def build_equilibrium(seed: int = 0, **config) -> EquilibriumPhase:
         }
     )
     head = build_head(seed, semantics=settings.head.semantics)
-    return EquilibriumPhase(settings, SHIFT, build_transformer(seed + 1), build_transformer(), head, default_taps(4))
+    return Equilibrium(settings, SHIFT, build_transformer(seed + 1), build_transformer(), head, default_taps(4))
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:

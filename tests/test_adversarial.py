@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpae.distill.adversarial import discriminator_hinge, generator_adversarial
-from vpae.distill.csds import csds_loss
-from vpae.distill.str1 import spatial_perturbation, str1_penalty, temporal_perturbation
+from vpae.distill.losses.adversarial import discriminator_hinge, generator_adversarial
+from vpae.distill.losses.csds import csds_loss
+from vpae.distill.losses.str1 import spatial_perturbation, str1_penalty, temporal_perturbation
 
 SHAPE = (4096, 2, 3, 4, 5)  # B C F H W
 PROBES = {"spatial": (spatial_perturbation, (2,)), "temporal": (temporal_perturbation, (3, 4))}

@@ -19,8 +19,10 @@ import pytest
 import yaml
 
 import snakemake_executor_plugin_vpae_slurm as plugin
+from conftest import STAGES
 from test_workflow import ROOT, Clone
-from vpae.experiment import STAGES, ConfigError, load, stage_settings
+from vpae.experiment import ConfigError, load
+from vpae.graph import stage_settings
 
 # Plays sbatch, squeue, sinfo, scontrol, scancel and sacct. Jobs end at once: sbatch makes the folder that the job's
 # rule would make. What is submitted, and what is cancelled or requeued, is written down.

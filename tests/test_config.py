@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from conftest import STAGES
 from vpae.cli import main
-from vpae.config import Experiment, Geometry, Priming, Teacher, TinyVae
-from vpae.experiment import STAGES, ConfigError, Source, fingerprint, load, owner, shipped, stage_folder
+from vpae.config import Experiment, Geometry, Teacher, TinyVae
+from vpae.distill import METHODS
+from vpae.experiment import ConfigError, Source, load, shipped
+from vpae.graph import fingerprint, owner, stage_folder
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = list(shipped(ROOT / "configs"))
@@ -105,7 +108,7 @@ def test_a_part_of_a_section_keeps_the_other_defaults_of_that_section(key: str, 
 
 
 def test_models_built_in_python_keep_their_sections_defaults_too() -> None:
-    assert Priming(fake={"weight_decay": 0.1}).fake.learning_rate == 1e-5
+    assert METHODS["priming"].Settings(fake={"weight_decay": 0.1}).fake.learning_rate == 1e-5
     assert TinyVae(training={"steps": 3}).training.batch_size == TinyVae().training.batch_size
 
 
@@ -310,12 +313,7 @@ def test_overlays_chain(base: Path) -> None:
     middle = overlay(base, {"seed": 1, "priming": {"training": {"steps": 7}}}, "middle")
     source = load(overlay(middle, {"seed": 2}, "top"))
     assert (source.settings.seed, source.settings.priming.training.steps) == (2, 7)
-    assert [source.name, source.base.name, source.base.base.name, source.base.base.base] == [
-        "top",
-        "middle",
-        "base",
-        None,
-    ]
+    assert [source.name, *(base.name for base in source.ancestors())] == ["top", "middle", "base"]
 
 
 def test_an_overlay_changes_one_row_and_leaves_the_others(base: Path) -> None:
@@ -386,8 +384,8 @@ def test_variables_reach_a_whole_section_and_a_row(base: Path, monkeypatch: pyte
 def test_variables_and_overrides_are_not_the_bases(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VPAE_SEED", "4")
     source = load(overlay(base, {}), ["priming.training.steps=3"])
-    assert (source.settings.seed, source.base.settings.seed) == (4, 0)
-    assert source.base.settings.priming.training.steps == 500
+    assert (source.settings.seed, source.bases[0].settings.seed) == (4, 0)
+    assert source.bases[0].settings.priming.training.steps == 500
     assert load(base, environment=False).settings.seed == 0
 
 

@@ -20,15 +20,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import STAGES
 from vpae.artifacts import PROVENANCE, read_provenance
-from vpae.experiment import STAGES, load, owner, upstream
+from vpae.experiment import load
+from vpae.graph import owner, upstream
 
 ROOT = Path(__file__).parents[1]
 TOY = f"""#!{sys.executable}
 import json, sys, types
+from dataclasses import replace
 import vpae.artifacts, vpae.stages
 from vpae.cli import main
-from vpae.experiment import stage_settings
+from vpae.graph import stage_settings
 
 def body(stage):
     def run(settings, inputs, out, state):
@@ -44,7 +47,7 @@ def body(stage):
     sys.modules[f"toy_{{stage}}"] = types.SimpleNamespace(run=run)
     return f"toy_{{stage}}"
 
-vpae.stages.FUNCTIONS = {{stage: body(stage) for stage in vpae.stages.FUNCTIONS}}
+vpae.stages.STAGES = {{name: replace(stage, module=body(name)) for name, stage in vpae.stages.STAGES.items()}}
 vpae.artifacts.device_name = lambda: "none"  # finding out takes torch, which takes seconds
 sys.exit(main())
 """

@@ -16,6 +16,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import STAGES
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
 from vpae.data.catalog import read_manifest, read_truth
@@ -24,7 +25,7 @@ from vpae.data.latents import LatentDataset
 from vpae.evaluation import motions
 from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS
-from vpae.experiment import STAGES, ConfigError, load
+from vpae.experiment import ConfigError, load
 from vpae.models.wan import load_pipeline
 from vpae.stages import run_stage
 from vpae.teacher.stage import _encoded

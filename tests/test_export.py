@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, one_step_by_diffusers, picture, seeded
 from vpae.artifacts import ArtifactError, identity, write_json
 from vpae.cli import main
-from vpae.distill.common import save_student
+from vpae.distill.student import save_student
 from vpae.export import command
 from vpae.export.card import licence_of, write_card
 from vpae.export.command import export

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_priming, build_transformer
 from vpae.config import Optimizer, Times, Training
-from vpae.distill.adversarial import generator_adversarial
-from vpae.distill.csds import csds_loss
-from vpae.distill.priming import motion_monitors
+from vpae.distill.losses.adversarial import generator_adversarial
+from vpae.distill.losses.csds import csds_loss
+from vpae.distill.method import motion_monitors
 from vpae.flow import x0_from_velocity
 from vpae.models.wan import predict_x0, velocity
 from vpae.training.loop import train
@@ -81,11 +81,8 @@ def fit(phase, folder: Path, accelerator, steps: int | None = None, turns: list[
 def test_the_fake_model_starts_as_the_teacher_bit_for_bit():
     phase, (x, c), t = build_priming(), build_batch(2), torch.tensor([0.3, 0.9])
     original = velocity(build_transformer(), x, t, c)
-    with phase.shared.as_fake() as fake:
-        assert velocity(fake, x, t, c).equal(original)
-    with phase.shared.as_teacher() as teacher:
-        assert velocity(teacher, x, t, c).equal(original)
-    assert velocity(phase.generator, x, t, c).equal(original)
+    for network in (phase.fake, phase.teacher, phase.generator):
+        assert velocity(network, x, t, c).equal(original)
 
 
 def test_the_fake_model_moves_and_the_teacher_beneath_it_does_not(tmp_path, accelerator):
@@ -93,39 +90,34 @@ def test_the_fake_model_moves_and_the_teacher_beneath_it_does_not(tmp_path, acce
     fit(phase, tmp_path, accelerator)
     with torch.no_grad():
         original = velocity(build_transformer(), x, t, c)
-        with phase.shared.as_teacher() as teacher:
-            assert velocity(teacher, x, t, c).equal(original)
-        with phase.shared.as_fake() as fake:
-            assert (velocity(fake, x, t, c) - original).abs().mean() > 1e-4
-    names = {name.replace(".base_layer", ""): value for name, value in phase.shared.transformer.state_dict().items()}
+        assert velocity(phase.teacher, x, t, c).equal(original)
+        assert (velocity(phase.fake, x, t, c) - original).abs().mean() > 1e-4
+    names = {name.replace(".base_layer", ""): value for name, value in phase.networks["base"].state_dict().items()}
     assert same(build_transformer().state_dict(), {n: v for n, v in names.items() if ".fake." not in n})
-    adapter = phase.shared.fake.state_dict()
+    adapter = phase.fake.state_dict()
     assert all(value.abs().sum() > 0 for value in adapter.values())
     assert len(adapter) == 2 * (4 + 6 + 2) * 4  # both factors of every linear layer of attention and feed-forward
 
 
 def test_only_the_adapter_is_trained_and_asking_the_teacher_does_not_freeze_it():
-    shared = build_priming().shared
-    before = [name for name, p in shared.named_parameters() if p.requires_grad]
-    with shared.as_teacher() as teacher:
-        assert not torch.is_grad_enabled() and teacher is shared.transformer
+    phase, (x, c) = build_priming(), build_batch(1)
+    before = [name for name, p in phase.networks["base"].named_parameters() if p.requires_grad]
+    velocity(phase.teacher, x, torch.tensor([0.5]), c)
     assert before and all(".fake." in name for name in before)
-    assert [name for name, p in shared.named_parameters() if p.requires_grad] == before
+    assert [name for name, p in phase.networks["base"].named_parameters() if p.requires_grad] == before
 
 
-@pytest.mark.parametrize("inner", ["as_teacher", "as_fake"])
-@pytest.mark.parametrize("outer", ["as_teacher", "as_fake"])
-def test_roles_do_not_nest_and_end_even_with_an_error(outer, inner):
-    shared, (x, c), t = build_priming().shared, build_batch(1), torch.tensor([0.5])
-    with getattr(shared, outer)(), pytest.raises(RuntimeError, match=r"already"), getattr(shared, inner)():
-        pass
-    with pytest.raises(ZeroDivisionError), getattr(shared, outer)():
-        raise ZeroDivisionError
-    nn.init.normal_(next(p for n, p in shared.named_parameters() if "lora_B" in n))
-    with torch.no_grad(), shared.as_fake() as fake:
-        moved = velocity(fake, x, t, c)
-    with shared.as_teacher() as teacher:
-        assert not velocity(teacher, x, t, c).equal(moved)
+def test_the_networks_on_a_base_do_not_nest_and_end_even_with_an_error():
+    phase, (x, c), t = build_priming(), build_batch(1), torch.tensor([0.5])
+    block, fail = phase.networks["base"].blocks[1], [lambda: velocity(phase.fake, x, t, c), lambda: 1 / 0]
+    for wrong, error in zip(fail, (RuntimeError, ZeroDivisionError), strict=True):
+        handle = block.register_forward_pre_hook(lambda _module, _inputs, wrong=wrong: wrong())
+        with pytest.raises(error):
+            velocity(phase.teacher, x, t, c)
+        handle.remove()
+    nn.init.normal_(next(p for n, p in phase.fake.named_parameters() if n.endswith("B.weight")))
+    with torch.no_grad():
+        assert not velocity(phase.teacher, x, t, c).equal(velocity(phase.fake, x, t, c))
 
 
 # Phase I: the turns.
@@ -138,20 +130,21 @@ def test_the_fake_model_learns_several_times_before_the_generator_moves_once():
 def test_in_the_fake_s_turn_only_the_adapter_gets_gradient():
     phase = build_priming()
     phase.loss("fake", build_batch(2), rng(), 0)[0].backward()
-    assert gradients(phase.shared) > 0 and gradients(phase.generator) == 0
-    assert all(p.grad is None for n, p in phase.shared.named_parameters() if ".fake." not in n)
+    base = phase.networks["base"]
+    assert gradients(base) > 0 and gradients(phase.generator) == 0
+    assert all(p.grad is None for n, p in base.named_parameters() if ".fake." not in n)
 
 
 def test_in_the_generator_s_turn_of_priming_only_the_generator_gets_gradient():
     phase = build_priming()
     phase.loss("generator", build_batch(2), rng(), 0)[0].backward()
     assert all(p.grad is not None for p in phase.generator.parameters())
-    assert gradients(phase.generator) > 0 and gradients(phase.shared) == gradients(phase.ema) == 0
+    assert gradients(phase.generator) > 0 and gradients(phase.networks["base"]) == gradients(phase.ema) == 0
 
 
 def test_the_fake_model_s_loss_is_flow_matching_on_the_generator_s_video():
     phase, (x, c) = build_priming(), build_batch(2)
-    with calls_of(phase.generator) as generated, calls_of(phase.shared.transformer) as scored:
+    with calls_of(phase.generator) as generated, calls_of(phase.networks["base"]) as scored:
         loss, _ = phase.loss("fake", (x, c), rng(), 0)
     [made], [judged] = generated, scored
     xh = x0_from_velocity(made["hidden_states"][:, :16], made["output"], made["timestep"] / 1000)
@@ -165,8 +158,8 @@ def test_the_fake_model_s_loss_is_flow_matching_on_the_generator_s_video():
 def test_the_scores_are_compared_at_one_noised_video_and_guidance_drops_only_the_text():
     w = 3.0
     phase, (x, c) = build_priming(guidance_scale=w), build_batch(2)
-    nn.init.normal_(next(p for n, p in phase.shared.named_parameters() if "lora_B" in n))
-    with calls_of(phase.generator) as generated, calls_of(phase.shared.transformer) as scored:
+    nn.init.normal_(next(p for n, p in phase.networks["base"].named_parameters() if "lora_B" in n))
+    with calls_of(phase.generator) as generated, calls_of(phase.networks["base"]) as scored:
         loss, logs = phase.loss("generator", (x, c), rng(), 0)
     [made], (conditional, unconditional, fake) = generated, scored
     for call in (unconditional, fake):
@@ -188,7 +181,7 @@ def test_the_scores_are_compared_at_one_noised_video_and_guidance_drops_only_the
 
 def test_without_guidance_the_teacher_is_asked_once():
     phase = build_priming(guidance_scale=1.0)
-    with calls_of(phase.shared.transformer) as scored:
+    with calls_of(phase.networks["base"]) as scored:
         phase.loss("generator", build_batch(2), rng(), 0)
     assert len(scored) == 2  # teacher and fake
 

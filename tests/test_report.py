@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import STAGES
 from vpae.artifacts import building, identity, write_json
 from vpae.config import Experiment
 from vpae.data.video import write_video
 from vpae.data.world import Truth, draw_truth, render
 from vpae.evaluation.truth import METRICS
-from vpae.experiment import STAGES, load, stage_settings, upstream
+from vpae.experiment import load
+from vpae.graph import stage_settings, upstream
 from vpae.report import page, plots
 
 CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"

@@ -15,7 +15,7 @@ from vpae import placement as placement_module
 from vpae import sampling
 from vpae.artifacts import write_json
 from vpae.cli import main
-from vpae.distill.common import save_student
+from vpae.distill.student import save_student
 from vpae.experiment import ConfigError
 from vpae.models import formats as formats_module
 from vpae.models.sizes import Weight

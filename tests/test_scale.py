@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import STAGES
 from test_workflow import Clone, folders
-from vpae.experiment import STAGES
 
 # A part leaves its mark for a test to see, and the stage tells which marks it found.
 STAND_IN = """#!/bin/sh

@@ -11,13 +11,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import STAGES
 from vpae import sampling
 from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, link_tree, locked, sha256
 from vpae.cli import main
 from vpae.data import catalog, latents
 from vpae.data.video import write_video
-from vpae.experiment import STAGES, Source, load, stage_folder, stage_settings
-from vpae.parts import DIVISIBLE, Part
+from vpae.experiment import Source, load
+from vpae.graph import STAGES as TABLE
+from vpae.graph import stage_folder, stage_settings
+from vpae.parts import Part
 from vpae.stages import run_part, run_stage
 from vpae.training.preemption import Interruption
 
@@ -85,7 +88,7 @@ class Place:
         return list((self.results / "own" / ".state").glob(f"{self.stage}-*"))
 
 
-@pytest.fixture(params=DIVISIBLE)
+@pytest.fixture(params=[name for name, stage in TABLE.items() if stage.divisible])
 def place(request: pytest.FixtureRequest, tmp_path: Path, teacher: Path, whole: Path) -> Place:
     return Place(tmp_path, teacher, whole, request.param)
 

@@ -1,6 +1,7 @@
 """What sharding needs of a single process: activation checkpointing, adapters, precision, and the sizes at 14B."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_head, build_transformer, seeded
 from distributed.cases import accelerator_for
-from vpae.config import R1, Equilibrium, Lora, Priming, Sharding, Training
-from vpae.distill import common
-from vpae.distill.common import load_network
-from vpae.distill.equilibrium import EquilibriumPhase
-from vpae.distill.priming import PrimingPhase
+from vpae.config import R1, Lora, Sharding, Training
+from vpae.distill import equilibrium as phase_two
+from vpae.distill import priming as phase_one
+from vpae.distill import run
+from vpae.distill.equilibrium import Equilibrium
+from vpae.distill.networks import Stored
+from vpae.distill.priming import Priming
 from vpae.experiment import ConfigError
-from vpae.models.adapters import STUDENT, SharedBase, lora_names, merge
+from vpae.models.adapters import FAKE, STUDENT, SharedBase, lora_names, merge
 from vpae.models.wan import default_taps, features, predict_x0, velocity
 from vpae.stages import _Task
 from vpae.training.ema import update_ema
@@ -96,12 +99,10 @@ def test_the_recomputation_has_the_adapter_of_its_forward_pass_whatever_ran_in_b
         if again:
             shared.transformer.enable_gradient_checkpointing(run_again)
         loss = velocity(student, x, t, c).square().mean()
-        with shared.as_teacher() as teacher:
-            velocity(teacher, x, t, c)
+        velocity(shared.network(None), x, t, c)
         loss = loss + velocity(other, x, t, c).square().mean()
-        with shared.as_teacher() as teacher:
-            velocity(teacher, x, t, c)
-            found.append(gradients_of(loss, [*student.parameters(), *other.parameters()]))
+        velocity(shared.network(None), x, t, c)
+        found.append(gradients_of(loss, [*student.parameters(), *other.parameters()]))
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
     assert all(a.abs().sum() > 0 for a in found[0])
 
@@ -188,13 +189,15 @@ def test_an_adapted_network_is_the_whole_one_that_it_is_merged_into():
 def lora_phase(name: str):
     """A phase whose generator is an adapter."""
     if name == "priming":
-        config = Priming(student_lora=LORA, fake_lora=Lora(rank=2, alpha=2), training=Training(steps=2, ema_decay=0.75))
-        shared = seeded(0, lambda: SharedBase(build_transformer(), config.fake_lora))
-        return PrimingPhase(config, 3.0, shared.add(STUDENT, LORA), shared), shared
-    config = Equilibrium(student_lora=LORA, training=Training(steps=2, ema_decay=0.75))
+        training = Training(steps=2, ema_decay=0.75)
+        config = phase_one.Settings(student_lora=LORA, fake_lora=Lora(rank=2, alpha=2), training=training)
+        shared = SharedBase(build_transformer())
+        fake = seeded(0, lambda: shared.add(FAKE, config.fake_lora))
+        return Priming(config, 3.0, shared.add(STUDENT, LORA), shared.network(None), fake), shared
+    config = phase_two.Settings(student_lora=LORA, training=Training(steps=2, ema_decay=0.75))
     shared = SharedBase(build_transformer())
     student = shared.add(STUDENT, LORA)
-    return EquilibriumPhase(config, 3.0, student, shared.network(None), build_head(), default_taps(4)), shared
+    return Equilibrium(config, 3.0, student, shared.network(None), build_head(), default_taps(4)), shared
 
 
 @pytest.mark.parametrize("name", ["priming", "equilibrium"])
@@ -217,11 +220,11 @@ def test_a_student_trained_as_an_adapter_needs_one_network_and_an_ema_of_adapter
 
 def test_a_fake_model_and_a_discriminator_may_be_whole_copies_that_learn(tmp_path):
     accelerator = accelerator_for("no")
-    shared = SharedBase(build_transformer(), "copy")
-    config = Priming(fake_form="copy", training=Training(steps=1))
-    priming = PrimingPhase(config, 3.0, build_transformer(), shared)
+    config = phase_one.Settings(fake_form="copy", training=Training(steps=1))
+    experiment = SimpleNamespace(priming=config, seed=0, methods={}, teacher=SimpleNamespace(shift=3.0))
+    priming = Priming.build(experiment, SimpleNamespace(transformer=lambda model, trained: build_transformer()))
     equilibrium = build_equilibrium(backbone="copy")
-    for phase, copied, role in ((priming, shared.copy, "fake"), (equilibrium, equilibrium.backbone, "head")):
+    for phase, copied, role in ((priming, priming.fake, "fake"), (equilibrium, equilibrium.backbone, "head")):
         start, seen = build_transformer().state_dict(), []
         assert all(value.equal(start[name]) for name, value in copied.state_dict().items())
         loss = phase.loss
@@ -231,13 +234,13 @@ def test_a_fake_model_and_a_discriminator_may_be_whole_copies_that_learn(tmp_pat
         train(phase, lambda drawn: build_batch(1, seed=drawn), config.training, 0, tmp_path / role, accelerator)
         assert {turn: grad for turn, grad in seen} == {role: True, "generator": False}
         assert not all(value.equal(start[name]) for name, value in copied.state_dict().items())
-        teacher = shared.transformer if role == "fake" else equilibrium.teacher
+        teacher = priming.networks["base"] if role == "fake" else equilibrium.teacher
         assert all(value.equal(start[name]) for name, value in teacher.state_dict().items())
 
 
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValidationError, match="student_lora avoids"):
-        Equilibrium(backbone="copy", student_lora=LORA)
+        phase_two.Settings(backbone="copy", student_lora=LORA)
 
 
 # Processes.
@@ -246,15 +249,15 @@ def test_settings_that_contradict_each_other_are_refused():
 def test_processes_that_do_not_see_each_other_do_not_each_train_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # by torchrun, of whose processes accelerate takes no notice without a GPU
     with pytest.raises(ConfigError, match=r"WORLD_SIZE = 2 .* sees 1: .*ACCELERATE_USE_CPU=true"):
-        common.accelerator_for(Training())
+        run.accelerator_for(Training())
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert common.accelerator_for(Training()).num_processes == 1
+    assert run.accelerator_for(Training()).num_processes == 1
 
 
 def test_a_state_is_found_by_processes_that_share_the_work_otherwise_and_by_no_others(tmp_path):
     def state(**training):
-        settings = {"seed": 0, "priming": Priming(training=Training(**training)).model_dump(mode="json")}
-        return _Task(common, tmp_path / "priming", settings, {}, {"teacher": "0"}).state
+        settings = {"seed": 0, "priming": phase_one.Settings(training=Training(**training)).model_dump(mode="json")}
+        return _Task(run, run.run, tmp_path / "priming", settings, {}, {"teacher": "0"}).state
 
     assert state() == state(accumulate=8) == state(sharding=Sharding(strategy="full", context_parallel=2))
     assert len({state(), state(batch_size=2), state(steps=7), state(mixed_precision="bf16")}) == 4
@@ -304,7 +307,8 @@ def test_bf16_measures_the_perturbation_and_not_its_own_rounding(backbone):
 
 def test_frozen_weights_are_held_as_bf16_where_that_is_the_precision_but_trained_ones_are_not(teacher):
     half = Training(mixed_precision="bf16")
-    frozen, trained = (load_network(teacher, half, torch.device("cpu"), trained) for trained in (False, True))
+    stored = Stored({"teacher": teacher}, half, torch.device("cpu"))
+    frozen, trained = (stored.transformer("teacher", trained) for trained in (False, True))
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert frozen.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert frozen.blocks[0].norm2.weight.dtype == frozen.scale_shift_table.dtype == torch.float32

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpae.distill.vsd import SMALLEST_NORMALISER, flow_matching_loss, vsd_direction, vsd_loss
+from vpae.distill.losses.vsd import SMALLEST_NORMALISER, flow_matching_loss, vsd_direction, vsd_loss
 
 SHAPE = (3, 16, 2, 4, 4)
 

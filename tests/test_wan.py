@@ -25,7 +25,7 @@ from conftest import (
 from vpae import sampling
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
-from vpae.distill.common import save_student, student_scheduler
+from vpae.distill.student import save_student, student_scheduler
 from vpae.models.wan import (
     Condition,
     default_taps,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vpae.experiment import STAGES
+from conftest import STAGES
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = """#!/bin/sh

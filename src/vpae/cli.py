@@ -10,8 +10,9 @@ from vpae import __version__
 from vpae.arguments import experiment_arguments
 from vpae.bench import command as bench
 from vpae.evaluation.vbench import command as vbench
-from vpae.experiment import STAGES, ConfigError, load, schema, shipped
-from vpae.parts import DIVISIBLE, Part
+from vpae.experiment import ConfigError, load, schema, shipped
+from vpae.graph import STAGES
+from vpae.parts import Part
 from vpae.planning import command as planning
 from vpae.planning.presence import missing
 from vpae.versioning import command as versioning
@@ -43,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vpae", description="One-step video diffusion by V-PAE.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for stage in STAGES:
+    for stage, kind in STAGES.items():
         command = commands.add_parser(stage, help=f"run the stage `{stage}` of an experiment")
         experiment_arguments(command)
         command.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
         command.set_defaults(run=_stage, stage=stage, part=None)
-        if stage in DIVISIBLE:
+        if kind.divisible:
             command.add_argument("--part", metavar="N/OF", help="do one part of the work; the stage itself gathers")
         if stage == "evaluation":
             vbench.add_commands(command)

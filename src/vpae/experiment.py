@@ -1,10 +1,7 @@
-"""From a YAML file to an experiment, and from an experiment to the folders of its stages.
+"""From a YAML file to an experiment.
 
-Keys come, in rising order of precedence, from the defaults, the experiments named by `extends:`, the file itself,
-environment variables (`VPAE_PRIMING__TRAINING__STEPS=10`) and `--set priming.training.steps=10`.
-
-A stage whose settings, and whose upstream's settings, equal the base experiment's is the base's stage: an overlay
-re-runs only what it changes.
+Keys come, in rising order of precedence, from the defaults, the experiments named by `extends:` (one, or several in
+order), the file itself, environment variables (`VPAE_SAMPLES__COUNT=64`) and `--set samples.count=64`.
 """
 
 import difflib
@@ -18,21 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import InitSettingsSource, SettingsError
 
-from vpae.artifacts import digest
 from vpae.config import Experiment
-
-RESULTS = Path("results")
-SECTIONS = {
-    "clips": ("geometry", "clips"),
-    "teacher": ("geometry", "teacher"),
-    "latents": ("geometry", "latents"),
-    "priming": ("priming",),
-    "equilibrium": ("equilibrium",),
-    "samples": ("samples", "geometry"),
-    "evaluation": ("evaluation",),
-    "report": ("report",),
-}
-STAGES = tuple(SECTIONS)
+from vpae.config.experiment import DEFAULT_METHODS, chained
 
 
 class ConfigError(ValueError):
@@ -41,69 +25,18 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded experiment: its settings, its name (the file's stem), its file and its base, if it extends one."""
+    """A loaded experiment: its settings, its name (the file's stem), its file and what it extends."""
 
     name: str
     path: Path
     settings: Experiment
-    base: "Source | None"
+    bases: tuple["Source", ...] = ()
 
-
-def upstream(settings: Experiment, stage: str) -> tuple[str, ...]:
-    """The stages whose folders a stage reads."""
-    trained_here = settings.teacher.source == "train"
-    models = sorted({"teacher", *(row.model for row in settings.samples.rows.values())})
-    return {
-        "clips": (),
-        "teacher": ("clips",) if trained_here else (),
-        "latents": ("clips", "teacher"),
-        "priming": ("latents", "teacher"),
-        "equilibrium": ("latents", "teacher", "priming"),
-        "samples": ("latents", *models),
-        "evaluation": ("clips", "latents", *models, "samples"),
-        "report": ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation"),
-    }[stage]
-
-
-def stage_settings(settings: Experiment, stage: str) -> dict:
-    """Plain values of the sections a stage reads, and the seed."""
-    values = settings.model_dump(mode="json", include={"seed", *SECTIONS[stage]})
-    if stage == "teacher" and settings.teacher.source != "train":
-        # The sizes of a network that is not trained here change nothing.
-        for unused in ("vae", "encoders", "transformer"):
-            del values["teacher"][unused]
-    if stage == "teacher":
-        del values["teacher"]["architecture"]  # for planning only
-    if stage == "clips":
-        del values["clips"]["workers"]
-    if stage == "evaluation":
-        # Where weights stand and how many jobs share the work changes nothing.
-        for unused in ("weights", "shards"):
-            del values["evaluation"]["vbench"][unused]
-    if stage in ("priming", "equilibrium", "samples", "evaluation"):
-        values["teacher"] = {"shift": settings.teacher.shift}
-    return values
-
-
-def fingerprint(settings: Experiment, stage: str) -> str:
-    """Digest of everything in the configuration that determines a stage's result."""
-    above = {name: fingerprint(settings, name) for name in upstream(settings, stage)}
-    return digest([stage, stage_settings(settings, stage), above])
-
-
-def owner(source: Source, stage: str) -> Source:
-    """The experiment in whose folder a stage's result stands: the furthest base with the same fingerprint."""
-    wanted, found, base = fingerprint(source.settings, stage), source, source.base
-    while base is not None:
-        if fingerprint(base.settings, stage) == wanted:
-            found = base
-        base = base.base
-    return found
-
-
-def stage_folder(source: Source, stage: str, results: Path = RESULTS) -> Path:
-    """Where the result of a stage stands."""
-    return results / owner(source, stage).name / stage
+    def ancestors(self) -> Iterator["Source"]:
+        """All that it extends, the furthest last."""
+        for base in self.bases:
+            yield base
+            yield from base.ancestors()
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = True) -> Source:
@@ -119,19 +52,20 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     """
     path = Path(path)
     layers = _read_chain(path, ())
-    tree: dict = {}
-    for layer in layers:
+    tree: dict = {"methods": dict(DEFAULT_METHODS)}
+    for layer in layers.values():
+        if isinstance(layer.get("methods"), list):  # a chain of its own: nothing of the base's is left
+            tree["methods"] = {}
+            layer = {**layer, "methods": chained(layer["methods"])}
         _merge(tree, layer)
     set_tree: dict = {}
     for override in overrides:
         _merge(set_tree, _parse_override(override))
     if environment:
         _refuse_unknown_variables()
-    base = None
-    if tree.get("extends"):
-        # The base stands by itself: overrides and environment are this experiment's, not its base's.
-        base = load(path.parent / f"{layers[-1]['extends']}.yaml", environment=False)
-    return Source(path.stem, path, _validate(path, tree, set_tree, environment), base)
+    # A base stands by itself: overrides and environment are this experiment's, not its base's.
+    bases = tuple(load(base, environment=False) for base in _bases(path, layers[path]))
+    return Source(path.stem, path, _validate(path, tree, set_tree, environment), bases)
 
 
 def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Experiment:
@@ -151,8 +85,13 @@ def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Exp
     return Experiment.model_construct(**{key: getattr(loaded, key) for key in Experiment.model_fields})
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict]:
-    """The file's tree preceded by those it extends."""
+def _bases(path: Path, tree: dict) -> list[Path]:
+    names = tree.get("extends") or []
+    return [path.parent / f"{name}.yaml" for name in ([names] if isinstance(names, str) else names)]
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
+    """The file's tree preceded by those it extends, each file once."""
     if path in seen:
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.stem for p in seen)}; break the circle")
     if not path.is_file():
@@ -165,9 +104,11 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the file must hold sections (key: value), not a {type(tree).__name__}")
-    if tree.get("extends"):
-        return [*_read_chain(path.parent / f"{tree['extends']}.yaml", (*seen, path)), tree]
-    return [tree]
+    found: dict[Path, dict] = {}
+    for base in _bases(path, tree):
+        for file, layer in _read_chain(base, (*seen, path)).items():
+            found.setdefault(file, layer)
+    return found | {path: tree}
 
 
 def _plain(tree: Any) -> Any:
@@ -189,7 +130,7 @@ def _merge(target: dict, layer: dict) -> None:
 def _parse_override(text: str) -> dict:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {text}: write section.key=value, for instance priming.training.steps=100")
+        raise ConfigError(f"--set {text}: write section.key=value, for instance samples.count=64")
     if key == "extends":
         raise ConfigError(f"--set {text}: the base experiment can only stand in the file")
     try:
@@ -255,7 +196,7 @@ def _refuse_unknown_variables() -> None:
         for depth, part in enumerate(parts):
             known = _keys_at(parts[:depth])
             if part not in known:
-                if parts[:2] == ["samples", "rows"]:  # its keys are free
+                if parts[:2] == ["samples", "rows"] or parts[:1] == ["methods"]:  # their keys are free
                     break
                 near = difflib.get_close_matches(part, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from vbench_i2v.parts import Part as Share
-from vpae.config import Jobs
 
 Work = TypeVar("Work")
-DIVISIBLE = tuple(Jobs.model_fields)  # stages that can be cut
 
 
 class Part(Share):

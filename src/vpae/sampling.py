@@ -256,7 +256,7 @@ def animate(
         empty_text_LD=pad_text(texts[1]).to(device),
     )
     student = bool(pipeline.scheduler.config.get("stochastic_sampling", False))
-    row = Sampler(model="equilibrium" if student else "teacher", steps=steps, guidance_scale=guidance_scale)
+    row = Sampler(model="student" if student else "teacher", steps=steps, guidance_scale=guidance_scale)
     scheduler = pipeline.scheduler.config
     shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))  # the second is UniPC's, of released Wan pipelines
     latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])

@@ -4,24 +4,17 @@ import importlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from vpae.artifacts import ArtifactError, building, digest, identity, is_finished, locked
-from vpae.experiment import RESULTS, Source, stage_folder, stage_settings, upstream
+from vpae.distill import METHODS
+from vpae.experiment import Source
+from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, upstream
 from vpae.parts import Part
-
-FUNCTIONS = {
-    "clips": "vpae.data.catalog",
-    "teacher": "vpae.teacher.stage",
-    "latents": "vpae.data.latents",
-    "priming": "vpae.distill.priming",
-    "equilibrium": "vpae.distill.equilibrium",
-    "samples": "vpae.sampling",
-    "evaluation": "vpae.evaluation.stage",
-    "report": "vpae.report.page",
-}
 
 
 def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
@@ -35,7 +28,7 @@ def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
 def _without_shares(settings: dict) -> dict:
     """A stage's settings without how a phase is shared out among processes: others may take up where these stopped."""
     found = dict(settings)
-    for phase in {"priming", "equilibrium"} & found.keys():
+    for phase in METHODS.keys() & found.keys():
         training = {k: v for k, v in found[phase]["training"].items() if k not in ("accumulate", "sharding")}
         found[phase] = {**found[phase], "training": training}
     return found
@@ -43,9 +36,10 @@ def _without_shares(settings: dict) -> dict:
 
 @dataclass(frozen=True)
 class _Task:
-    """A stage of one experiment: its module, its folder, and all that determines what will be in it."""
+    """A stage of one experiment: its folder, what fills it, and all that determines what will be in it."""
 
     module: ModuleType
+    run: Callable[..., dict]
     folder: Path
     settings: dict
     folders: dict[str, Path]
@@ -67,10 +61,11 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
     settings = stage_settings(source.settings, stage)
     folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
     digests = {name: identity(path) for name, path in folders.items()}
-    module = importlib.import_module(FUNCTIONS[stage])
+    module = importlib.import_module(STAGES[stage].module)
     if hasattr(module, "external_inputs"):
         digests |= module.external_inputs(source.settings)
-    return _Task(module, folder, settings, folders, digests)
+    run = partial(module.run, stage) if stage in METHODS else module.run
+    return _Task(module, run, folder, settings, folders, digests)
 
 
 def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
@@ -90,11 +85,11 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         return task.folder
     if int(os.environ.get("RANK", "0")) > 0:  # one of several processes of torchrun: the first one writes the folder
         with tempfile.TemporaryDirectory() as nowhere:
-            task.module.run(source.settings, task.folders, Path(nowhere), task.state)
+            task.run(source.settings, task.folders, Path(nowhere), task.state)
         return task.folder
     states = [task.state, *task.state.parent.glob(f"{stage}-*")]
     with building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
-        counts.update(task.module.run(source.settings, task.folders, out, task.state) or {})
+        counts.update(task.run(source.settings, task.folders, out, task.state) or {})
     return task.folder
 
 

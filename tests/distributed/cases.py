@@ -1,5 +1,6 @@
 """What two processes and one are both asked to do: a phase, its settings, and what it ends with."""
 
+import copy
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from conftest import SHIFT, build_batch, build_head, build_transformer, seeded
-from vpae.config import Equilibrium, Lora, Optimizer, Priming, Sharding, Training
-from vpae.distill.equilibrium import EquilibriumPhase
-from vpae.distill.priming import PrimingPhase
-from vpae.models.adapters import STUDENT, SharedBase
+from vpae.config import Lora, Optimizer, Sharding, Training
+from vpae.distill import equilibrium, priming
+from vpae.distill.equilibrium import Equilibrium
+from vpae.distill.priming import Priming
+from vpae.models.adapters import FAKE, STUDENT, SharedBase
 from vpae.models.wan import default_taps
 from vpae.training.loop import train
 from vpae.training.sharding import data_rank, empty_transformer, full_state, spread
@@ -88,23 +90,26 @@ def build(case: Case, accelerator: Accelerator, **training):
     with torch.random.fork_rng():
         torch.manual_seed(5)
         if case.phase == "priming":
-            config = Priming(
+            config = priming.Settings(
                 fake=Optimizer(learning_rate=1e-3),
                 fake_lora=LORA,
                 fake_steps_per_generator_step=2,
                 guidance_scale=3.0,
                 **settings,
             )
-            shared = SharedBase(network(0, trained=False), config.fake_lora if config.fake_form == "lora" else "copy")
+            shared = SharedBase(network(0, trained=False))
+            lora = config.fake_form == "lora"
+            fake = shared.add(FAKE, config.fake_lora) if lora else copy.deepcopy(shared.transformer).float()
             generator = network(0) if config.student_lora is None else shared.add(STUDENT, config.student_lora)
-            phase = PrimingPhase(config, SHIFT, generator, shared)
+            fake.requires_grad_(True)
+            phase = Priming(config, SHIFT, generator, shared.network(None), fake)
         else:
-            config = Equilibrium(discriminator=Optimizer(learning_rate=1e-3), **settings)
+            config = equilibrium.Settings(discriminator=Optimizer(learning_rate=1e-3), **settings)
             generator, teacher = network(1), network(0, trained=False)
             if config.student_lora is not None:
                 shared = SharedBase(teacher)
                 generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
-            phase = EquilibriumPhase(config, SHIFT, generator, teacher, build_head(), default_taps(4))
+            phase = Equilibrium(config, SHIFT, generator, teacher, build_head(), default_taps(4))
     spread(phase, config.training, accelerator)
     return phase
 

@@ -26,8 +26,8 @@ from planned import SEVERAL, SMALL, TOKENS, several
 from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.networks import random_condition, random_latents
 from vpae.bench.training import build_phase, held_by
-from vpae.distill import common
-from vpae.distill.common import finish
+from vpae.distill import run
+from vpae.distill.student import save_ema
 from vpae.models.wan import velocity
 from vpae.planning.workload import turns_of
 from vpae.training.ema import update_ema
@@ -54,14 +54,14 @@ class Collectives(TorchDispatchMode):
 def run_case(name: str, folder: Path, accelerator: Accelerator) -> dict:
     """Train a case; metrics, weights and what each process exports stay in its folder."""
     phase = build(CASES[name], accelerator)
-    metrics = fit(phase, folder / name, accelerator)
+    fit(phase, folder / name, accelerator)
     weights = result(phase)
     if weights:
         save_file(weights, folder / name / "weights.safetensors")
     if name in EXPORTED:
         out = folder / name / f"export-{accelerator.process_index}"
         out.mkdir()
-        finish(out, Path(sys.argv[2]), phase.ema, SHIFT, metrics, phase.config.training)
+        save_ema(out, Path(sys.argv[2]), phase.ema, SHIFT)
     return {}
 
 
@@ -97,7 +97,7 @@ def start(folder: Path, accelerator: Accelerator) -> dict:
     network, reference = phase.generator, build_transformer(0)
     parameters = list(network.parameters())
     return {
-        "processes": common.accelerator_for(phase.config.training).num_processes,
+        "processes": run.accelerator_for(phase.config.training).num_processes,
         "tables": all(network.get_buffer(n).equal(b) for n, b in reference.named_buffers()),
         "meta": [n for n, p in network.named_parameters() if p.is_meta],
         "whole": [n for n, p in network.named_parameters() if not isinstance(p, DTensor)],
@@ -160,8 +160,8 @@ def precision(folder: Path, accelerator: Accelerator) -> dict:
         module.register_forward_pre_hook(lambda _, inputs, name=name: given.update({name: str(inputs[0].dtype)}))
     with torch.no_grad(), accelerator.autocast():
         phase.loss("generator", build_batch(1), torch.Generator().manual_seed(0), 0)
-    frozen = {n: str(p.dtype) for n, p in phase.shared.transformer.named_parameters() if not p.requires_grad}
-    adapters = sorted({str(p.dtype) for p in phase.shared.fake.parameters()})
+    frozen = {n: str(p.dtype) for n, p in phase.networks["base"].named_parameters() if not p.requires_grad}
+    adapters = sorted({str(p.dtype) for p in phase.fake.parameters()})
     return {"seen": seen, "masters": masters, "given": given, "frozen": frozen, "adapters": adapters}
 
 

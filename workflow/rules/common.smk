@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 from vpae.config import VBenchDimension
-from vpae.experiment import STAGES, ConfigError, load, owner, stage_folder, stage_settings, upstream
+from vpae.experiment import ConfigError, load
+from vpae.graph import STAGES, owner, stage_folder, stage_settings, upstream
 from vpae.planning.presence import missing_teacher
 
 # A stage that is told to end (TERM, USR1) saves its state first; shell and tee must live on until it has.

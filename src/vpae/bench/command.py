@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from vpae.arguments import experiment_arguments
+from vpae.distill import METHODS
 from vpae.experiment import ConfigError, load
 
-PARTS = ("sampling", "priming", "equilibrium", "vae", "discriminator", "fake")
+PARTS = ("sampling", *METHODS, "vae", "discriminator", "fake")
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:

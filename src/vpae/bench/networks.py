@@ -13,7 +13,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from vpae.config import Experiment
-from vpae.experiment import Source, stage_folder
+from vpae.experiment import Source
+from vpae.graph import stage_folder
 from vpae.models.formats import LARGE, formats
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline
 from vpae.planning.counting import Sequence

@@ -10,6 +10,7 @@ import torch
 
 from vpae.artifacts import code_version, device_name, package_versions
 from vpae.bench.run import Options
+from vpae.distill import METHODS
 from vpae.experiment import Source
 
 
@@ -21,7 +22,7 @@ def surroundings(source: Source, options: Options) -> dict:
         "experiment": source.name,
         "command": " ".join(["vpae", *sys.argv[1:]]),
         "options": {**asdict(options), "results": str(options.results)},
-        "settings": source.settings.model_dump(mode="json", include={"seed", "geometry", "priming", "equilibrium"}),
+        "settings": source.settings.model_dump(mode="json", include={"seed", "geometry", *source.settings.methods}),
         "device": {
             "type": device.type,
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else device_name(),
@@ -49,7 +50,7 @@ def as_text(found: dict) -> str:
         lines += ["", *_sampling(found["sampling"])]
     if "vae" in found:
         lines += ["", *_vae(found["vae"])]
-    for name in ("priming", "equilibrium"):
+    for name in METHODS:
         if name in found:
             lines += ["", *_phase(name, found[name])]
     for name in ("discriminator", "fake"):

@@ -10,7 +10,9 @@ import torch
 from vpae.bench import encoding, sampling, training
 from vpae.bench.measure import free_memory, if_it_fits, matmul_peak
 from vpae.bench.networks import found_components, random_components, sampling_dtype
-from vpae.experiment import RESULTS, ConfigError, Source
+from vpae.distill import METHODS
+from vpae.experiment import ConfigError, Source
+from vpae.graph import RESULTS
 from vpae.planning.network import pipeline_of, transformer_parameters
 from vpae.planning.plan import tokens_of
 
@@ -85,8 +87,7 @@ def run(source: Source, options: Options, keep: Callable[[dict], None] = lambda 
         del parts
         free_memory(device)
     work = {
-        "priming": partial(training.measure_phase, settings, "priming"),
-        "equilibrium": partial(training.measure_phase, settings, "equilibrium"),
+        **{name: partial(training.measure_phase, settings, name) for name in METHODS},
         "discriminator": partial(training.compare_discriminators, settings),
         "fake": partial(training.compare_fakes, settings),
     }

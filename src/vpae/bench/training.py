@@ -9,19 +9,17 @@ from functools import partial
 from statistics import median
 
 import torch
+from diffusers import WanTransformer3DModel
 from pydantic import ValidationError
-from torch import nn
 
 from vpae.bench.measure import free_memory, held_bytes, if_it_fits, matmul_peak, peak_of, seconds_of
 from vpae.bench.networks import random_condition, random_latents, random_transformer
 from vpae.config import Experiment
-from vpae.distill.equilibrium import EquilibriumPhase
-from vpae.distill.priming import PrimingPhase
-from vpae.models.adapters import STUDENT, SharedBase
-from vpae.models.wan import default_taps
+from vpae.distill import METHODS
+from vpae.distill.method import Method
 from vpae.planning.counting import Sequence
 from vpae.planning.footprint import footprint, with_switches
-from vpae.planning.network import Network, build_head
+from vpae.planning.network import Network
 from vpae.planning.workload import turn_flops, turns_of
 from vpae.training.ema import update_ema
 from vpae.training.randomness import generator_for
@@ -33,7 +31,7 @@ class Workbench:
     """One phase on one device, and a batch of random latents for it."""
 
     settings: Experiment
-    phase: PrimingPhase | EquilibriumPhase
+    phase: Method
     network: Network
     tokens: Sequence
     device: torch.device
@@ -65,34 +63,34 @@ class Workbench:
             update_ema(self.phase.ema, role.module, self.training.ema_decay)
 
 
-def held_by(phase: PrimingPhase | EquilibriumPhase) -> int:
+def held_by(phase: Method) -> int:
     """Bytes of all networks and optimisers of a phase in this process."""
     modules = [phase.ema, *phase.networks.values(), *(role.module for role in phase.roles.values())]
     return held_bytes(modules, [role.optimizer for role in phase.roles.values()])
 
 
-def build_phase(
-    settings: Experiment, name: str, network: Network, device: torch.device
-) -> PrimingPhase | EquilibriumPhase:
+@dataclass
+class RandomNetworks:
+    """Networks of the teacher's shape with random weights, for any method."""
+
+    network: Network
+    device: torch.device
+    frozen: torch.dtype
+
+    def transformer(self, model: str, trained: bool) -> WanTransformer3DModel:
+        """One of any model: they all have one shape."""
+        return random_transformer(self.network, self.device, torch.float32 if trained else self.frozen)
+
+    def adapter(self, model: str) -> dict[str, torch.Tensor]:
+        """None: a new adapter's weights are as good."""
+        return {}
+
+
+def build_phase(settings: Experiment, name: str, network: Network, device: torch.device) -> Method:
     """A phase of the real class on networks with random weights."""
-    config = getattr(settings, name)
-    bf16 = config.training.mixed_precision == "bf16"
-    frozen = random_transformer(network, device, torch.bfloat16 if bf16 else torch.float32)
-
-    def whole() -> nn.Module:
-        return random_transformer(network, device, torch.float32)
-
-    if name == "priming":
-        shared = SharedBase(frozen, config.fake_lora if config.fake_form == "lora" else "copy")
-        generator = whole() if config.student_lora is None else shared.add(STUDENT, config.student_lora)
-        return PrimingPhase(config, settings.teacher.shift, generator, shared)
-    taps = config.head.taps or default_taps(network.layers)
-    head = build_head(config.head, network, len(taps), device)
-    if config.student_lora is None:
-        return EquilibriumPhase(config, settings.teacher.shift, whole(), frozen, head, taps)
-    shared = SharedBase(frozen)
-    generator = shared.add(STUDENT, config.student_lora)
-    return EquilibriumPhase(config, settings.teacher.shift, generator, shared.network(None), head, taps)
+    bf16 = getattr(settings, name).training.mixed_precision == "bf16"
+    frozen = torch.bfloat16 if bf16 else torch.float32
+    return METHODS[name].build(settings, RandomNetworks(network, device, frozen))
 
 
 def measure_phase(

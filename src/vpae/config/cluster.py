@@ -1,8 +1,9 @@
 """How an experiment is spread over a cluster. No result depends on it."""
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from vpae.config.section import Positive, Section
+from vpae.distill import METHODS
 
 
 class Jobs(Section):
@@ -16,8 +17,8 @@ class Jobs(Section):
 class Needs(Section):
     """What one job of a stage asks a cluster for. No result depends on it: a change runs nothing again."""
 
-    nodes: Positive = Field(1, description="Nodes; only priming and equilibrium can use several.")
-    gpus: int = Field(0, ge=0, description="GPUs per node; the phases start one process for each, others use one.")
+    nodes: Positive = Field(1, description="Nodes; only methods of distillation can use several.")
+    gpus: int = Field(0, ge=0, description="GPUs per node; methods start one process for each, others use one.")
     cpus: Positive = Field(2, description="CPU cores per node; the stage clips takes clips.workers instead.")
     memory_gb: Positive = Field(4, description="GB of memory per node.")
     minutes: Positive = Field(
@@ -25,25 +26,30 @@ class Needs(Section):
     )
 
 
-class Cluster(Section):
-    """What each stage asks a cluster for; names of accounts and partitions stand in profiles/slurm."""
-
+class _Before(Section):
     clips: Needs = Field(Needs(minutes=60), description="Each job of the stage `clips`.")
     teacher: Needs = Field(Needs(memory_gb=8, minutes=480), description="The job of the stage `teacher`.")
     latents: Needs = Field(Needs(minutes=60), description="Each job of the stage `latents`.")
-    priming: Needs = Field(Needs(), description="The job of phase I.")
-    equilibrium: Needs = Field(Needs(), description="The job of phase II.")
+
+
+_needs = {name: (Needs, Field(Needs(), description=f"The job of the method {name}.")) for name in METHODS}
+_Methods = create_model("_Methods", __base__=_Before, **_needs)
+
+
+class Cluster(_Methods):
+    """What each stage asks a cluster for; names of accounts and partitions stand in profiles/slurm."""
+
     samples: Needs = Field(Needs(), description="Each job of the stage `samples`.")
     evaluation: Needs = Field(Needs(minutes=60), description="Each job of the stage `evaluation`, VBench's too.")
     report: Needs = Field(Needs(cpus=1, minutes=15), description="The job of the stage `report`.")
 
     @model_validator(mode="after")
-    def _only_phases_are_spread(self) -> "Cluster":
+    def _only_methods_are_spread(self) -> "Cluster":
         for name in type(self).model_fields:
             needs: Needs = getattr(self, name)
-            if name not in ("priming", "equilibrium") and (needs.nodes > 1 or needs.gpus > 1):
+            if name not in METHODS and (needs.nodes > 1 or needs.gpus > 1):
                 raise ValueError(
-                    f"{name} asks for {needs.nodes} nodes and {needs.gpus} GPUs on each, but only priming and "
-                    "equilibrium run in several processes; the others may have one node and one GPU a job"
+                    f"{name} asks for {needs.nodes} nodes and {needs.gpus} GPUs on each, but only the methods "
+                    f"({', '.join(METHODS)}) run in several processes; the others may have one node and one GPU a job"
                 )
         return self

@@ -1,40 +1,88 @@
-"""One experiment: the tree of all sections."""
+"""One experiment: the tree of all sections, one of them for each method."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vpae.config.clips import Clips
 from vpae.config.cluster import Cluster, Jobs
-from vpae.config.equilibrium import Equilibrium
 from vpae.config.evaluation import Evaluation
 from vpae.config.geometry import Geometry
 from vpae.config.latents import Latents
-from vpae.config.priming import Priming
 from vpae.config.report import Report
-from vpae.config.samples import Samples
+from vpae.config.samples import Sampler, Samples
 from vpae.config.section import fill_defaults
 from vpae.config.teacher import Teacher
+from vpae.distill import CHAIN, METHODS
+from vpae.distill.method import TEACHER
 
 LEAST_VIDEOS = 3  # of which a distance between distributions, leaving out one, still has the two that it needs
 
 
-class Experiment(BaseSettings):
-    """One experiment: everything that determines its results."""
+def chained(names: list[str]) -> dict[str, str]:
+    """Methods each of which starts from the one before it, the first from the teacher."""
+    return dict(zip(names, [TEACHER, *names], strict=False))
 
+
+def _as_mapping(given: Any) -> Any:
+    if isinstance(given, list | tuple):
+        return chained(list(given))
+    return {name: start for name, start in given.items() if start is not None} if isinstance(given, dict) else given
+
+
+DEFAULT_METHODS = chained([method.name for method in CHAIN])
+TEACHER_ROWS = {
+    "teacher-100nfe": Sampler(model=TEACHER, steps=50, guidance_scale=5.0),
+    "teacher-1nfe": Sampler(model=TEACHER, steps=1),
+}
+
+
+def rows_of(methods: dict[str, str]) -> dict[str, Sampler]:
+    """The rows of an experiment that names none: the teacher's, and those of each method."""
+    students = {
+        f"{METHODS[name].row or name}-{steps}nfe": Sampler(model=name, steps=steps)
+        for name in methods
+        if name in METHODS
+        for steps in METHODS[name].steps
+    }
+    return TEACHER_ROWS | students
+
+
+class _Before(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix="VPAE_", env_nested_delimiter="__", env_file=None
     )
 
-    extends: str = Field("", description="Name of the experiment beside this file whose keys this one overlays.")
+    extends: str | tuple[str, ...] = Field(
+        "", description="Name of the experiment beside this file whose keys this one overlays; or several names."
+    )
     seed: int = Field(0, ge=0, description="Every random number follows from it.")
     geometry: Geometry = Field(Geometry(), description="The shape of every clip.")
     clips: Clips = Field(description="Which videos there are.")
     teacher: Teacher = Field(description="The model to distil.")
     latents: Latents = Field(Latents(), description="How clips are encoded and stored.")
-    priming: Priming = Field(Priming(), description="Phase I.")
-    equilibrium: Equilibrium = Field(Equilibrium(), description="Phase II.")
+    methods: Annotated[
+        dict[str, str],
+        BeforeValidator(_as_mapping, json_schema_input_type=dict[str, str | None] | list[str]),
+    ] = Field(
+        DEFAULT_METHODS,
+        description="Method -> what it starts from: teacher, or another method's student. In an overlay a mapping adds "
+        "to the base's methods, and null takes one away. A list replaces them by a chain: the first starts from the "
+        "teacher, each other one from the one before it.",
+    )
+
+
+_sections = {
+    name: (method.Settings, Field(method.Settings(), description=f"{method.title}."))
+    for name, method in METHODS.items()
+}
+_Methods = create_model("_Methods", __base__=_Before, **_sections)
+
+
+class Experiment(_Methods):
+    """One experiment: everything that determines its results."""
+
     samples: Samples = Field(Samples(), description="Whose videos are made, and how many.")
     evaluation: Evaluation = Field(Evaluation(), description="How they are measured.")
     report: Report = Field(Report(), description="What the report shows.")
@@ -44,7 +92,12 @@ class Experiment(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _keep_other_defaults(cls, values: Any) -> Any:
-        return fill_defaults(cls, values)
+        values = fill_defaults(cls, values)
+        samples = dict(values.get("samples") or {})
+        methods = _as_mapping(values.get("methods", DEFAULT_METHODS))
+        if not samples.get("rows") and isinstance(methods, dict):
+            values["samples"] = {**samples, "rows": rows_of(methods)}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
@@ -58,18 +111,57 @@ class Experiment(BaseSettings):
                 f"samples.count = {self.samples.count}: evaluation needs {LEAST_VIDEOS}, because its "
                 "distances leave some out in turn; animate more"
             )
+        for name, start in self.methods.items():
+            self._require_possible(name, start)
         least, why = self.training_clips_needed()
         if least > self.clips.train:
             raise ValueError(f"{why} is more than clips.train = {self.clips.train}")
-        if self.equilibrium.student_lora != self.priming.student_lora:
+        for row, sampler in self.samples.rows.items():
+            if sampler.model not in (TEACHER, *self.methods):
+                raise ValueError(
+                    f"samples.rows.{row}.model = {sampler.model} is not trained here; take one of "
+                    f"{', '.join([TEACHER, *self.methods])}, add it to methods, or take the row away ({row}: null)"
+                )
+        return self
+
+    def _require_possible(self, name: str, start: str) -> None:
+        if name not in METHODS:
+            raise ValueError(f"methods: there is no method {name}; there are {', '.join(METHODS)}")
+        if start != TEACHER and start not in self.methods:
             raise ValueError(
-                "equilibrium.student_lora is not priming.student_lora: the adapter that priming trains is the one that "
+                f"methods: {name} starts from {start}, which is not among the methods; add {start}, or let {name} "
+                "start from teacher"
+            )
+        self.chain(name)
+        section = getattr(self, name)
+        if start != TEACHER and section.student_lora != getattr(self, start).student_lora:
+            raise ValueError(
+                f"{name}.student_lora is not {start}.student_lora: the adapter that {start} trains is the one that "
                 "goes on learning; set both alike, or leave both empty"
             )
-        return self
 
     def training_clips_needed(self) -> tuple[int, str]:
         """How many clips to train on the later stages need, and the setting or stage that needs them."""
-        sizes = ((phase, getattr(self, phase).training.batch_size) for phase in ("priming", "equilibrium"))
-        needs = [(size, f"{phase}.training.batch_size = {size}") for phase, size in sizes]
+        sizes = ((name, getattr(self, name).training.batch_size) for name in self.methods)
+        needs = [(size, f"{name}.training.batch_size = {size}") for name, size in sizes]
         return max([*needs, (LEAST_VIDEOS, f"the {LEAST_VIDEOS} that evaluation compares with")])
+
+    def chain(self, name: str) -> list[str]:
+        """The methods that lead to the student of one, in order; it is the last of them."""
+        found = [name]
+        while (start := self.methods.get(found[0], TEACHER)) != TEACHER:
+            if start in found:
+                raise ValueError(f"methods: {' -> '.join([start, *found])} go in a circle; let one start from teacher")
+            found.insert(0, start)
+        return found
+
+    @property
+    def student(self) -> str:
+        """The method whose student is the experiment's result: where the chain that is named first ends; "" for none.
+
+        Methods that an overlay adds are shown beside it.
+        """
+        found = next(iter(self.methods), "")
+        while following := next((name for name, start in self.methods.items() if found and start == found), ""):
+            found = following
+        return found

@@ -1,47 +1,81 @@
-"""Stage `equilibrium`: Phase II, unified adversarial equilibrium.
+"""Phase II, unified adversarial equilibrium.
 
-The one-step generator, primed, against a discriminator whose backbone is the generator's own EMA. Writes `student/`
-(the pipeline folder of the result, with EMA weights and a model card), `head.safetensors`, `metrics.jsonl` and, of a
-student trained as an adapter, `student_lora.safetensors`.
+The one-step generator against a discriminator whose backbone is the generator's own EMA. Beside the student it writes
+`head.safetensors`.
 """
+
+from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from pydantic import Field, model_validator
 
-from vpae.config import Equilibrium, Experiment
-from vpae.distill.adversarial import discriminator_hinge, generator_adversarial
-from vpae.distill.common import (
-    STUDENT_LORA,
-    finish,
-    load_network,
-    networks_of,
-    noise_like,
-    save_weights,
-    train_phase,
-)
-from vpae.distill.csds import csds_loss
-from vpae.distill.priming import motion_monitors
-from vpae.distill.str1 import spatial_perturbation, str1_penalty, temporal_perturbation
-from vpae.export.card import stage_provenance, write_card
-from vpae.flow import add_noise, sample_times
-from vpae.models.adapters import STUDENT, Adapted, SharedBase
-from vpae.models.heads import SemanticHead
-from vpae.models.wan import Condition, default_taps, features, predict_x0
-from vpae.training.ema import make_ema
-from vpae.training.loop import Role, progress_at
-from vpae.training.precision import finer_autocast
-from vpae.training.randomness import derived_seed
-from vpae.training.sharding import whole_sequence
+from vpae.config.discriminator import R1, Head
+from vpae.config.section import NonNegative, Positive
+from vpae.config.training import Lora, Optimizer, Times, Training
+from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
+from vpae.lazy import lazy
+from vpae.training.phase import Role
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vpae.config import Experiment
+    from vpae.distill.networks import Networks
+    from vpae.models.heads import SemanticHead
+    from vpae.models.wan import Condition
+else:
+    torch = lazy("torch")
+
+adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpae.models.wan")
+student, heads = lazy("vpae.distill.student"), lazy("vpae.models.heads")
+precision, sharding = lazy("vpae.training.precision"), lazy("vpae.training.sharding")
+adversarial, csds = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.csds")
+str1 = lazy("vpae.distill.losses.str1")
 
 
-class EquilibriumPhase:
-    """Roles: generator (trained; has the EMA), head (trained), EMA = discriminator's backbone, teacher (frozen).
+class Settings(MethodSettings):
+    """Stage `equilibrium`: phase II, unified adversarial equilibrium."""
+
+    training: Training = Field(Training(steps=1000), description="Its run of the training loop.")
+    generator: Optimizer = Field(Optimizer(learning_rate=2e-6), description="Of the generator.")
+    student_lora: Lora | None = Field(
+        None, description="Train the generator as an adapter; must be that of the method that it starts from."
+    )
+    discriminator: Optimizer = Field(
+        Optimizer(learning_rate=2e-5), description="Of the discriminator: its head, and the backbone if it is a copy."
+    )
+    discriminator_steps_per_generator_step: Positive = Field(1, description="Head updates per generator update.")
+    discriminator_warmup_steps: int = Field(0, ge=0, description="Head updates before the first generator update.")
+    backbone: Literal["ema", "teacher", "copy"] = Field(
+        "ema",
+        description="Features from the generator's EMA (the paper), the frozen teacher, or a copy of the teacher that "
+        "is trained with the head (the paper's ablations).",
+    )
+    head: Head = Field(Head(), description="The part of the discriminator that learns.")
+    r1: R1 = Field(R1(), description="Its regularisation.")
+    g_loss: Literal["hinge_linear", "hinge_clipped"] = Field(
+        "hinge_linear", description="-D(xh), or relu(1 - D(xh)) [choice]."
+    )
+    adversarial_weight: NonNegative = Field(1.0, description="Weight of the generator's adversarial term; 0 = off.")
+    csds_weight: NonNegative = Field(10.0, description="lambda of the conditional SDS term (paper: 10).")
+    csds_guidance_scale: float = Field(1.0, description="Guidance of the teacher in C-SDS; 1 = off [choice].")
+    discriminator_times: Times = Field(Times(), description="t' at which the discriminator looks [choice].")
+    csds_times: Times = Field(Times(), description="t' of the conditional SDS term [choice].")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        if self.backbone == "copy" and self.student_lora is not None:
+            raise ValueError("backbone = copy trains a whole second network, which student_lora avoids: choose one")
+        return self
+
+
+class Equilibrium(Method):
+    """Roles: generator (trained; has the EMA), head (trained); EMA = discriminator's backbone; the teacher is frozen.
 
     Args:
         config, shift: settings.
@@ -51,67 +85,99 @@ class EquilibriumPhase:
     """
 
     name = "equilibrium"
-    main = "generator"
+    title = "Phase II: adversarial equilibrium"
+    label = "V-PAE"
+    about = "an adversarial equilibrium against the generator's own EMA"
+    caption = (
+        "Points: single steps; lines: running mean. The discriminator separates real from generated where the gap of "
+        "its logits is above 0 and its hinge loss below 2. C-SDS is the mean square distance of one-step videos from "
+        "the teacher's prediction."
+    )
+    panels = (
+        Panel("Discriminator: hinge loss", {"hinge": ""}, 2.0, "2: cannot tell"),
+        Panel("Mean logits", {"logit_real": "real", "logit_fake": "generated"}),
+        Panel("Logit gap, real − generated", {"logit_gap": ""}, 0.0, "0: cannot tell"),
+        Panel("Discriminator's accuracy", {"accuracy": ""}, 0.5, "½: chance"),
+        Panel("Generator: C-SDS loss", {"csds": ""}),
+        MOTION,
+    )
+    row = "vpae"
+    steps = (1, 2, 4)
+    Settings = Settings
 
     def __init__(
         self,
-        config: Equilibrium,
+        config: Settings,
         shift: float,
-        generator: WanTransformer3DModel | Adapted,
-        teacher: WanTransformer3DModel | Adapted,
+        generator: nn.Module,
+        teacher: nn.Module,
         head: SemanticHead,
         taps: tuple[int, ...],
     ):
-        self.config, self.shift, self.taps = config, shift, taps
-        self.generator, self.teacher, self.head = generator, teacher.requires_grad_(False), head
-        self.ema = make_ema(generator)
-        self.networks = networks_of(generator=generator, ema=self.ema, teacher=teacher)
+        super().__init__(config, shift, generator)
+        self.taps, self.teacher, self.head = taps, teacher.requires_grad_(False), head
+        self.hold(teacher=teacher)
         if config.backbone == "copy":
             self.backbone = copy.deepcopy(teacher).float().requires_grad_(True)
-            self.networks |= networks_of(backbone=self.backbone)
-            discriminator = nn.ModuleDict({"head": head, "backbone": self.backbone})
+            self.hold(teacher=teacher, backbone=self.backbone)
+            discriminator = torch.nn.ModuleDict({"head": head, "backbone": self.backbone})
         else:
             self.backbone = self.ema if config.backbone == "ema" else teacher
             discriminator = head
         self.roles = {"generator": Role(generator, config.generator), "head": Role(discriminator, config.discriminator)}
+
+    @classmethod
+    def build(cls, settings: Experiment, networks: Networks) -> Equilibrium:
+        """The generator where its start left it (its EMA weights), the teacher, and an untrained head."""
+        config = getattr(settings, cls.name)
+        teacher = networks.transformer(TEACHER, trained=False)
+        shared = None if config.student_lora is None else adapters.SharedBase(teacher)
+        with cls.seeded(settings, "student"):
+            generator = cls.generator_at_start(settings, networks, shared)
+        shape = generator.config
+        taps = config.head.taps or wan.default_taps(shape.num_layers)
+        with cls.seeded(settings, "head"):
+            width = shape.num_attention_heads * shape.attention_head_dim
+            head = heads.SemanticHead(config.head, width, len(taps), shape.text_dim, shape.image_dim)
+        teacher = teacher if shared is None else shared.network(None)
+        return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps)
 
     def turns(self, step: int) -> list[str]:
         """The head learns first; then the generator moves once."""
         warmup = self.config.discriminator_warmup_steps if step == 0 else 0
         return ["head"] * (warmup + self.config.discriminator_steps_per_generator_step) + ["generator"]
 
-    def loss(
-        self, turn: str, batch: tuple[Tensor, Condition], rng: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
-        x, c = batch
-        progress = progress_at(step, self.config.training)
-        one = torch.ones(len(x), device=x.device)
-        with torch.set_grad_enabled(turn == "generator"):
-            xh = predict_x0(self.generator, noise_like(x, rng), one, c)  # one step from pure noise
-        t = sample_times(self.config.discriminator_times, self.shift, progress, len(x), rng)
-        xh_t = add_noise(xh, noise_like(x, rng), t)
-        if turn == "head":
-            return self._head_loss(add_noise(x, noise_like(x, rng), t), xh_t, t, c, rng)
-        return self._generator_loss(x, xh, xh_t, t, c, progress, rng)
+    def generate(self, clips: Clips) -> Tensor:
+        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise."""
+        return wan.predict_x0(self.generator, clips.noise(), clips.ones(), clips.c)
+
+    def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
+        """Step 2: xh_t' and the t' at which the discriminator looks."""
+        t = clips.times(self.config.discriminator_times)
+        return flow.add_noise(xh, clips.noise(), t), t
 
     def logits(self, xt_BCFHW: Tensor, t_B: Tensor, c: Condition) -> Tensor:
-        """D(x_t): (B,). A backbone that is no copy of its own gets no gradient for its weights; its input may."""
-        layers = whole_sequence(self.backbone, features(self.backbone, xt_BCFHW, t_B, c, self.taps))
+        """Steps 2 and 3: D(x_t), (B,).
+
+        A backbone that is no copy of its own gets no gradient for its weights; its input may.
+        """
+        layers = sharding.whole_sequence(self.backbone, wan.features(self.backbone, xt_BCFHW, t_B, c, self.taps))
         # Logits that are compared with each other's perturbations must not be rounded to bf16.
         with torch.autocast(xt_BCFHW.device.type, enabled=False):
             return self.head(layers, c)
 
-    def _head_loss(
-        self, x_t: Tensor, xh_t: Tensor, t: Tensor, c: Condition, rng: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        r1 = self.config.r1
+    def head_loss(self, clips: Clips) -> Loss:
+        """Steps 4 and 5: hinge loss of clips and videos noised at the same t', and the probes of the regularisation."""
+        with torch.no_grad():
+            xh = self.generate(clips)
+        xh_t, t = self.noised_again(xh, clips)
+        x_t, c, r1 = flow.add_noise(clips.x, clips.noise(), t), clips.c, self.config.r1
         # The penalty is to measure the probes and not the rounding of the backbone's activations.
-        with nullcontext() if self.config.backbone == "copy" else finer_autocast(x_t.device.type):
+        with nullcontext() if self.config.backbone == "copy" else precision.finer_autocast(x_t.device.type):
             real, fake = self.logits(x_t, t, c), self.logits(xh_t, t, c)
-            spatial = self.logits(x_t + spatial_perturbation(x_t, r1.sigma_spatial, rng), t, c)
-            temporal = self.logits(x_t + temporal_perturbation(x_t, r1.sigma_temporal, rng), t, c)
-        hinge, penalty = discriminator_hinge(real, fake), str1_penalty(real, spatial, temporal)
+            spatial = self.logits(x_t + str1.spatial_perturbation(x_t, r1.sigma_spatial, clips.rng), t, c)
+            temporal = self.logits(x_t + str1.temporal_perturbation(x_t, r1.sigma_temporal, clips.rng), t, c)
+        hinge, penalty = adversarial.discriminator_hinge(real, fake), str1.str1_penalty(real, spatial, temporal)
         logs = {
             "hinge": hinge,
             "str1": penalty,
@@ -122,48 +188,25 @@ class EquilibriumPhase:
         }
         return hinge + r1.weight * penalty, logs
 
-    def _generator_loss(
-        self, x: Tensor, xh: Tensor, xh_t: Tensor, t: Tensor, c: Condition, progress: float, rng: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
-        t_ = sample_times(config.csds_times, self.shift, progress, len(x), rng)
-        with torch.no_grad():
-            teacher_x0 = predict_x0(
-                self.teacher, add_noise(xh.detach(), noise_like(x, rng), t_), t_, c, config.csds_guidance_scale
-            )
-        csds = csds_loss(xh, teacher_x0)
-        loss, logs = config.csds_weight * csds, {"csds": csds, **motion_monitors(xh, x)}
+    def generator_loss(self, clips: Clips) -> Loss:
+        """Steps 4 and 6: L_G = -E D(xh_t') + lambda L_CSDS."""
+        config, xh = self.config, self.generate(clips)
+        xh_t, t = self.noised_again(xh, clips)
+        distance = csds.csds_loss(xh, self.teacher_s_prediction(xh, clips))
+        loss, logs = config.csds_weight * distance, {"csds": distance, **motion_monitors(xh, clips.x)}
         if config.adversarial_weight > 0:
-            adversarial = generator_adversarial(self.logits(xh_t, t, c), config.g_loss)
-            loss = loss + config.adversarial_weight * adversarial
-            logs["adversarial"] = adversarial
+            opposed = adversarial.generator_adversarial(self.logits(xh_t, t, clips.c), config.g_loss)
+            loss = loss + config.adversarial_weight * opposed
+            logs["adversarial"] = opposed
         return loss, logs
 
+    def teacher_s_prediction(self, xh: Tensor, clips: Clips) -> Tensor:
+        """Step 6: f_teacher(sg(xh_t''), t'', c), at a time of its own."""
+        t = clips.times(self.config.csds_times)
+        with torch.no_grad():
+            noised = flow.add_noise(xh.detach(), clips.noise(), t)
+            return wan.predict_x0(self.teacher, noised, t, clips.c, self.config.csds_guidance_scale)
 
-def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -> EquilibriumPhase:
-    """The phase at its start: the primed generator (its EMA weights), the teacher, and an untrained head."""
-    config = settings.equilibrium
-    teacher = load_network(inputs["teacher"], config.training, device, trained=False)
-    if config.student_lora is None:
-        generator = load_network(inputs["priming"] / "student", config.training, device, trained=True)
-    else:
-        shared = SharedBase(teacher)
-        generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
-        generator.start_from(load_file(inputs["priming"] / STUDENT_LORA))
-    wan = generator.config
-    taps = config.head.taps or default_taps(wan.num_layers)
-    with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(settings.seed, "equilibrium", "head"))
-        width = wan.num_attention_heads * wan.attention_head_dim
-        head = SemanticHead(config.head, width, len(taps), wan.text_dim, wan.image_dim).to(device)
-    return EquilibriumPhase(config, settings.teacher.shift, generator, teacher, head, taps)
-
-
-def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
-    """Train phase II; returns counts."""
-    phase, metrics = train_phase(settings, "equilibrium", inputs, state, build)
-    save_weights(phase.head, out / "head.safetensors")
-    counts = finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, settings.equilibrium.training)
-    if (out / "student").is_dir():  # in the first process
-        write_card(out / "student", stage_provenance(inputs), settings.model_dump(mode="json"))
-    return counts
+    def save(self, out: Path) -> None:
+        """The discriminator's head."""
+        student.save_weights(self.head, out / "head.safetensors")

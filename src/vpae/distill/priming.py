@@ -1,114 +1,131 @@
-"""Stage `priming`: Phase I, stability priming by variational score distillation.
+"""Phase I, stability priming by variational score distillation (VSD).
 
-Brings the distribution of one-step videos to that of real ones before any adversary sees them. Writes `student/` (a
-pipeline folder with the EMA weights), `generator.safetensors`, `fake_lora.safetensors` (`fake.safetensors` of a full
-copy) and `metrics.jsonl`; of a student trained as an adapter also `student_lora.safetensors`, its EMA.
+Brings the distribution of one-step videos to that of real ones before any adversary sees them. Beside the student it
+writes `generator.safetensors` and `fake_lora.safetensors` (`fake.safetensors` of a full copy).
 """
 
+from __future__ import annotations
+
+import copy
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor
+from pydantic import Field
 
-from vpae.config import Experiment, Priming
-from vpae.distill.common import (
-    finish,
-    load_network,
-    networks_of,
-    noise_like,
-    save_weights,
-    train_phase,
-)
-from vpae.distill.vsd import flow_matching_loss, vsd_direction, vsd_loss
-from vpae.flow import add_noise, sample_times
-from vpae.models.adapters import STUDENT, Adapted, SharedBase
-from vpae.models.wan import Condition, guided_velocity, predict_x0, velocity
-from vpae.training.ema import make_ema
-from vpae.training.loop import Role, progress_at
-from vpae.training.randomness import derived_seed
+from vpae.config.section import Positive
+from vpae.config.training import Lora, Optimizer, Times, Training
+from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
+from vpae.lazy import lazy
+from vpae.training.phase import Role
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vpae.config import Experiment
+    from vpae.distill.networks import Networks
+else:
+    torch = lazy("torch")
+
+adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpae.models.wan")
+student, vsd = lazy("vpae.distill.student"), lazy("vpae.distill.losses.vsd")
 
 
-class PrimingPhase:
-    """Roles: generator (starts as the teacher; trained; has the EMA), and teacher + fake on one base (fake trained).
+class Settings(MethodSettings):
+    """Stage `priming`: phase I, stability priming by variational score distillation."""
+
+    training: Training = Field(Training(steps=500), description="Its run of the training loop.")
+    generator: Optimizer = Field(Optimizer(learning_rate=1e-6), description="Of the generator.")
+    fake: Optimizer = Field(Optimizer(learning_rate=1e-5), description="Of the fake model.")
+    fake_form: Literal["lora", "copy"] = Field(
+        "lora", description="The fake model: an adapter on the teacher's own weights (the paper), or a full copy of it."
+    )
+    fake_lora: Lora = Field(Lora(), description="The adapter of fake_form = lora.")
+    fake_steps_per_generator_step: Positive = Field(
+        5, description="Fake-model updates for each generator update [choice: DMD2's 5]."
+    )
+    guidance_scale: float = Field(5.0, description="Teacher's guidance w in u + w (c - u); 1 = off.")
+    generator_times: Times = Field(
+        Times(low=0.9, high=1.0, distribution="uniform"), description="t of the generator's input (paper: [0.9T, T])."
+    )
+    score_times: Times = Field(Times(), description="t' at which the scores are compared [choice].")
+
+
+class Priming(Method):
+    """Roles: generator (trained; has the EMA) and fake (trained); the teacher is frozen.
 
     Args:
         config, shift: settings.
-        generator: a whole network, or an adapter on the shared base.
-        shared: teacher and fake model.
+        generator, teacher, fake: whole networks, or adapters on the teacher's weights.
     """
 
     name = "priming"
-    main = "generator"
+    title = "Phase I: stability priming"
+    label = "student after phase I"
+    about = "stability priming by variational score distillation"
+    caption = (
+        "The VSD loss is half the mean square of a normalised direction: it shows its size, not a distance from the "
+        "goal. Motion is the mean change between latent frames; towards 0, videos freeze."
+    )
+    panels = (
+        Panel("Generator: VSD loss", {"generator_loss": ""}),
+        Panel("Fake model: flow-matching loss", {"fake_loss": ""}),
+        MOTION,
+    )
+    Settings = Settings
 
-    def __init__(
-        self,
-        config: Priming,
-        shift: float,
-        generator: WanTransformer3DModel | Adapted,
-        shared: SharedBase,
-    ):
-        self.config, self.shift, self.generator, self.shared = config, shift, generator, shared
-        self.ema = make_ema(generator)
-        self.networks = networks_of(generator=generator, ema=self.ema, **shared.networks)
-        self.roles = {"generator": Role(generator, config.generator), "fake": Role(shared.fake, config.fake)}
+    def __init__(self, config: Settings, shift: float, generator: nn.Module, teacher: nn.Module, fake: nn.Module):
+        super().__init__(config, shift, generator)
+        self.teacher, self.fake = teacher, fake
+        self.hold(teacher=teacher, fake=fake)
+        self.roles = {"generator": Role(generator, config.generator), "fake": Role(fake, config.fake)}
+
+    @classmethod
+    def build(cls, settings: Experiment, networks: Networks) -> Priming:
+        """Generator, teacher and fake model, on as few base weights as their forms allow."""
+        config = getattr(settings, cls.name)
+        shared = adapters.SharedBase(networks.transformer(TEACHER, trained=False))
+        with cls.seeded(settings, "fake"):
+            if config.fake_form == "lora":
+                fake = shared.add(adapters.FAKE, config.fake_lora)
+            else:
+                fake = copy.deepcopy(shared.transformer).float().requires_grad_(True)
+            generator = cls.generator_at_start(settings, networks, shared)
+        return cls(config, settings.teacher.shift, generator, shared.network(None), fake)
 
     def turns(self, step: int) -> list[str]:
         """Two time scales: the fake model first follows the generator, then the generator moves once."""
         return ["fake"] * self.config.fake_steps_per_generator_step + ["generator"]
 
-    def loss(
-        self, turn: str, batch: tuple[Tensor, Condition], rng: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
-        x, c = batch
-        progress = progress_at(step, self.config.training)
-        t = sample_times(self.config.generator_times, self.shift, progress, len(x), rng)
-        with torch.set_grad_enabled(turn == "generator"):
-            xh = predict_x0(self.generator, add_noise(x, noise_like(x, rng), t), t, c)
-        t_ = sample_times(self.config.score_times, self.shift, progress, len(x), rng)
-        noise = noise_like(x, rng)
-        xh_t = add_noise(xh.detach(), noise, t_)
-        if turn == "fake":
-            with self.shared.as_fake() as fake:
-                return flow_matching_loss(velocity(fake, xh_t, t_, c), xh, noise), {}
-        with self.shared.as_teacher() as teacher:
-            v_real = guided_velocity(teacher, xh_t, t_, c, self.config.guidance_scale)
-        with torch.no_grad(), self.shared.as_fake() as fake:
-            v_fake = velocity(fake, xh_t, t_, c)
-        t5 = t_.reshape(-1, 1, 1, 1, 1)
-        g = vsd_direction(xh, xh_t - t5 * v_real, xh_t - t5 * v_fake)
-        return vsd_loss(xh, g), {"vsd_direction": g.abs().mean(), **motion_monitors(xh, x)}
+    def generate(self, clips: Clips) -> Tensor:
+        """Steps 1 and 2: xh = f_theta(x_t, t, c), one-step videos from real latents noised at a low SNR."""
+        t = clips.times(self.config.generator_times)
+        return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
 
+    def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
+        """Step 3: xh_t', t' and the noise eps'."""
+        t, noise = clips.times(self.config.score_times), clips.noise()
+        return flow.add_noise(xh.detach(), noise, t), t, noise
 
-def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
-    """Early signs of collapse: movement and mean of generated latents relative to real ones (1 and 0 are healthy)."""
-    with torch.no_grad():
-        moves, real_moves = (v.diff(dim=2).abs().mean() for v in (xh_BCFHW, x_BCFHW))
-        drift = (xh_BCFHW.mean(dim=(0, 2, 3, 4)) - x_BCFHW.mean(dim=(0, 2, 3, 4))).abs().mean()
-        return {"motion_ratio": moves / real_moves.clamp_min(1e-8), "colour_drift": drift}
+    def fake_loss(self, clips: Clips) -> Loss:
+        """Step 6: the fake model learns the distribution of sg(xh) by flow matching."""
+        with torch.no_grad():
+            xh = self.generate(clips)
+        xh_t, t, noise = self.noised_again(xh, clips)
+        return vsd.flow_matching_loss(wan.velocity(self.fake, xh_t, t, clips.c), xh, noise), {}
 
+    def generator_loss(self, clips: Clips) -> Loss:
+        """Steps 4 and 5: along the difference of the two scores, the teacher's with guidance, the fake's without."""
+        xh = self.generate(clips)
+        xh_t, t, _ = self.noised_again(xh, clips)
+        with torch.no_grad():
+            mu_real = wan.predict_x0(self.teacher, xh_t, t, clips.c, self.config.guidance_scale)
+            mu_fake = wan.predict_x0(self.fake, xh_t, t, clips.c)
+        g = vsd.vsd_direction(xh, mu_real, mu_fake)
+        return vsd.vsd_loss(xh, g), {"vsd_direction": g.abs().mean(), **motion_monitors(xh, clips.x)}
 
-def build(settings: Experiment, inputs: dict[str, Path], device: torch.device) -> PrimingPhase:
-    """The phase at its start: generator and shared base from the teacher's weights."""
-    config = settings.priming
-    teacher = load_network(inputs["teacher"], config.training, device, trained=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(settings.seed, "priming", "fake"))
-        shared = SharedBase(teacher, config.fake_lora if config.fake_form == "lora" else "copy")
-        if config.student_lora is None:
-            generator = load_network(inputs["teacher"], config.training, device, trained=True)
-        else:
-            generator = shared.add(STUDENT, config.student_lora)
-    return PrimingPhase(config, settings.teacher.shift, generator, shared)
-
-
-def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
-    """Train phase I; returns counts."""
-    phase, metrics = train_phase(settings, "priming", inputs, state, build)
-    save_weights(phase.generator, out / "generator.safetensors")
-    save_weights(
-        phase.shared.fake,
-        out / ("fake_lora.safetensors" if settings.priming.fake_form == "lora" else "fake.safetensors"),
-    )
-    return finish(out, inputs["teacher"], phase.ema, settings.teacher.shift, metrics, settings.priming.training)
+    def save(self, out: Path) -> None:
+        """The generator and the fake model as they are after the last step."""
+        student.save_weights(self.generator, out / "generator.safetensors")
+        form = "fake_lora" if self.config.fake_form == "lora" else "fake"
+        student.save_weights(self.fake, out / f"{form}.safetensors")

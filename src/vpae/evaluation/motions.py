@@ -24,7 +24,8 @@ from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.world import Truth
 from vpae.evaluation.truth import METRICS, measure
-from vpae.experiment import RESULTS, ConfigError, load, stage_folder
+from vpae.experiment import ConfigError, load
+from vpae.graph import RESULTS, stage_folder
 from vpae.models.wan import decode_latents, load_pipeline, load_sampler
 from vpae.sampling import draw
 
@@ -57,7 +58,7 @@ def redraw(
     model: Path, dataset: LatentDataset, truths: dict[str, Truth], kinds: Sequence[str], noises: int, shift: float
 ) -> list[tuple[Truth, Tensor]]:
     """Truth and latents (16, F, H, W) of a student's single steps for the clips of these kinds, `noises` of each."""
-    network, row = load_sampler(model), Sampler(model="equilibrium", steps=1)
+    network, row = load_sampler(model), Sampler(model="student", steps=1)
     numbers = [i for i, entry in enumerate(dataset.entries) if kind_of(truths[entry.key]) in kinds]
     drawn = []
     for noise in range(noises):

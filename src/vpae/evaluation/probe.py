@@ -1,12 +1,11 @@
-"""Watch a phase while choosing its settings: train it, and print the Frechet distance of its single step now and then.
+"""Watch a method while choosing its settings: train it, and print the Frechet distance of its single step now and then.
 
-    python -m vpae.evaluation.probe priming --config configs/tiny.yaml --every 10 --set priming.guidance_scale=1
+    python -m vpae.evaluation.probe METHOD --config configs/tiny.yaml --every 10 --set METHOD.guidance_scale=1
 
 Reads the finished stages before the phase and leaves nothing behind.
 """
 
 import argparse
-import importlib
 import json
 import sys
 import tempfile
@@ -18,9 +17,11 @@ from torch import nn
 from vpae.artifacts import ArtifactError
 from vpae.config import Experiment, Sampler
 from vpae.data.latents import LatentDataset
-from vpae.distill.common import accelerator_for, batches_of
+from vpae.distill import METHODS
+from vpae.distill.run import accelerator_for, at_start, batches_of
 from vpae.evaluation.frechet import RandomFeatures, frechet
-from vpae.experiment import RESULTS, ConfigError, load, stage_folder, upstream
+from vpae.experiment import ConfigError, load
+from vpae.graph import RESULTS, stage_folder, upstream
 from vpae.sampling import draw
 from vpae.training.loop import train
 
@@ -30,7 +31,7 @@ BATCH = 32
 @torch.no_grad()
 def one_step_distance(model: nn.Module, dataset: LatentDataset, count: int, settings: Experiment, device) -> float:
     """Frechet distance of the model's single steps on the first `count` held-out clips."""
-    row, features = Sampler(model="equilibrium", steps=1), RandomFeatures().to(device)
+    row, features = Sampler(model="student", steps=1), RandomFeatures().to(device)
     real, generated = [], []
     for start in range(0, count, BATCH):
         numbers = list(range(start, min(start + BATCH, count)))
@@ -43,7 +44,7 @@ def one_step_distance(model: nn.Module, dataset: LatentDataset, count: int, sett
 def main(argv: list[str] | None = None) -> int:
     """Run the probe; prints one JSON line per measurement, the first one before any training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("phase", choices=("priming", "equilibrium"))
+    parser.add_argument("phase", choices=tuple(METHODS))
     parser.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs = {name: stage_folder(source, name, arguments.results) for name in names}
     training = getattr(settings, arguments.phase).training
     accelerator = accelerator_for(training)
-    phase = importlib.import_module(f"vpae.distill.{arguments.phase}").build(settings, inputs, accelerator.device)
+    phase = at_start(settings, arguments.phase, inputs, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, arguments.phase, accelerator)
     dataset = LatentDataset(inputs["latents"], "held_out")
     count = min(arguments.clips, len(dataset))

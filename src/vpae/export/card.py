@@ -13,13 +13,14 @@ import yaml
 
 import vpae
 from vpae.artifacts import PROVENANCE, ArtifactError, identity, package_versions, sha256, write_json, written
+from vpae.distill import METHODS
 from vpae.models.wan import GEOMETRY
 
 CARD = "README.md"
 FACTS = "card.json"
 PAPER = "https://arxiv.org/abs/2508.21019"
 STATED = ("code", "inputs", "packages")  # of a provenance; the rest is about the machine it was made on
-TRAINED_AS = ("seed", "geometry", "priming", "equilibrium")  # of the settings
+TRAINED_AS = ("seed", "geometry", *METHODS)  # of the settings
 RELEASED = {"frames": 81, "height": 480, "width": 832, "fps": 16}  # what Wan2.1-I2V-14B-480P was made for
 RELATIONS = {"diffusers": "finetune", "wan": "finetune", "lora": "adapter", "lora-wan": "adapter"}
 
@@ -70,7 +71,7 @@ def write_card(
         known_geometry=bool(_geometry(folder, settings)),
         shift=settings.get("teacher", {}).get("shift"),
         trained=_trained(settings),
-        primed_only="priming" in settings and "equilibrium" not in settings,
+        methods=[METHODS[name].about for name in settings if name in METHODS],
         table=_table(scores),
         weights=weights,
         licence=licence,
@@ -172,12 +173,12 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a card needs; paths on the machine it was made on are not among them."""
     teacher = settings.get("teacher", {})
     names = ("source", "path", "revision", "shift") if teacher.get("source") == "hub" else ("source", "shift")
-    kept = {name: settings[name] for name in TRAINED_AS if name in settings}
+    kept = {name: value for name, value in settings.items() if name in TRAINED_AS}
     return {"teacher": {name: teacher[name] for name in names if name in teacher}, **kept}
 
 
 def _trained(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False) if {"priming", "equilibrium"} & set(settings) else ""
+    return yaml.safe_dump(dict(settings), sort_keys=False) if METHODS.keys() & set(settings) else ""
 
 
 def _table(scores: Mapping[str, Any] | None) -> str:

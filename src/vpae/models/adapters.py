@@ -4,11 +4,9 @@ The base plays one role at a time. A role ends with its context, but its backwar
 again then (activation checkpointing) has to select the adapter of the first run, see `training.sharding`.
 """
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -54,22 +52,18 @@ def _select(selection: Selection) -> None:
 
 
 class SharedBase(nn.Module):
-    """A frozen teacher and networks with adapters on the same base weights; first of all the fake model.
+    """A frozen teacher and networks with adapters on the same base weights.
 
     An adapter's second factor starts at zero, so that its network starts as the teacher, bit for bit.
 
     Args:
         transformer: the teacher; from now on frozen.
-        fake: the fake model's adapter; "copy" for a full, trained copy of the teacher in its place; or no fake model.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, fake: Lora | Literal["copy"] | None = None):
+    def __init__(self, transformer: WanTransformer3DModel):
         super().__init__()
         self._role: str | None = None
-        self.copy = copy.deepcopy(transformer).float().requires_grad_(True) if fake == "copy" else None
         self.transformer = transformer.requires_grad_(False)
-        if isinstance(fake, Lora):
-            self.add(FAKE, fake)
 
     def add(self, name: str, lora: Lora) -> "Adapted":
         """A new trained network: the base with an adapter in float32, whatever the base has."""
@@ -87,28 +81,6 @@ class SharedBase(nn.Module):
     def network(self, name: str | None, share: float = 1.0) -> "Adapted":
         """The network of one adapter, or a share of it added to the teacher; with no adapter the teacher."""
         return Adapted(self, name, share)
-
-    @property
-    def networks(self) -> dict[str, WanTransformer3DModel]:
-        """What holds weights, by name."""
-        return {"base": self.transformer} | ({FAKE: self.copy} if self.copy is not None else {})
-
-    @property
-    def fake(self) -> nn.Module:
-        """The fake model: what of it is trained."""
-        return self.network(FAKE) if self.copy is None else self.copy
-
-    @contextmanager
-    def as_teacher(self) -> Iterator[WanTransformer3DModel]:
-        """The frozen teacher; no gradients."""
-        with self.acting_as("teacher", None), torch.no_grad():
-            yield self.transformer
-
-    @contextmanager
-    def as_fake(self) -> Iterator[WanTransformer3DModel]:
-        """The fake model."""
-        with self.acting_as(FAKE, FAKE if self.copy is None else None):
-            yield self.transformer if self.copy is None else self.copy
 
     @contextmanager
     def acting_as(self, role: str, adapter: str | None, share: float = 1.0) -> Iterator[None]:
@@ -184,12 +156,12 @@ class Adapted(nn.Module):
         return self.base.peft_config[self.name].lora_alpha
 
     def start_from(self, lora: dict[str, Tensor]) -> None:
-        """Take the weights of an adapter's file, unless this network has no memory of its own yet.
+        """Take the weights of an adapter's file, if there are any and this network has memory of its own.
 
         Raises:
             RuntimeError: other layers or another rank.
         """
-        if not any(p.is_meta for p in self.parameters()):
+        if lora and not any(p.is_meta for p in self.parameters()):
             self.load_state_dict({_own_name(name): value for name, value in lora.items()})
 
 

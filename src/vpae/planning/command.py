@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from vpae.arguments import TINY, experiment_arguments
-from vpae.experiment import ConfigError, load, stage_folder, upstream
+from vpae.distill import METHODS
+from vpae.experiment import ConfigError, load
+from vpae.graph import stage_folder, upstream
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 PART_NAMES = {
@@ -45,7 +47,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 def add_launch(commands: argparse._SubParsersAction) -> None:
     """The arguments of `vpae launch`."""
     launch = commands.add_parser("launch", help="print a script that runs a phase on several nodes")
-    launch.add_argument("stage", choices=("priming", "equilibrium"))
+    launch.add_argument("stage", choices=tuple(METHODS))
     launch.add_argument("--config", type=Path, default=TINY, help="an experiment's YAML file")
     launch.add_argument("--nodes", type=int, default=2)
     launch.add_argument("--gpus-per-node", type=int, default=8, help="0: two processes a node on CPUs, over gloo")

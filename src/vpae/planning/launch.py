@@ -53,7 +53,7 @@ def render(source: Source, stage: str, job: Job) -> str:
 
     Args:
         source: the experiment.
-        stage: priming or equilibrium.
+        stage: a method.
         job: nodes, GPUs and how they meet.
 
     Raises:

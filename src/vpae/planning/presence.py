@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from vpae.experiment import RESULTS, Source, stage_folder
+from vpae.experiment import Source
+from vpae.graph import RESULTS, stage_folder
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 OTHERS = ("model_index.json", "tokenizer", "image_processor", "scheduler")

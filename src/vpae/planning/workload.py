@@ -6,7 +6,9 @@ This is `vpae.distill` read as arithmetic; `tests/test_plan.py` counts the opera
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vpae.config import Equilibrium, Experiment, Lora, Priming
+from vpae.config import Experiment, Lora
+from vpae.distill.equilibrium import Settings as Equilibrium
+from vpae.distill.priming import Settings as Priming
 from vpae.models.wan import default_taps
 from vpae.planning.counting import (
     Flops,

@@ -16,12 +16,12 @@ from vpae import __version__
 from vpae.artifacts import identity, read_provenance
 from vpae.config import Experiment, Sampler
 from vpae.data.video import read_frames
-from vpae.experiment import STAGES
+from vpae.distill import METHODS
+from vpae.graph import stages_of
 from vpae.report import plots
 
 REAL = "real"
 PAPER = "https://arxiv.org/abs/2508.21019"
-MODELS = {"teacher": "teacher", "priming": "student after phase I", "equilibrium": "V-PAE"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     # The first ones, whatever they look like: nothing is picked.
     suite = [json.loads(line) for line in lines[: min(settings.report.clips, settings.samples.decode)]]
     notes = {name: describe(name, settings.samples.rows.get(name)) for name in scores["rows"]}
-    parts = named_rows(settings.samples.rows)
+    parts = named_rows(settings.samples.rows, settings.student)
     videos = {
         name: [read_frames(inputs["samples"] / name / item["file"])[0] for item in suite]
         for name in notes
@@ -74,7 +74,6 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     shown = [name for name in (REAL, *parts.values()) if name in videos]
     strip = plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts)
     strip.quantize(256).save(out / "strip.png", optimize=True)
-    phases = {name: read_lines(inputs[name] / "metrics.jsonl") for name in ("priming", "equilibrium")}
     experiment = out.parent.name  # a stage's folder stands in its experiment's
     page = render(
         experiment=experiment,
@@ -89,10 +88,11 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         notes=notes,
         reel=plots.reel(videos, settings.geometry.fps),
         prompts=prompts,
-        curves={name: plots.curves(plots.PANELS[name], lines) for name, lines in phases.items()},
-        provenance=[provenance(name, inputs[name]) for name in STAGES if name in inputs],
-        student=f"results/{inputs['equilibrium'].parent.name}/equilibrium/student",
-        stages=STAGES,
+        methods=[METHODS[name] for name in settings.chain(settings.student)] if settings.student else [],
+        training=[training(name, inputs[name]) for name in stages_of(settings) if name in METHODS],
+        provenance=[provenance(name, inputs[name]) for name in stages_of(settings) if name in inputs],
+        student=f"{inputs[settings.student].parent.name}/{settings.student}" if settings.student else "",
+        stages=stages_of(settings),
         resolved=as_yaml(settings.model_dump(mode="json", exclude={"extends"})),
     )
     (out / "index.html").write_text(page, encoding="utf-8")
@@ -111,23 +111,29 @@ def render(**content: object) -> str:
     return environment.get_template("page.html.j2").render(**content)
 
 
-def named_rows(rows: dict[str, Sampler]) -> dict[str, str]:
+def training(name: str, folder: Path) -> dict[str, object]:
+    """What the page shows of a method's training: its class and its curves."""
+    lines = read_lines(folder / "metrics.jsonl")
+    return {"method": METHODS[name], "curves": plots.curves(METHODS[name].panels, lines)}
+
+
+def named_rows(rows: dict[str, Sampler], student: str) -> dict[str, str]:
     """Which rows play the parts of the comparison, as far as they exist.
 
     Returns:
-        teacher -> the teacher's row with most network evaluations, naive -> the teacher in one, vpae -> the student in
-        fewest.
+        teacher -> the teacher's row with most network evaluations, naive -> the teacher in one, student -> that of the
+        method `student` in fewest.
     """
     by_cost = sorted(rows, key=lambda name: rows[name].nfe)
     teachers = [name for name in by_cost if rows[name].model == "teacher"]
-    students = [name for name in by_cost if rows[name].model == "equilibrium"]
+    students = [name for name in by_cost if rows[name].model == student]
     parts = {}
     if teachers and rows[teachers[-1]].nfe > 1:
         parts["teacher"] = teachers[-1]
     if teachers and rows[teachers[0]].nfe == 1:
         parts["naive"] = teachers[0]
     if students:
-        parts["vpae"] = students[0]
+        parts["student"] = students[0]
     return parts
 
 
@@ -139,14 +145,15 @@ def describe(name: str, row: Sampler | None) -> str:
         return "naive: the teacher in one step"
     steps = "1 step" if row.steps == 1 else f"{row.steps} steps"
     guidance = "" if row.guidance_scale == 1.0 else f", guidance {row.guidance_scale:g}"
-    return f"{MODELS.get(row.model, row.model)}, {steps}{guidance}"
+    label = METHODS[row.model].label if row.model in METHODS else row.model
+    return f"{label}, {steps}{guidance}"
 
 
 def headlines(rows: dict[str, dict], parts: dict[str, str]) -> list[dict]:
-    """V-PAE's main numbers beside those of the teacher and the naive step; empty without a V-PAE row."""
-    if parts.get("vpae") not in rows:
+    """The student's main numbers beside those of the teacher and the naive step; empty without a row of it."""
+    if parts.get("student") not in rows:
         return []
-    ours = rows[parts["vpae"]]
+    ours = rows[parts["student"]]
     others = [name for name in (parts.get("teacher"), parts.get("naive")) if name in rows]
     found = [
         {
@@ -160,7 +167,7 @@ def headlines(rows: dict[str, dict], parts: dict[str, str]) -> list[dict]:
     reference, key = rows.get(parts.get("teacher", ""), {}), "latency_diffusion_s"
     if faster := ratio(reference.get(key), ours.get(key)):
         whole = ratio(reference.get("latency_total_s"), ours.get("latency_total_s"))
-        times = [(name, cell(key, rows[name][key])["value"]) for name in (parts["vpae"], parts["teacher"])]
+        times = [(name, cell(key, rows[name][key])["value"]) for name in (parts["student"], parts["teacher"])]
         found.append(
             {"title": "Speed-up", "value": faster, "interval": f"end to end {whole}" if whole else "", "others": times}
         )
@@ -178,7 +185,7 @@ def table(scores: dict, notes: dict[str, str], parts: dict[str, str]) -> dict:
         {
             "name": name,
             "note": notes[name],
-            "ours": name == parts.get("vpae"),
+            "ours": name == parts.get("student"),
             "nfe": scores["nfe"].get(name, ""),
             "cells": [cell(metric, row.get(metric)) for metric in metrics],
             "speedup": ratio(reference.get("latency_diffusion_s"), row.get("latency_diffusion_s")),

@@ -6,7 +6,6 @@ Axes: T frames, H height, W width, C colour.
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -14,38 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from vpae.distill.method import Panel
+
 PAGE, GAP = 1040, (10, 24)  # pixels: width of the page's column; least and largest space between two videos
 LARGEST_FACTOR = 4  # small videos are enlarged by a whole factor, so that pixels stay square
 LONGEST = 49  # frames of a video on the page; longer ones are thinned out
 COLOURS = ("#2f7fd0", "#d9822b")  # these and the grey can be read on white and on black
 GREY = "#808080"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One diagram: what it shows (key in metrics.jsonl -> label) and a value to compare with, and what that means."""
-
-    title: str
-    curves: dict[str, str]
-    reference: float | None = None
-    meaning: str = ""
-
-
-PANELS = {
-    "priming": (
-        Panel("Generator: VSD loss", {"generator_loss": ""}),
-        Panel("Fake model: flow-matching loss", {"fake_loss": ""}),
-        Panel("Motion, generated / real", {"motion_ratio": ""}, 1.0, "1: as much as real"),
-    ),
-    "equilibrium": (
-        Panel("Discriminator: hinge loss", {"hinge": ""}, 2.0, "2: cannot tell"),
-        Panel("Mean logits", {"logit_real": "real", "logit_fake": "generated"}),
-        Panel("Logit gap, real − generated", {"logit_gap": ""}, 0.0, "0: cannot tell"),
-        Panel("Discriminator's accuracy", {"accuracy": ""}, 0.5, "½: chance"),
-        Panel("Generator: C-SDS loss", {"csds": ""}),
-        Panel("Motion, generated / real", {"motion_ratio": ""}, 1.0, "1: as much as real"),
-    ),
-}
 
 
 def curves(panels: Sequence[Panel], lines: list[dict]) -> str:

@@ -22,7 +22,7 @@ from transformers import (
 from vpae.config import TinyEncoders
 from vpae.models.wan import TEXT_TOKENS
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role
+from vpae.training.phase import Phase, Role
 
 
 def build_tokenizer(captions: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -120,7 +120,7 @@ class Towers(nn.Module):
         return F.normalize(self.image_head(torch.cat(hidden.chunk(2), dim=-1)), dim=-1)
 
 
-class EncoderPhase:
+class EncoderPhase(Phase):
     """Symmetric InfoNCE, in which clips with the same caption are all right answers, and reading captions back."""
 
     name = "teacher/encoders"
@@ -129,9 +129,6 @@ class EncoderPhase:
     def __init__(self, config: TinyEncoders, towers: Towers):
         self.roles = {"towers": Role(towers, config.optimizer)}
         self.ema = make_ema(towers)
-
-    def turns(self, step: int) -> list[str]:
-        return ["towers"]
 
     def loss(self, turn: str, batch: dict[str, Tensor], rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
         """Contrastive and reading loss of a batch with keys ids, mask (B, L), first, last (B, 3, H, W)."""
@@ -148,7 +145,7 @@ class EncoderPhase:
         return contrastive + reading, {"retrieval": hit, "read": read}
 
 
-class TextPhase:
+class TextPhase(Phase):
     """A finished text encoder learns the order of words: captions are read back, its embeddings stay near the old."""
 
     name = "teacher/text"
@@ -159,9 +156,6 @@ class TextPhase:
         self.old = make_ema(reader.text)
         self.roles = {"reader": Role(reader, config.optimizer)}
         self.ema = make_ema(reader)
-
-    def turns(self, step: int) -> list[str]:
-        return ["reader"]
 
     def loss(self, turn: str, batch: dict[str, Tensor], rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
         """Reading loss of a batch with keys ids, mask (B, L), and relative squared distance from the old encoder."""

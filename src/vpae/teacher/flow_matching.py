@@ -11,7 +11,7 @@ from vpae.config import TinyTransformer
 from vpae.flow import add_noise, sample_times, velocity_target
 from vpae.models.wan import Condition, velocity
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role
+from vpae.training.phase import Phase, Role
 
 
 def build(config: TinyTransformer, text_dim: int, image_dim: int) -> WanTransformer3DModel:
@@ -35,7 +35,7 @@ def build(config: TinyTransformer, text_dim: int, image_dim: int) -> WanTransfor
     )
 
 
-class FlowMatchingPhase:
+class FlowMatchingPhase(Phase):
     """|| v(x_t, t, c) - (eps - x) ||^2 with captions dropped now and then, so that guidance has its empty branch."""
 
     name = "teacher/transformer"
@@ -48,9 +48,6 @@ class FlowMatchingPhase:
         if config.compile:
             for block in transformer.blocks:
                 block.compile()
-
-    def turns(self, step: int) -> list[str]:
-        return ["transformer"]
 
     def loss(
         self, turn: str, batch: tuple[Tensor, Condition], rng: torch.Generator, step: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vpae.config import Optimizer, TinyVae
 from vpae.training.ema import make_ema
-from vpae.training.loop import Role
+from vpae.training.phase import Phase, Role
 
 INITIAL_LOG_VARIANCE = -6.0
 
@@ -35,7 +35,7 @@ def build(config: TinyVae) -> AutoencoderKLWan:
     return vae
 
 
-class VaePhase:
+class VaePhase(Phase):
     """L1 + L2 reconstruction of crops, and KL to the unit Gaussian.
 
     Args:
@@ -65,10 +65,6 @@ class VaePhase:
             vae.quant_conv.requires_grad_(False)
         self.roles = {"vae": Role(vae, optimizer)}
         self.ema = make_ema(vae)
-
-    def turns(self, step: int) -> list[str]:
-        """One update a step."""
-        return ["vae"]
 
     def loss(self, turn: str, video_B3THW: Tensor, rng: torch.Generator, step: int) -> tuple[Tensor, dict]:
         """Reconstruction loss of crops of `video_B3THW`, uint8 scaled to [-1, 1]."""

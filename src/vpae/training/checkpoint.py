@@ -19,11 +19,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from vpae.training.phase import Phase
+
 KEEP = 2
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def save(folder: Path, phase, position: dict) -> None:
+def save(folder: Path, phase: Phase, position: dict) -> None:
     """Write `step-N` beside the older states and delete all but the newest two; every process calls this."""
     final = folder / f"step-{position['step']:08d}"
     temporary = folder / f".{final.name}.tmp"
@@ -48,7 +50,7 @@ def _wait_for_all() -> None:
         dist.barrier()
 
 
-def load_latest(folder: Path, phase) -> dict | None:
+def load_latest(folder: Path, phase: Phase) -> dict | None:
     """Restore the newest state into the phase's modules and optimisers.
 
     Returns:
@@ -79,7 +81,7 @@ def load_latest(folder: Path, phase) -> dict | None:
     return json.loads((found[-1] / "position.json").read_text())
 
 
-def _state(phase) -> dict:
+def _state(phase: Phase) -> dict:
     state = {}
     for name, role in phase.roles.items():
         state[f"{name}.model"] = get_model_state_dict(role.module, options=_TRAINED)

@@ -9,71 +9,21 @@ twice as often.
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from vpae.config import Optimizer, Training
 from vpae.experiment import ConfigError
 from vpae.progress import Progress
 from vpae.training import checkpoint, sharding
 from vpae.training.ema import update_ema
+from vpae.training.phase import Batch, Phase
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import generator_for
-
-Batch = Any
-
-
-@dataclass
-class Role:
-    """A module some of whose parameters are trained (those that require gradients), with its own optimiser."""
-
-    module: nn.Module
-    settings: Optimizer
-    optimizer: torch.optim.Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reset_optimizer()
-
-    def reset_optimizer(self) -> None:
-        """A fresh optimiser of the module's parameters as they are now, which sharding replaces."""
-        s, trained = self.settings, [p for p in self.module.parameters() if p.requires_grad]
-        kinds = [[p for p in trained if isinstance(p, DTensor) == kind] for kind in (False, True)]  # they do not mix
-        groups = [{"params": kind} for kind in kinds if kind]
-        if s.algorithm == "rmsprop":
-            self.optimizer = torch.optim.RMSprop(groups, lr=s.learning_rate, alpha=s.alpha)
-        else:
-            self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def require_gradients(self, wanted: bool) -> None:
-        """Switch the gradients of what is trained on or off."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(wanted)
-
-
-class Phase(Protocol):
-    """What the loop asks of a phase; one that can be sharded also has `networks`, see `sharding.spread`."""
-
-    name: str
-    roles: dict[str, Role]
-    main: str  # the role whose updates are the steps
-    ema: nn.Module | None  # follows the main role
-
-    def turns(self, step: int) -> Iterable[str]:
-        """Which roles are updated in this step, in order, with repetitions."""
-
-    def loss(self, turn: str, batch: Batch, rng: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch for one role, and named values to log."""
 
 
 def progress_at(step: int, training: Training) -> float:
@@ -153,7 +103,17 @@ def train(
     return metrics
 
 
-def _update(phase, turn, number, batches, drawn, training, seed, step, accelerator) -> tuple[dict[str, Tensor], int]:
+def _update(
+    phase: Phase,
+    turn: str,
+    number: int,
+    batches: Callable[[int], Batch],
+    drawn: int,
+    training: Training,
+    seed: int,
+    step: int,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], int]:
     """One optimiser step of one role; returns its logs and the number of micro-batches drawn so far."""
     role = phase.roles[turn]
     rank, ranks = sharding.data_rank(training.sharding, accelerator)

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpae.config import Sharding, Training
 from vpae.models.adapters import Adapted, adapted_layers, selected, selection_of
+from vpae.training.phase import Phase
 from vpae.training.precision import INPUTS
 
 WHOLE = ("norm", "scale_shift_table")
@@ -61,7 +62,7 @@ def empty_transformer(config: dict) -> WanTransformer3DModel:
     return model
 
 
-def spread(phase, training: Training, accelerator: Accelerator) -> None:
+def spread(phase: Phase, training: Training, accelerator: Accelerator) -> None:
     """Apply the plan to all networks of a phase; call it once, before training.
 
     Args:
@@ -250,16 +251,16 @@ def unsharded(network: WanTransformer3DModel) -> WanTransformer3DModel | None:
 # Gradients.
 
 
-def release_gathered(phase) -> None:
+def release_gathered(phase: Phase) -> None:
     """Drop the weights that are still gathered at the end of a turn: they know of no update, nor of who learns next."""
-    for network in getattr(phase, "networks", {}).values():
+    for network in phase.networks.values():
         if isinstance(network, FSDPModule):
             network.reshard()
 
 
-def reduce_gradients_in_backward(phase, wanted: bool) -> None:
+def reduce_gradients_in_backward(phase: Phase, wanted: bool) -> None:
     """Whether the next backward passes add up the gradients of sharded weights over processes."""
-    for network in getattr(phase, "networks", {}).values():
+    for network in phase.networks.values():
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(wanted)
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vpae.experiment import RESULTS, STAGES
+from vpae.graph import RESULTS, STAGES, stages_of
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -14,7 +14,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     record = _command(commands, "record", "commit what Snakemake made to DVC, if all of it is up to date", _record)
     record.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=STAGES, help="commit only these; all are checked"
+        "--stages", nargs="+", choices=tuple(STAGES), default=(), help="commit only these; all are checked"
     )
 
     restore = _command(commands, "restore", "pull recorded results, check them, make them known to Snakemake", _restore)
@@ -38,9 +38,11 @@ def _verify(arguments: argparse.Namespace) -> None:
     from vpae.experiment import ConfigError
     from vpae.versioning.verify import committed, require_true
 
-    if unknown := [stage for stage in arguments.stages if stage not in STAGES]:
-        raise ConfigError(f"verify: {', '.join(unknown)}: no stage; stages are {', '.join(STAGES)}")
-    require_true(committed(arguments.config), arguments.stages or STAGES, arguments.results)
+    source = committed(arguments.config)
+    known = stages_of(source.settings)
+    if unknown := [stage for stage in arguments.stages if stage not in known]:
+        raise ConfigError(f"verify: {', '.join(unknown)}: no stage; stages are {', '.join(known)}")
+    require_true(source, arguments.stages, arguments.results)
 
 
 def _record(arguments: argparse.Namespace) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 import yaml
 
 from vpae.artifacts import ArtifactError
-from vpae.experiment import STAGES, Source, owner, stage_folder
+from vpae.experiment import Source
+from vpae.graph import owner, stage_folder, stages_of
 from vpae.versioning import engines
 from vpae.versioning.tables import metrics_folder, settings_file, write_metrics, write_settings
 from vpae.versioning.verify import require_true
 
 
-def record(source: Source, stages: Sequence[str] = STAGES) -> list[str]:
+def record(source: Source, stages: Sequence[str] = ()) -> list[str]:
     """Commit an experiment's results to DVC's cache and dvc.lock, if they are all true.
 
     `dvc commit` alone records whatever is on disk as the result of the present settings. So it comes last: first the
@@ -20,7 +21,7 @@ def record(source: Source, stages: Sequence[str] = STAGES) -> list[str]:
 
     Args:
         source: the experiment; stages that an overlay leaves alone are its base's.
-        stages: which of them to commit; all are checked.
+        stages: which of them to commit, if not all; all are checked.
 
     Returns:
         the names of the committed stages of dvc.yaml.
@@ -54,9 +55,9 @@ def restore(source: Source, pull: bool = True, remote: str | None = None) -> lis
     Raises:
         ArtifactError: what is in the remote, or here, is not what it says.
     """
-    folders = sorted({str(stage_folder(source, stage)) for stage in STAGES})
+    folders = sorted({str(stage_folder(source, stage)) for stage in stages_of(source.settings)})
     if pull:
-        targets = [*_recorded(_targets(source, STAGES)), *_teacher_file(source)]
+        targets = [*_recorded(_targets(source)), *_teacher_file(source)]
         engines.pull(remote, targets, [*folders, *(file.removesuffix(".dvc") for file in _teacher_file(source))])
         code, _ = engines.run("dvc", "status", "--quiet", *targets)
         if code:
@@ -72,11 +73,11 @@ def restore(source: Source, pull: bool = True, remote: str | None = None) -> lis
 
 def _owners(source: Source) -> list[Source]:
     """The experiment and those of its bases in whose folders its results stand."""
-    found = {owner(source, stage).name: owner(source, stage) for stage in STAGES}
+    found = {owner(source, stage).name: owner(source, stage) for stage in stages_of(source.settings)}
     return list(({source.name: source} | found).values())
 
 
-def _targets(source: Source, stages: Sequence[str]) -> list[str]:
+def _targets(source: Source, stages: Sequence[str] = ()) -> list[str]:
     """The experiment's stages in dvc.yaml.
 
     Raises:
@@ -88,7 +89,9 @@ def _targets(source: Source, stages: Sequence[str]) -> list[str]:
             raise ArtifactError(
                 f"dvc.yaml: vars: there is no {experiment.name}; add it to the lists that it belongs to"
             )
-    targets = [f"{stage}@{owner(source, stage).name}" for stage in STAGES if stage in stages]
+    targets = [
+        f"{stage}@{owner(source, stage).name}" for stage in stages_of(source.settings) if stage in stages or not stages
+    ]
     return [*targets, *(f"settings@{experiment.name}" for experiment in _owners(source)), f"metrics@{source.name}"]
 
 

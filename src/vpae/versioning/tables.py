@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 from vpae.artifacts import write_json, written
-from vpae.experiment import RESULTS, STAGES, Source, stage_folder, stage_settings
-
-PHASES = ("priming", "equilibrium")
+from vpae.experiment import Source
+from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of
 
 
 def settings_file(source: Source, results: Path = RESULTS) -> Path:
@@ -21,7 +20,7 @@ def write_settings(source: Source, path: Path) -> Path:
     DVC's stages depend on this file, so that it takes for a change just what Snakemake and the stages take for one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {stage: stage_settings(source.settings, stage) for stage in STAGES})
+    write_json(path, {stage: stage_settings(source.settings, stage) for stage in stages_of(source.settings)})
     return path
 
 
@@ -31,16 +30,16 @@ def metrics_folder(source: Source) -> Path:
 
 
 def write_metrics(source: Source, folder: Path, results: Path = RESULTS) -> Path:
-    """`scores.json`: row -> metric -> mean. `priming.csv`, `equilibrium.csv`: what each phase logged, a line a step."""
+    """`scores.json`: row -> metric -> mean. `METHOD.csv`: what each method logged, a line a step."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = json.loads((stage_folder(source, "evaluation", results) / "scores.json").read_text())["rows"]
     means = {row: {metric: value["mean"] for metric, value in found.items()} for row, found in scores.items()}
     write_json(folder / "scores.json", means)
-    for phase in PHASES:
-        logged = (stage_folder(source, phase, results) / "metrics.jsonl").read_text().splitlines()
+    for method in source.settings.methods:
+        logged = (stage_folder(source, method, results) / "metrics.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in logged]
         columns = list(dict.fromkeys(key for line in lines for key in line))  # a warm-up logs less
-        with written(folder / f"{phase}.csv") as temporary, temporary.open("w", newline="") as file:
+        with written(folder / f"{method}.csv") as temporary, temporary.open("w", newline="") as file:
             table = csv.DictWriter(file, columns, lineterminator="\n")
             table.writeheader()
             table.writerows(lines)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vpae.artifacts import ArtifactError, file_hashes, identity, read_provenance, sha256
-from vpae.experiment import RESULTS, STAGES, Source, load, stage_folder, stage_settings, upstream
+from vpae.experiment import Source, load
+from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, upstream
 
 SHOWN = 3
 
@@ -18,13 +19,14 @@ def committed(path: Path) -> Source:
     return load(path, environment=False)
 
 
-def require_true(source: Source, stages: Sequence[str] = STAGES, results: Path = RESULTS) -> None:
-    """Refuse results that are missing, stale or damaged.
+def require_true(source: Source, stages: Sequence[str] = (), results: Path = RESULTS) -> None:
+    """Refuse results of these stages, or else of all, that are missing, stale or damaged.
 
     Raises:
         ArtifactError: naming every such folder, what is wrong with it, and the remedy.
     """
-    found = [problem for stage in STAGES if stage in stages for problem in problems(source, stage, results)]
+    wanted = [stage for stage in stages_of(source.settings) if stage in stages or not stages]
+    found = [problem for stage in wanted for problem in problems(source, stage, results)]
     if found:
         remedy = f"run `snakemake all --config experiment={source.name}`; if it sees nothing to do, force these stages:"
         force = f"`snakemake --forcerun STAGE -- results/{source.name}/STAGE`"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vbench_i2v import command as benchmark
 from vpae.config import VBenchFolder
-from vpae.experiment import RESULTS, ConfigError, load
+from vpae.experiment import ConfigError, load
+from vpae.graph import RESULTS
 
 TINY_STATE = "tiny"  # folder for what the tiny backbones keep
 

@@ -19,7 +19,8 @@ from vpae.artifacts import identity, write_json
 from vpae.config import Experiment, VBench
 from vpae.data.latents import LatentDataset
 from vpae.evaluation.vbench import processes, tiny
-from vpae.experiment import ConfigError, Source, stage_folder
+from vpae.experiment import ConfigError, Source
+from vpae.graph import stage_folder
 from vpae.parts import Part
 
 FILE, FOLDER = "vbench.json", "vbench"

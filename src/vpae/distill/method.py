@@ -1,0 +1,182 @@
+"""What a method of distillation is: a phase with a section of settings, a place in a chain, and curves for the report.
+
+A method's file is read wherever an experiment is, so it imports torch and networks lazily (`vpae.lazy`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from vpae.config.section import Section
+from vpae.config.training import Lora, Optimizer, Times, Training
+from vpae.lazy import lazy
+from vpae.training.phase import Phase
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vpae.config import Experiment
+    from vpae.distill.networks import Networks
+    from vpae.models.adapters import SharedBase
+    from vpae.models.wan import Condition
+else:
+    torch = lazy("torch")
+
+adapters, ema, flow = lazy("vpae.models.adapters"), lazy("vpae.training.ema"), lazy("vpae.flow")
+loop, randomness = lazy("vpae.training.loop"), lazy("vpae.training.randomness")
+stored = lazy("vpae.distill.networks")
+
+TEACHER = "teacher"  # what a chain of methods begins with
+
+
+class MethodSettings(Section):
+    """What the section of every method has."""
+
+    training: Training = Field(Training(), description="Its run of the training loop.")
+    generator: Optimizer = Field(Optimizer(), description="Of the generator.")
+    student_lora: Lora | None = Field(
+        None, description="Train the generator as an adapter on the teacher's own weights; empty: all its weights."
+    )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram: what it shows (key in metrics.jsonl -> label) and a value to compare with, and what that means."""
+
+    title: str
+    curves: dict[str, str]
+    reference: float | None = None
+    meaning: str = ""
+
+
+MOTION = Panel("Motion, generated / real", {"motion_ratio": ""}, 1.0, "1: as much as real")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The real clips of a micro-batch, and what is drawn at random for them.
+
+    Attributes:
+        x: latents (B, 16, F, H, W).
+        c: their condition.
+        rng: source of all randomness of this micro-batch; the order of the draws is part of a method.
+        shift: timestep shift.
+        progress: how much of the run is done, in [0, 1].
+    """
+
+    x: Tensor
+    c: Condition
+    rng: torch.Generator
+    shift: float
+    progress: float
+
+    def noise(self) -> Tensor:
+        """Gaussian noise like x, float32."""
+        return torch.randn(self.x.shape, generator=self.rng, device=self.x.device)
+
+    def times(self, times: Times) -> Tensor:
+        """A time t (B,) for each clip, see `flow.sample_times`."""
+        return flow.sample_times(times, self.shift, self.progress, len(self.x), self.rng)
+
+    def ones(self) -> Tensor:
+        """t = 1 (B,), pure noise."""
+        return torch.ones(len(self.x), device=self.x.device)
+
+
+Loss = tuple["Tensor", dict[str, "Tensor"]]  # of one micro-batch, and named values to log
+
+
+class Method(Phase):
+    """Distils a generator; a subclass and the settings beside it are all there is to a method.
+
+    The turn NAME is computed by the method `NAME_loss(clips)` of the subclass. The subclass's initialiser fills `roles`
+    and calls `hold`.
+
+    Attributes:
+        name: of the method, its section, stage, folder and command.
+        title: heading in the report.
+        label: what its student is called in tables.
+        about: what it does, to follow "by" in a sentence of the model card.
+        caption: how to read its curves.
+        panels: its curves.
+        row, steps: where an experiment names no rows of its own, its tables have ROW-Nnfe for each number of steps N;
+            an empty row stands for the method's name.
+        Settings: its section.
+    """
+
+    title: ClassVar[str]
+    label: ClassVar[str]
+    about: ClassVar[str]
+    caption: ClassVar[str] = ""
+    panels: ClassVar[tuple[Panel, ...]] = (Panel("Generator's loss", {"generator_loss": ""}), MOTION)
+    row: ClassVar[str] = ""
+    steps: ClassVar[tuple[int, ...]] = (1,)
+    Settings: ClassVar[type[MethodSettings]]
+    main = "generator"
+
+    def __init__(self, config: MethodSettings, shift: float, generator: nn.Module):
+        self.config, self.shift, self.generator = config, shift, generator
+        self.ema = ema.make_ema(generator)
+
+    def hold(self, **others: nn.Module) -> None:
+        """Say which networks there are beside generator and EMA; adapted ones count as the one base they share."""
+        self.networks = stored.networks_of(generator=self.generator, ema=self.ema, **others)
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Experiment, networks: Networks) -> Method:
+        """The phase at its start.
+
+        Args:
+            settings: the experiment.
+            networks: where its networks come from.
+        """
+
+    def loss(self, turn: str, batch: tuple[Tensor, Condition], rng: torch.Generator, step: int) -> Loss:
+        """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
+        x, c = batch
+        clips = Clips(x, c, rng, self.shift, loop.progress_at(step, self.config.training))
+        return getattr(self, f"{turn}_loss")(clips)
+
+    def save(self, out: Path) -> None:
+        """Write what the method leaves beside the student; every process calls it, see `student.save_weights`."""
+
+    @classmethod
+    def start_of(cls, settings: Experiment) -> str:
+        """What the generator starts as: the teacher, or another method's student."""
+        return settings.methods.get(cls.name, TEACHER)
+
+    @classmethod
+    def generator_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:
+        """The generator: whole, or an adapter on the teacher's weights; with the weights of what it starts from."""
+        lora, start = getattr(settings, cls.name).student_lora, cls.start_of(settings)
+        if lora is None:
+            return networks.transformer(start, trained=True)
+        generator = shared.add(adapters.STUDENT, lora)
+        if start != TEACHER:
+            generator.start_from(networks.adapter(start))
+        return generator
+
+    @classmethod
+    @contextmanager
+    def seeded(cls, settings: Experiment, what: str) -> Iterator[None]:
+        """Weights that are drawn inside the block follow from the experiment's seed, the method and `what`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(randomness.derived_seed(settings.seed, cls.name, what))
+            yield
+
+
+def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
+    """Early signs of collapse: movement and mean of generated latents relative to real ones (1 and 0 are healthy)."""
+    with torch.no_grad():
+        moves, real_moves = (v.diff(dim=2).abs().mean() for v in (xh_BCFHW, x_BCFHW))
+        drift = (xh_BCFHW.mean(dim=(0, 2, 3, 4)) - x_BCFHW.mean(dim=(0, 2, 3, 4))).abs().mean()
+        return {"motion_ratio": moves / real_moves.clamp_min(1e-8), "colour_drift": drift}

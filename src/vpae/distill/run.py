@@ -1,0 +1,88 @@
+"""The stage of any method: train it, and write its student."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from vpae.config import Experiment, Training
+from vpae.data.latents import LatentDataset
+from vpae.distill import METHODS
+from vpae.distill.method import TEACHER, Method
+from vpae.distill.networks import Stored
+from vpae.distill.student import save_ema
+from vpae.experiment import ConfigError
+from vpae.export.card import stage_provenance, write_card
+from vpae.models.wan import Condition
+from vpae.training.loop import train
+from vpae.training.randomness import Shuffled
+from vpae.training.sharding import data_rank, spread
+
+
+def accelerator_for(training: Training) -> Accelerator:
+    """Device, precision and processes of a run.
+
+    Raises:
+        ConfigError: several processes were started that do not see each other, and would each train alone.
+    """
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"WORLD_SIZE = {started} processes were started, but this one sees {accelerator.num_processes}: each would "
+            "train alone. To train on CPUs set ACCELERATE_USE_CPU=true; on GPUs see that every process has one "
+            "(`nvidia-smi`, CUDA_VISIBLE_DEVICES) and that a launcher set LOCAL_RANK; or unset WORLD_SIZE"
+        )
+    return accelerator
+
+
+def batches_of(
+    latents: Path, training: Training, seed: int, name: str, accelerator: Accelerator
+) -> Callable[[int], tuple[Tensor, Condition]]:
+    """Number of a micro-batch -> this process's latents and condition; every pass is shuffled anew."""
+    dataset = LatentDataset(latents, "train")
+    order = Shuffled(len(dataset), seed, name)
+    size, (rank, ranks) = training.batch_size, data_rank(training.sharding, accelerator)
+
+    def batch(drawn: int) -> tuple[Tensor, Condition]:
+        first = (drawn * ranks + rank) * size
+        return dataset.batch([order(first + i) for i in range(size)], accelerator.device)
+
+    return batch
+
+
+def at_start(settings: Experiment, name: str, inputs: dict[str, Path], accelerator: Accelerator) -> Method:
+    """A method's phase before its first step, on the networks of finished stages, spread over the processes."""
+    training = getattr(settings, name).training
+    phase = METHODS[name].build(settings, Stored(inputs, training, accelerator.device))
+    spread(phase, training, accelerator)
+    return phase
+
+
+def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
+    """Train a method and write its result; returns counts.
+
+    Writes `student/` (the pipeline folder of the result, with EMA weights and a model card), `metrics.jsonl`, of a
+    student trained as an adapter `student_lora.safetensors`, and what the method itself saves.
+    """
+    training = getattr(settings, name).training
+    accelerator = accelerator_for(training)
+    phase = at_start(settings, name, inputs, accelerator)
+    batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
+    metrics = train(phase, batches, training, settings.seed, state, accelerator)
+    phase.save(out)
+    counts = {"steps": training.steps, "parameters": sum(p.numel() for p in phase.ema.parameters())}
+    if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process
+        shutil.copy(metrics, out / "metrics.jsonl")
+        write_card(out / "student", stage_provenance(inputs), trained_as(settings, name))
+    return counts
+
+
+def trained_as(settings: Experiment, name: str) -> dict:
+    """Plain settings, of the methods those alone that led to this student, in their order."""
+    values = settings.model_dump(mode="json")
+    others = {key: value for key, value in values.items() if key not in METHODS}
+    return others | {method: values[method] for method in settings.chain(name)}

@@ -1,0 +1,123 @@
+"""The stages of an experiment: the one table of them, what each reads, and in whose folder its result stands.
+
+A stage whose settings, and whose upstream's settings, equal a base experiment's is the base's stage: an overlay re-runs
+only what it changes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpae.artifacts import digest
+from vpae.config import Experiment
+from vpae.distill import METHODS
+from vpae.distill.method import TEACHER
+from vpae.experiment import Source
+
+RESULTS = Path("results")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the command line, the workflow and DVC know of a stage.
+
+    Attributes:
+        module: has `run(settings, inputs, out, state)`; that of the methods has the method's name before these.
+        reads: the stages whose folders it reads, in an experiment.
+        sections: the settings that determine its result, beside the seed.
+        unused: keys of these sections that change no result.
+        shift: whether the teacher's timestep shift counts.
+        divisible: its work can be cut into parts; its module has `part`.
+    """
+
+    module: str
+    reads: Callable[[Experiment], tuple[str, ...]]
+    sections: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    shift: bool = False
+    divisible: bool = False
+
+
+def _models(settings: Experiment) -> list[str]:
+    return sorted({TEACHER, *(row.model for row in settings.samples.rows.values())})
+
+
+def _method(name: str) -> Stage:
+    def reads(settings: Experiment) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("latents", TEACHER, METHODS[name].start_of(settings))))
+
+    return Stage("vpae.distill.run", reads, (name,), shift=True)
+
+
+STAGES: dict[str, Stage] = {
+    "clips": Stage("vpae.data.catalog", lambda s: (), ("geometry", "clips"), unused=("clips.workers",), divisible=True),
+    "teacher": Stage(
+        "vpae.teacher.stage",
+        lambda s: ("clips",) if s.teacher.source == "train" else (),
+        ("geometry", "teacher"),
+        unused=("teacher.architecture",),  # for planning only
+    ),
+    "latents": Stage("vpae.data.latents", lambda s: ("clips", TEACHER), ("geometry", "latents"), divisible=True),
+    **{name: _method(name) for name in METHODS},
+    "samples": Stage(
+        "vpae.sampling", lambda s: ("latents", *_models(s)), ("samples", "geometry"), shift=True, divisible=True
+    ),
+    "evaluation": Stage(
+        "vpae.evaluation.stage",
+        lambda s: ("clips", "latents", *_models(s), "samples"),
+        ("evaluation",),
+        unused=("evaluation.vbench.weights", "evaluation.vbench.shards"),
+        shift=True,
+    ),
+    "report": Stage("vpae.report.page", lambda s: stages_of(s)[:-1], ("report",)),
+}
+
+
+def stages_of(settings: Experiment) -> tuple[str, ...]:
+    """The stages of an experiment, in an order in which they can run; methods come in the order of their chains."""
+    methods = sorted(settings.methods, key=lambda name: len(settings.chain(name)))
+    before = ("clips", TEACHER, "latents")
+    return (*before, *methods, *(stage for stage in STAGES if stage not in before and stage not in METHODS))
+
+
+def upstream(settings: Experiment, stage: str) -> tuple[str, ...]:
+    """The stages whose folders a stage reads."""
+    return STAGES[stage].reads(settings)
+
+
+def stage_settings(settings: Experiment, stage: str) -> dict:
+    """Plain values of the sections a stage reads, and the seed."""
+    values = settings.model_dump(mode="json", include={"seed", *STAGES[stage].sections})
+    unused = STAGES[stage].unused
+    if stage == TEACHER and settings.teacher.source != "train":
+        # The sizes of a network that is not trained here change nothing.
+        unused += ("teacher.vae", "teacher.encoders", "teacher.transformer")
+    for key in unused:
+        *sections, name = key.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        del place[name]
+    if STAGES[stage].shift:
+        values["teacher"] = {"shift": settings.teacher.shift}
+    return values
+
+
+def fingerprint(settings: Experiment, stage: str) -> str:
+    """Digest of everything in the configuration that determines a stage's result."""
+    above = {name: fingerprint(settings, name) for name in upstream(settings, stage)}
+    return digest([stage, stage_settings(settings, stage), above])
+
+
+def owner(source: Source, stage: str) -> Source:
+    """The experiment in whose folder a stage's result stands: the furthest base with the same fingerprint."""
+    wanted, found = fingerprint(source.settings, stage), source
+    for base in source.ancestors():
+        if stage in stages_of(base.settings) and fingerprint(base.settings, stage) == wanted:
+            found = base
+    return found
+
+
+def stage_folder(source: Source, stage: str, results: Path = RESULTS) -> Path:
+    """Where the result of a stage stands."""
+    return results / owner(source, stage).name / stage
