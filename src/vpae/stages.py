@@ -12,8 +12,9 @@ from types import ModuleType
 
 from vpae.artifacts import ArtifactError, building, digest, identity, is_finished, locked
 from vpae.distill import METHODS
-from vpae.experiment import Source
-from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, upstream
+from vpae.distill.method import TEACHER
+from vpae.experiment import ConfigError, Source
+from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, upstream
 from vpae.parts import Part
 
 
@@ -57,6 +58,11 @@ class _Task:
 
 
 def _task(source: Source, stage: str, results: Path) -> _Task:
+    if stage not in stages_of(source.settings):
+        raise ConfigError(
+            f"{source.path}: methods: {stage} is not among {', '.join(source.settings.methods)}; add it, for instance "
+            f"`--set methods.{stage}={TEACHER}`"
+        )
     folder = stage_folder(source, stage, results)
     settings = stage_settings(source.settings, stage)
     folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}

@@ -7,7 +7,7 @@ from typing import get_args
 
 from vpae.config import VBenchDimension
 from vpae.experiment import ConfigError, load
-from vpae.graph import STAGES, owner, stage_folder, stage_settings, upstream
+from vpae.graph import owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
 
 # A stage that is told to end (TERM, USR1) saves its state first; shell and tee must live on until it has.
@@ -38,7 +38,8 @@ def all_folders(wildcards):
     """Input function: every stage of the experiments asked for; what an overlay leaves alone is its base's."""
     names = config.get("experiment", "tiny")
     names = names.split(",") if isinstance(names, str) else names
-    return sorted({str(stage_folder(experiment(name), stage)) for name in names for stage in STAGES})
+    wanted = [(experiment(name), stage) for name in names for stage in stages_of(experiment(name).settings)]
+    return sorted({str(stage_folder(source, stage)) for source, stage in wanted})
 
 
 def folders_read_by(stage):
