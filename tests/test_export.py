@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, one_step_by_diffusers, picture, seeded
 from vpae.artifacts import ArtifactError, identity, write_json
 from vpae.cli import main
+from vpae.distill import METHODS
 from vpae.distill.student import save_student
 from vpae.export import command
 from vpae.export.card import licence_of, write_card
@@ -371,4 +372,5 @@ def test_a_model_without_a_card_takes_the_provenance_beside_it(teacher, tmp_path
 def test_the_card_of_a_student_of_the_first_phase_does_not_claim_the_second(student, tmp_path):
     write_card(tmp_path, PROVENANCE, {"priming": {"guidance_scale": 5.0}, "teacher": {"shift": SHIFT}})
     _, text = front_and_text(tmp_path / "README.md")
-    assert "without the adversarial equilibrium" in text and "guidance_scale: 5.0" in text
+    assert METHODS["priming"].about in text and "guidance_scale: 5.0" in text
+    assert METHODS["equilibrium"].about not in text

@@ -205,7 +205,7 @@ def test_rmsprop_resumes_bit_for_bit_with_its_averages(tmp_path, accelerator):
 # One update, on a phase that is small enough to do by hand.
 
 
-class Line:
+class Line(Phase):
     """A line fitted to noise; `poison` spoils the loss from some step on."""
 
     name, main = "line", "line"
