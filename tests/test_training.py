@@ -22,7 +22,7 @@ from vpae.teacher.flow_matching import FlowMatchingPhase
 from vpae.training import checkpoint
 from vpae.training.ema import make_ema, update_ema
 from vpae.training.loop import learning_rate, progress_at, train
-from vpae.training.phase import Role
+from vpae.training.phase import Phase, Role
 from vpae.training.preemption import SIGNALS, Interruption
 from vpae.training.randomness import Shuffled, derived_seed, generator_for
 
