@@ -210,6 +210,20 @@ def test_clip_reads_a_torchscript_archive(archive):
     assert half.dtype == torch.float16 and torch.allclose(half.float(), expected, atol=0.1, rtol=0.05)
 
 
+def test_layer_norms_of_clip_stay_in_float32():
+    model = clip.in_dtype(clip.from_openai(openai_state(128)), torch.float16)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    inside = {id(weight) for norm in norms for weight in norm.parameters()}
+    assert len(norms) >= 4 and {weight.dtype for norm in norms for weight in norm.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in model.parameters() if id(weight) not in inside} == {torch.float16}
+    norm = norms[0]
+    nn.init.normal_(norm.weight)
+    hidden = seeded(3, lambda: torch.randn(4, 7, 128)).half()
+    exact = F.layer_norm(hidden.float(), (128,), norm.weight, norm.bias, 1e-5).half()
+    rounded = F.layer_norm(hidden, (128,), norm.weight.half(), norm.bias.half(), 1e-5)
+    assert torch.equal(norm(hidden), exact) and not torch.equal(rounded, exact)
+
+
 # RAFT
 
 SMALL = {"widths": (8, 12, 16), "features": 16, "hidden": 16}

@@ -372,6 +372,45 @@ def test_errors_of_the_command_line(scored: tuple[Path, Path], tmp_path: Path, c
     assert "no such folder" in said("--config", str(config), "--videos", str(folder / "nowhere"))
 
 
+@pytest.mark.parametrize("suite", [True, False], ids=["suite", "folder"])
+def test_whichever_video_is_damaged_the_rest_is_scored(
+    suite: bool, scored: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By a truncated file, a tag that is no UTF-8, a name that is none; beside hidden and misnamed files."""
+    folder, config = scored
+    shutil.copytree(folder / "videos", tmp_path / "videos")
+    shutil.copytree(folder / "out" / "tiny", tmp_path / "out" / "tiny")
+    bad = sorted((tmp_path / "videos").glob("texture number 0-?.mp4"))[0]
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    (tmp_path / "videos" / "._x.mp4").write_bytes(b"x")
+    (tmp_path / "videos" / os.fsdecode(b"n\xe9-0.mov")).write_bytes(b"x")
+    command = ["evaluation", "run", "--config", str(config), "--videos", str(tmp_path / "videos")]
+    command += ["--out", str(tmp_path / "out"), "--dimensions", "imaging_quality", "i2v_background"]
+    if not suite:
+        images = tmp_path / "images"
+        images.mkdir()
+        for path in (tmp_path / "videos").glob("*.mp4"):
+            Image.new("RGB", (32, 32)).save(images / f"{path.stem}.png")
+        settings = "".join(line for line in config.read_text().splitlines(True) if not line.startswith("suite"))
+        (tmp_path / "folder.yaml").write_text(settings)
+        command[3] = str(tmp_path / "folder.yaml")
+        command += ["--images", str(images), "--ratio", "none"]
+        strange = tmp_path / "videos" / os.fsdecode(b"n\xe9: x-0.mp4")
+        tagged = (folder / "videos" / bad.name).read_bytes()
+        assert tagged.count(b"Lavf") == 1
+        strange.write_bytes(tagged.replace(b"Lavf", b"\xe9avf"))
+        Image.new("RGB", (32, 32)).save(images / os.fsdecode(b"n\xe9: x.png"))
+    assert main(command) == 2
+    assert bad.name in capsys.readouterr().err
+    assert main([*command, "--allow-incomplete"]) == 0
+    printed = capsys.readouterr().out
+    account = json.loads((tmp_path / "out/results_scores.json").read_text())
+    assert list(account["damaged_videos"]) == [bad.name] and f"videos damaged: 1 ({bad.name!r})" in printed
+    assert len(account["extra_videos"]) == (8 if suite else 1) and "not scored, since nothing asks for them" in printed
+    quality = account["dimensions"]["imaging_quality"]
+    assert (quality["videos"], quality["expected"]) == ((1, 2) if suite else (9, 10))
+
+
 def test_sampling_a_suite_by_the_seed_rule(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = shutil.copytree(teacher, tmp_path / "model")
     geometry = {"frames": 5, "height": 32, "width": 32, "fps": 8}

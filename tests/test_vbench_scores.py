@@ -104,6 +104,11 @@ def test_table_names_gaps_and_counts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "SA without i2v_background" in printed
 
 
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"imaging_quality": [0.7]}), encoding="utf-8-sig")
+    assert read_results([tmp_path / "r.json"]).values == {"imaging_quality": 0.7}
+
+
 def test_several_files_and_the_unscored_dimension(tmp_path: Path) -> None:
     values = row("MAGI-1")
     first = write(tmp_path / "a_eval_results.json", {"camera_motion": values.pop("camera_motion")})

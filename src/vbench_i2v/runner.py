@@ -22,7 +22,7 @@ from vbench_i2v.parts import Part
 from vbench_i2v.suite import IMAGE_DIMENSIONS, Clip
 from vbench_i2v.video import Video, open_video
 
-FORMAT = 2  # of a record and of what `dimensions` computes: raise it when either changes, and no old record is used
+FORMAT = 3  # of a record and of what `dimensions` computes: raise it when either changes, and no old record is used
 _LEAVE_OUT = "leave it out with --allow-incomplete"
 _KEPT_BYTES = 128 << 20  # decoded bytes of a clip that may stay in memory for the next dimension
 

@@ -189,7 +189,7 @@ def plan_suite(
     with_image = [(prompt, path) for prompt, names, path in paths if IMAGE_DIMENSIONS & set(names)]
     folder, pictures = None, {}  # image name -> path
     if with_image:
-        size = _first_size([path for _, path in with_image], allow_incomplete)
+        size = _first_size([path for *_, path in paths], allow_incomplete)
         folder, ratio = image_folder(images, ratio, size, videos)
         pictures = find_images(folder, [prompt for prompt, _ in with_image])
         # All images of a ratio have one shape, and all videos are made alike: one pair that can be read tells.

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from vbench_i2v.errors import NotComputed
@@ -36,7 +36,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithP
     """
     try:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
-        return from_openai(state).to(dtype)
+        return in_dtype(from_openai(state), dtype)
     except (RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise NotComputed(f"{path} is no CLIP archive of OpenAI's ({first}); fetch it again") from error
@@ -61,6 +61,24 @@ def from_openai(state: dict[str, Tensor], head: int = HEAD) -> CLIPVisionModelWi
     model = CLIPVisionModelWithProjection(config)
     model.load_state_dict(dict(_renamed(visual)))
     return model.eval().requires_grad_(False)
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """OpenAI's: weights and arithmetic in float32, whatever the dtype of the network."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.float()).to(hidden.dtype)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network with its weights in `dtype`, except its layer norms, as OpenAI's `convert_weights` has it."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = Float32LayerNorm
+        else:
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.to(dtype)
+    return model
 
 
 def _renamed(visual: dict[str, Tensor]):
