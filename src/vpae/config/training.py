@@ -52,6 +52,14 @@ class Sharding(Section):
     )
 
 
+class Monitor(Section):
+    """Watches for collapse: one-step videos of fixed held-out clips, compared with real ones and with the start."""
+
+    every: int = Field(0, ge=0, description="Steps between two looks; 0: never.")
+    clips: int = Field(16, ge=2, description="Held-out clips that are drawn, twice each.")
+    stop: bool = Field(True, description="End a run that collapses, its last healthy state kept; otherwise only warn.")
+
+
 class Training(Section):
     """One run of the training loop."""
 
@@ -67,6 +75,7 @@ class Training(Section):
     ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    monitor: Monitor = Field(Monitor(), description="Watches a student for collapse.")
     sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")
 
 

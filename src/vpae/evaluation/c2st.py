@@ -1,11 +1,11 @@
 """Classifier two-sample test (C2ST): can a small network tell generated latents from real ones?
 
-Its accuracy on clips it was not trained on is 0.5 where it cannot, and 1 where every video betrays itself. It sees what a
-Frechet distance of random features does not: those features were never trained to find a difference. The network also
-sees the first frame's latents, so that a video that does not belong to its first frame is found too.
+Its accuracy on clips it was not trained on is 0.5 where it cannot, and 1 where every video betrays itself. It sees what
+a Frechet distance of random features does not: those features were never trained to find a difference. It also sees the
+first frame's latents, so that a video that does not belong to its first frame is found too.
 
-The recipe (network, batch, rate) is fixed here, so that methods are compared by the same judge. More clips or steps make
-a stronger judge: compare figures of one recipe only.
+The recipe (network, batch, rate) is fixed here, so that methods are compared by the same judge. More clips or steps
+make a stronger judge: compare figures of one recipe only.
 Axes: N videos, C channels, F latent frames, H, W.
 Source: Lopez-Paz and Oquab, Revisiting Classifier Two-Sample Tests, 2017.
 """
@@ -37,7 +37,7 @@ class Pairs:
     condition: Tensor
 
     def __post_init__(self) -> None:
-        if not self.real.shape == self.generated.shape or len(self.real) != len(self.condition):
+        if self.real.shape != self.generated.shape or len(self.real) != len(self.condition):
             shapes = ", ".join(str(tuple(x.shape)) for x in (self.real, self.generated, self.condition))
             raise ValueError(f"real, generated and condition latents of the same clips are needed, not {shapes}")
 
@@ -50,9 +50,7 @@ class Classifier(nn.Module):
         d = WIDTH
         self.patches = nn.Conv3d(4 * channels, d, 1)
         self.near = nn.Sequential(nn.Conv3d(d, d, 3, padding=1), nn.GroupNorm(8, d), nn.SiLU())
-        self.far = nn.Sequential(
-            nn.Conv3d(d, 2 * d, 3, padding=1, stride=(1, 2, 2)), nn.GroupNorm(8, 2 * d), nn.SiLU()
-        )
+        self.far = nn.Sequential(nn.Conv3d(d, 2 * d, 3, padding=1, stride=(1, 2, 2)), nn.GroupNorm(8, 2 * d), nn.SiLU())
         self.to_logit = nn.Linear(4 * d, 1)
 
     def forward(self, x_NCFHW: Tensor, condition_NCFHW: Tensor) -> Tensor:
