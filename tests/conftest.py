@@ -102,7 +102,12 @@ def build_equilibrium(seed: int = 0, **config) -> Equilibrium:
         }
     )
     head = build_head(seed, semantics=settings.head.semantics)
-    return Equilibrium(settings, SHIFT, build_transformer(seed + 1), build_transformer(), head, default_taps(4))
+    teacher, fake = build_transformer(), None
+    if settings.score.weight > 0:
+        shared = SharedBase(teacher)
+        fake = seeded(seed, lambda: shared.add(FAKE, Lora(rank=4, alpha=4)))
+        teacher = shared.network(None)
+    return Equilibrium(settings, SHIFT, build_transformer(seed + 1), teacher, head, default_taps(4), fake)
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:

@@ -17,6 +17,7 @@ from vpae.bench.networks import random_condition, random_latents, random_transfo
 from vpae.config import Experiment
 from vpae.distill import METHODS
 from vpae.distill.method import Method
+from vpae.models.adapters import STUDENT
 from vpae.planning.counting import Sequence
 from vpae.planning.footprint import footprint, with_switches
 from vpae.planning.network import Network
@@ -81,7 +82,7 @@ class RandomNetworks:
         """One of any model: they all have one shape."""
         return random_transformer(self.network, self.device, torch.float32 if trained else self.frozen)
 
-    def adapter(self, model: str) -> dict[str, torch.Tensor]:
+    def adapter(self, model: str, name: str = STUDENT) -> dict[str, torch.Tensor]:
         """None: a new adapter's weights are as good."""
         return {}
 

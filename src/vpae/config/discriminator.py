@@ -1,13 +1,20 @@
 """The discriminator's head and its regularisation."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from vpae.config.section import NonNegative, Positive, Section
 
 
 class Head(Section):
-    """The discriminator's semantic head."""
+    """The part of the discriminator that learns."""
 
+    form: Literal["attention", "convolutions"] = Field(
+        "attention",
+        description="Queries that look at each tapped layer (the paper), or 3-D convolutions over the tapped layers "
+        "(the paper's ablation; the other keys but dim and taps are then without effect).",
+    )
     dim: Positive = Field(512, description="Width.")
     heads: Positive = Field(8, description="Attention heads.")
     queries: Positive = Field(8, description="Learnable queries.")
@@ -25,8 +32,18 @@ class Head(Section):
 
 
 class R1(Section):
-    """Spatio-temporal differential R1."""
+    """Spatio-temporal differential R1.
+
+    To first order a probe of deviation sigma measures sigma^2 |grad D|^2: what counts is weight x sigma^2.
+    """
 
     weight: NonNegative = Field(100.0, description="Weight w [choice; APT's 100].")
+    generated_weight: NonNegative = Field(
+        0.0, description="The same on generated clips (R2), with the same probes [choice]."
+    )
+    probes: tuple[Literal["spatial", "temporal", "plain"], ...] = Field(
+        ("spatial", "temporal"), description="Which perturbations; plain varies over space and frames alike (APT's)."
+    )
     sigma_spatial: float = Field(0.01, gt=0, description="sigma_s: varies over space, equal in every frame (paper).")
     sigma_temporal: float = Field(0.1, gt=0, description="sigma_t: varies over frames, equal over space (paper).")
+    sigma_plain: float = Field(0.1, gt=0, description="sigma of the plain probe (APT: 0.1).")

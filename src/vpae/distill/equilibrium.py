@@ -1,7 +1,7 @@
 """Phase II, unified adversarial equilibrium.
 
-The one-step generator against a discriminator whose backbone is the generator's own EMA. Beside the student it writes
-`head.safetensors`.
+The one-step generator against a discriminator whose backbone is the generator's own EMA. The score loss of phase I can
+be kept on beside the adversary. Beside the student it writes `head.safetensors`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from vpae.config.discriminator import R1, Head
-from vpae.config.section import NonNegative, Positive
+from vpae.config.section import NonNegative, Positive, Section
 from vpae.config.training import Lora, Optimizer, Times, Training
-from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
+from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors, pulled
 from vpae.lazy import lazy
 from vpae.training.phase import Role
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vpae.config import Experiment
     from vpae.distill.networks import Networks
-    from vpae.models.heads import SemanticHead
+    from vpae.models.adapters import SharedBase
     from vpae.models.wan import Condition
 else:
     torch = lazy("torch")
@@ -35,7 +35,20 @@ adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpa
 student, heads = lazy("vpae.distill.student"), lazy("vpae.models.heads")
 precision, sharding = lazy("vpae.training.precision"), lazy("vpae.training.sharding")
 adversarial, csds = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.csds")
-str1 = lazy("vpae.distill.losses.str1")
+r1, str1, vsd = (lazy(f"vpae.distill.losses.{name}") for name in ("r1", "str1", "vsd"))
+
+
+class Score(Section):
+    """The score loss of phase I, kept on beside the adversary [choice]: the paper drops it, public successes do not."""
+
+    weight: NonNegative = Field(0.0, description="Weight of L_VSD in the generator's loss; 0 = off (the paper).")
+    fake: Optimizer = Field(Optimizer(learning_rate=1e-5), description="Of the fake model.")
+    fake_lora: Lora = Field(
+        Lora(), description="The fake model's adapter, where the method that this one starts from leaves none."
+    )
+    fake_steps_per_generator_step: Positive = Field(5, description="Fake-model updates for each generator update.")
+    guidance_scale: float = Field(5.0, description="Teacher's guidance w in u + w (c - u); 1 = off.")
+    times: Times = Field(Times(), description="t' at which the scores are compared.")
 
 
 class Settings(MethodSettings):
@@ -66,9 +79,15 @@ class Settings(MethodSettings):
     csds_guidance_scale: float = Field(1.0, description="Guidance of the teacher in C-SDS; 1 = off [choice].")
     discriminator_times: Times = Field(Times(), description="t' at which the discriminator looks [choice].")
     csds_times: Times = Field(Times(), description="t' of the conditional SDS term [choice].")
+    same_noise: bool = Field(
+        False, description="Noise a real clip and its generated one alike, so that their logits differ less by chance."
+    )
+    score: Score = Field(Score(), description="The score loss of phase I, kept on.")
 
     @model_validator(mode="after")
     def _possible(self) -> Settings:
+        if self.adversarial_weight == 0 and self.csds_weight == 0 and self.score.weight == 0:
+            raise ValueError("adversarial_weight, csds_weight and score.weight are all 0: nothing would be learnt")
         if self.backbone == "copy" and self.student_lora is not None:
             raise ValueError("backbone = copy trains a whole second network, which student_lora avoids: choose one")
         return self
@@ -77,11 +96,14 @@ class Settings(MethodSettings):
 class Equilibrium(Method):
     """Roles: generator (trained; has the EMA), head (trained); EMA = discriminator's backbone; the teacher is frozen.
 
+    Where the score loss is kept on, there is a fake model (trained) too.
+
     Args:
         config, shift: settings.
         generator, teacher: whole networks, or an adapter and the base it is on.
         head: the discriminator's.
         taps: blocks whose outputs it sees.
+        fake: the fake model, an adapter on the teacher's weights; none where the score loss is off.
     """
 
     name = "equilibrium"
@@ -99,6 +121,7 @@ class Equilibrium(Method):
         Panel("Logit gap, real − generated", {"logit_gap": ""}, 0.0, "0: cannot tell"),
         Panel("Discriminator's accuracy", {"accuracy": ""}, 0.5, "½: chance"),
         Panel("Generator: C-SDS loss", {"csds": ""}),
+        Panel("Gradients at the video", {"pull_adversarial": "adversary", "pull_csds": "C-SDS", "pull_score": "score"}),
         MOTION,
     )
     row = "vpae"
@@ -111,8 +134,9 @@ class Equilibrium(Method):
         shift: float,
         generator: nn.Module,
         teacher: nn.Module,
-        head: SemanticHead,
+        head: nn.Module,
         taps: tuple[int, ...],
+        fake: nn.Module | None = None,
     ):
         super().__init__(config, shift, generator)
         self.taps, self.teacher, self.head = taps, teacher.requires_grad_(False), head
@@ -125,36 +149,62 @@ class Equilibrium(Method):
             self.backbone = self.ema if config.backbone == "ema" else teacher
             discriminator = head
         self.roles = {"generator": Role(generator, config.generator), "head": Role(discriminator, config.discriminator)}
+        self.fake = fake
+        if fake is not None:
+            self.roles["fake"] = Role(fake, config.score.fake)
 
     @classmethod
     def build(cls, settings: Experiment, networks: Networks) -> Equilibrium:
         """The generator where its start left it (its EMA weights), the teacher, and an untrained head."""
         config = getattr(settings, cls.name)
         teacher = networks.transformer(TEACHER, trained=False)
-        shared = None if config.student_lora is None else adapters.SharedBase(teacher)
+        kept = config.score.weight > 0
+        shared = adapters.SharedBase(teacher) if kept or config.student_lora is not None else None
         with cls.seeded(settings, "student"):
             generator = cls.generator_at_start(settings, networks, shared)
         shape = generator.config
         taps = config.head.taps or wan.default_taps(shape.num_layers)
         with cls.seeded(settings, "head"):
-            width = shape.num_attention_heads * shape.attention_head_dim
-            head = heads.SemanticHead(config.head, width, len(taps), shape.text_dim, shape.image_dim)
+            head = cls._new_head(config.head, shape, len(taps))
+        fake = cls._fake_at_start(settings, networks, shared) if kept else None
         teacher = teacher if shared is None else shared.network(None)
-        return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps)
+        return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps, fake)
+
+    @staticmethod
+    def _new_head(config: Head, shape: dict, taps: int) -> nn.Module:
+        width = shape.num_attention_heads * shape.attention_head_dim
+        if config.form == "convolutions":
+            return heads.ConvolutionHead(config, width, taps, shape.patch_size)
+        return heads.SemanticHead(config, width, taps, shape.text_dim, shape.image_dim)
+
+    @classmethod
+    def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:
+        """The fake model that the start has trained; one that is the teacher, where the start has none."""
+        start = cls.start_of(settings)
+        section = getattr(settings, start, None)
+        left = section.fake_lora if getattr(section, "fake_form", "") == "lora" else None
+        with cls.seeded(settings, "fake"):
+            fake = shared.add(adapters.FAKE, left or getattr(settings, cls.name).score.fake_lora)
+        if left is not None:
+            fake.start_from(networks.adapter(start, adapters.FAKE))
+        return fake
 
     def turns(self, step: int) -> list[str]:
-        """The head learns first; then the generator moves once."""
-        warmup = self.config.discriminator_warmup_steps if step == 0 else 0
-        return ["head"] * (warmup + self.config.discriminator_steps_per_generator_step) + ["generator"]
+        """The head learns first, then the fake model, if there is one; then the generator moves once."""
+        config = self.config
+        head = config.discriminator_steps_per_generator_step if config.adversarial_weight > 0 else 0
+        warmup = config.discriminator_warmup_steps if head and step == 0 else 0
+        fake = config.score.fake_steps_per_generator_step if self.fake is not None else 0
+        return ["head"] * (warmup + head) + ["fake"] * fake + ["generator"]
 
     def generate(self, clips: Clips) -> Tensor:
         """Step 1: xh = f_theta(eps, 1, c), one step from pure noise."""
         return wan.predict_x0(self.generator, clips.noise(), clips.ones(), clips.c)
 
-    def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
-        """Step 2: xh_t' and the t' at which the discriminator looks."""
-        t = clips.times(self.config.discriminator_times)
-        return flow.add_noise(xh, clips.noise(), t), t
+    def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
+        """Step 2: xh_t', the t' at which the discriminator looks, and the noise."""
+        t, noise = clips.times(self.config.discriminator_times), clips.noise()
+        return flow.add_noise(xh, noise, t), t, noise
 
     def logits(self, xt_BCFHW: Tensor, t_B: Tensor, c: Condition) -> Tensor:
         """Steps 2 and 3: D(x_t), (B,).
@@ -170,14 +220,16 @@ class Equilibrium(Method):
         """Steps 4 and 5: hinge loss of clips and videos noised at the same t', and the probes of the regularisation."""
         with torch.no_grad():
             xh = self.generate(clips)
-        xh_t, t = self.noised_again(xh, clips)
-        x_t, c, r1 = flow.add_noise(clips.x, clips.noise(), t), clips.c, self.config.r1
+        xh_t, t, noise = self.noised_again(xh, clips)
+        x_t = flow.add_noise(clips.x, noise if self.config.same_noise else clips.noise(), t)
+        c, settings = clips.c, self.config.r1
         # The penalty is to measure the probes and not the rounding of the backbone's activations.
         with nullcontext() if self.config.backbone == "copy" else precision.finer_autocast(x_t.device.type):
             real, fake = self.logits(x_t, t, c), self.logits(xh_t, t, c)
-            spatial = self.logits(x_t + str1.spatial_perturbation(x_t, r1.sigma_spatial, clips.rng), t, c)
-            temporal = self.logits(x_t + str1.temporal_perturbation(x_t, r1.sigma_temporal, clips.rng), t, c)
-        hinge, penalty = adversarial.discriminator_hinge(real, fake), str1.str1_penalty(real, spatial, temporal)
+            probes = {name: self.logits(x_t + self.perturbation(name, clips), t, c) for name in settings.probes}
+            fake_probes = settings.probes if settings.generated_weight > 0 else ()
+            r2 = [self.logits(xh_t + self.perturbation(name, clips), t, c) for name in fake_probes]
+        hinge, penalty = adversarial.discriminator_hinge(real, fake), str1.str1_penalty(real, *probes.values())
         logs = {
             "hinge": hinge,
             "str1": penalty,
@@ -186,19 +238,56 @@ class Equilibrium(Method):
             "logit_gap": real.mean() - fake.mean(),
             "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
         }
-        return hinge + r1.weight * penalty, logs
+        # |grad D| along each kind of probe, to first order.
+        slopes = {f"slope_{k}": (real - d).square().mean().sqrt() / self.sigma(k) for k, d in probes.items()}
+        return hinge + settings.weight * penalty + settings.generated_weight * str1.str1_penalty(
+            fake, *r2
+        ), logs | slopes
+
+    def sigma(self, probe: str) -> float:
+        """The deviation of a probe."""
+        return getattr(self.config.r1, f"sigma_{probe}")
+
+    def perturbation(self, probe: str, clips: Clips) -> Tensor:
+        """Step 5: d_s, d_t or their plain form."""
+        draw = {
+            "spatial": str1.spatial_perturbation,
+            "temporal": str1.temporal_perturbation,
+            "plain": r1.isotropic_perturbation,
+        }[probe]
+        return draw(clips.x, self.sigma(probe), clips.rng)
+
+    def fake_loss(self, clips: Clips) -> Loss:
+        """The fake model follows the one-step videos by flow matching, as in phase I."""
+        with torch.no_grad():
+            xh = self.generate(clips)
+        t, noise = clips.times(self.config.score.times), clips.noise()
+        xh_t = flow.add_noise(xh, noise, t)
+        return vsd.flow_matching_loss(wan.velocity(self.fake, xh_t, t, clips.c), xh, noise), {}
 
     def generator_loss(self, clips: Clips) -> Loss:
-        """Steps 4 and 6: L_G = -E D(xh_t') + lambda L_CSDS."""
-        config, xh = self.config, self.generate(clips)
-        xh_t, t = self.noised_again(xh, clips)
-        distance = csds.csds_loss(xh, self.teacher_s_prediction(xh, clips))
-        loss, logs = config.csds_weight * distance, {"csds": distance, **motion_monitors(xh, clips.x)}
+        """Steps 4 and 6: L_G = -E D(xh_t') + lambda L_CSDS, and the score loss where it is kept on."""
+        config, xh, logs = self.config, self.generate(clips), {}
+        xh_t, t, _ = self.noised_again(pulled(xh, "adversarial", logs), clips)
+        distance = csds.csds_loss(pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
+        loss = config.csds_weight * distance
+        logs |= {"csds": distance, **motion_monitors(xh, clips.x)}
         if config.adversarial_weight > 0:
             opposed = adversarial.generator_adversarial(self.logits(xh_t, t, clips.c), config.g_loss)
             loss = loss + config.adversarial_weight * opposed
             logs["adversarial"] = opposed
+        if self.fake is not None:
+            loss = loss + config.score.weight * self.score_loss(pulled(xh, "score", logs), clips)
         return loss, logs
+
+    def score_loss(self, xh: Tensor, clips: Clips) -> Tensor:
+        """Phase I's steps 3 to 5 on the videos of this phase."""
+        score, t = self.config.score, clips.times(self.config.score.times)
+        with torch.no_grad():
+            xh_t = flow.add_noise(xh.detach(), clips.noise(), t)
+            mu_real = wan.predict_x0(self.teacher, xh_t, t, clips.c, score.guidance_scale)
+            mu_fake = wan.predict_x0(self.fake, xh_t, t, clips.c)
+        return vsd.vsd_loss(xh, vsd.vsd_direction(xh, mu_real, mu_fake))
 
     def teacher_s_prediction(self, xh: Tensor, clips: Clips) -> Tensor:
         """Step 6: f_teacher(sg(xh_t''), t'', c), at a time of its own."""

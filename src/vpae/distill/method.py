@@ -180,3 +180,13 @@ def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
         moves, real_moves = (v.diff(dim=2).abs().mean() for v in (xh_BCFHW, x_BCFHW))
         drift = (xh_BCFHW.mean(dim=(0, 2, 3, 4)) - x_BCFHW.mean(dim=(0, 2, 3, 4))).abs().mean()
         return {"motion_ratio": moves / real_moves.clamp_min(1e-8), "colour_drift": drift}
+
+
+def pulled(xh: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
+    """xh for one term of a loss; the norm of that term's gradient at xh is logged as `pull_NAME` once it is known."""
+    if not xh.requires_grad:
+        return xh
+    view, norm = xh.view_as(xh), torch.zeros((), device=xh.device)
+    view.register_hook(lambda gradient: (norm.copy_(gradient.norm()), None)[1])
+    logs[f"pull_{name}"] = norm
+    return view

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from vpae.config import Training
 from vpae.distill.method import TEACHER
-from vpae.models.adapters import Adapted
+from vpae.models.adapters import STUDENT, Adapted
 from vpae.models.wan import load_transformer
 from vpae.training.precision import take_exact_inputs
 from vpae.training.sharding import empty_transformer, is_sharded
 
-STUDENT_LORA = "student_lora.safetensors"  # the EMA adapter of a student trained as one
+
+def lora_file(name: str) -> str:
+    """The file of an adapter in a method's folder; a student's is its EMA."""
+    return f"{name}_lora.safetensors"
+
+
+STUDENT_LORA = lora_file(STUDENT)
 
 
 class Networks(Protocol):
@@ -30,8 +36,8 @@ class Networks(Protocol):
     def transformer(self, model: str, trained: bool) -> WanTransformer3DModel:
         """A new copy of a model's transformer; float32 if its weights will be moved."""
 
-    def adapter(self, model: str) -> dict[str, Tensor]:
-        """The adapter of a student that was trained as one."""
+    def adapter(self, model: str, name: str = STUDENT) -> dict[str, Tensor]:
+        """An adapter that a method has left: of a student that was trained as one, or of a fake model."""
 
 
 class Stored:
@@ -57,9 +63,9 @@ class Stored:
             return load_transformer(folder, dtype)
         return empty_transformer(WanTransformer3DModel.load_config(str(folder), subfolder="transformer"))
 
-    def adapter(self, model: str) -> dict[str, Tensor]:
+    def adapter(self, model: str, name: str = STUDENT) -> dict[str, Tensor]:
         """As `Networks`."""
-        return load_file(self.inputs[model] / STUDENT_LORA)
+        return load_file(self.inputs[model] / lora_file(name))
 
 
 def networks_of(**roles: nn.Module) -> dict[str, WanTransformer3DModel]:

@@ -1,10 +1,12 @@
-"""The discriminator's semantic head (Phase II, step 3): tokens of several blocks and the condition -> one logit.
+"""The discriminator's heads (Phase II, step 3): tokens of several blocks and the condition -> one logit.
 
 One logit for the whole video, because frame-wise logits reward still videos.
 Axes: B batch, N video tokens, M image tokens, L text tokens, Q queries, D width.
 """
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vpae.config import Head
@@ -62,3 +64,34 @@ class SemanticHead(nn.Module):
             keys = project(layer.to(dtype))
             seen.append(attention(self.query_norm(queries), keys, keys, need_weights=False)[0])
         return self.to_logit(torch.cat(seen, dim=1).flatten(1)).squeeze(-1)
+
+
+class ConvolutionHead(nn.Module):
+    """3-D convolutions over the tapped layers, put back on their grid: the paper's ablation of the semantic head.
+
+    Args:
+        config: width.
+        feature_dim: width of the backbone's tokens.
+        taps: number of tapped layers.
+        patch: video latents a token stands for, in frames, height and width.
+    """
+
+    def __init__(self, config: Head, feature_dim: int, taps: int, patch: tuple[int, int, int]):
+        super().__init__()
+        d, self.patch = config.dim, patch
+        self.layer_in = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, d)) for _ in range(taps)
+        )
+        self.near = nn.Conv3d(taps * d, d, 3, padding=1)
+        self.far = nn.Conv3d(d, 2 * d, 3, padding=1, stride=(1, 2, 2))
+        self.to_logit = nn.Linear(4 * d, 1)
+
+    def forward(self, layers_BND: list[Tensor], condition: Condition) -> Tensor:
+        """Logits (B,), high for real; the same dtype as the head's weights."""
+        sizes = condition.frame_BCFHW.shape[2:]
+        frames, height, _ = (size // patch for size, patch in zip(sizes, self.patch, strict=True))
+        dtype = self.to_logit.weight.dtype
+        tokens = torch.cat([f(layer.to(dtype)) for f, layer in zip(self.layer_in, layers_BND, strict=True)], dim=-1)
+        grid = rearrange(tokens, "b (f h w) d -> b d f h w", f=frames, h=height)
+        seen = rearrange(F.silu(self.far(F.silu(self.near(grid)))), "b d f h w -> b d (f h w)")
+        return self.to_logit(torch.cat([seen.mean(-1), seen.std(-1)], dim=1)).squeeze(-1)

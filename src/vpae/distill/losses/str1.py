@@ -21,6 +21,7 @@ def temporal_perturbation(x_BCFHW: Tensor, sigma: float, rng: torch.Generator) -
     return (sigma * torch.randn(b, c, f, 1, 1, generator=rng, device=x_BCFHW.device)).expand(x_BCFHW.shape)
 
 
-def str1_penalty(logits_B: Tensor, spatial_logits_B: Tensor, temporal_logits_B: Tensor) -> Tensor:
-    """E (D(x) - D(x + d_s))^2 + E (D(x) - D(x + d_t))^2, without the weight w."""
-    return (logits_B - spatial_logits_B).square().mean() + (logits_B - temporal_logits_B).square().mean()
+def str1_penalty(logits_B: Tensor, *perturbed_logits_B: Tensor) -> Tensor:
+    """The sum over probes d of E (D(x) - D(x + d))^2, without the weight w; the paper's probes are d_s and d_t."""
+    distances = ((logits_B - perturbed_B).square().mean() for perturbed_B in perturbed_logits_B)
+    return sum(distances, start=logits_B.new_zeros(()))
