@@ -127,19 +127,25 @@ def test_a_pattern_on_all_videos_is_found_before_any_generator_is_trained(form, 
         head=head_settings,
         same_noise=True,
         discriminator_times={"low": 0.02, "high": 0.5},
-        discriminator={"learning_rate": 2e-3, "betas": (0.0, 0.99)},
+        discriminator={"learning_rate": 3e-3, "betas": (0.0, 0.99)},
         r1=R1(weight=0.0, probes=()),
     )
     shape, taps = base.generator.config, (0, 1, 3)
     head = seeded(SEED, lambda: Equilibrium._new_head(head_settings, shape, len(taps)))
     phase = Equilibrium(base.config, SHIFT, base.generator, base.teacher, head, taps)
+
+    def still(size: int, seed: int) -> tuple:
+        """Clips of a world that hardly moves, as most of a real one does."""
+        x, c = build_batch(size, seed=seed)
+        return x[:, :, :1] + 0.05 * x, c
+
     x, _ = build_batch(1)
-    pattern = 0.3 * torch.randn(x.shape[1:], generator=rng())
+    pattern = 0.5 * torch.randn(x.shape[1:], generator=rng())
     phase.generate = lambda clips: clips.x + pattern
-    phase.turns = lambda step: ["head"] * 60
+    phase.turns = lambda step: ["head"] * 250
     phase.main = "head"
     phase.ema = None
     training = base.config.training.model_copy(update={"steps": 1})
-    train(phase, lambda drawn: build_batch(8, seed=drawn), training, 0, tmp_path, accelerator)
-    _, logs = phase.loss("head", build_batch(64, seed=10**6), rng(), 0)
-    assert logs["accuracy"] > 0.9
+    train(phase, lambda drawn: still(8, drawn), training, 0, tmp_path, accelerator)
+    _, logs = phase.loss("head", still(64, 10**6), rng(), 0)
+    assert logs["accuracy"] > 0.75

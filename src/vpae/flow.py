@@ -30,12 +30,12 @@ def x0_from_velocity(xt_BCFHW: Tensor, v_BCFHW: Tensor, t_B: Tensor) -> Tensor:
     return xt_BCFHW - expand(t_B, xt_BCFHW) * v_BCFHW
 
 
-def shift(u: Tensor, s: float) -> Tensor:
+def shift(u: Tensor | float, s: float) -> Tensor | float:
     """Timestep shift t = s u / (1 + (s - 1) u): s > 1 spends more of the schedule near noise."""
     return s * u / (1 + (s - 1) * u)
 
 
-def unshift(t: Tensor, s: float) -> Tensor:
+def unshift(t: Tensor | float, s: float) -> Tensor | float:
     """Inverse of `shift`: u = t / (s - (s - 1) t)."""
     return t / (s - (s - 1) * t)
 
@@ -59,17 +59,14 @@ def sample_times(times: Times, s: float, progress: float, batch: int, rng: torch
         float32 (B,), after the shift.
     """
     last_low, last_high = times.last_bounds
-    bounds = torch.tensor(
-        [times.low + progress * (last_low - times.low), times.high + progress * (last_high - times.high)],
-        dtype=torch.float64,
-        device=rng.device,
-    )
+    # Plain numbers: a tensor of them would have to be copied to the device, which waits for it.
+    bounds = [times.low + progress * (last_low - times.low), times.high + progress * (last_high - times.high)]
     u = torch.rand(batch, generator=rng, device=rng.device, dtype=torch.float64)
     shifted_uniform = times.distribution == "shifted_uniform"
     # Put the bounds into the space in which the draw is uniform.
     if shifted_uniform and times.t_space == "post_shift":
-        bounds = unshift(bounds, s)
+        bounds = [unshift(t, s) for t in bounds]
     elif not shifted_uniform and times.t_space == "pre_shift":
-        bounds = shift(bounds, s)
+        bounds = [shift(t, s) for t in bounds]
     t = bounds[0] + u * (bounds[1] - bounds[0])
     return (shift(t, s) if shifted_uniform else t).float()

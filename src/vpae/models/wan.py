@@ -75,7 +75,7 @@ class ShortTextAttention(WanAttnProcessor):
         heads = lambda x: x.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
         query = heads(attn.norm_q(attn.to_q(hidden_states)))
         weight = query.new_zeros(self.text_tokens)
-        weight[-1] = math.log(TEXT_TOKENS - self.text_tokens + 1)
+        weight[-1:].fill_(math.log(TEXT_TOKENS - self.text_tokens + 1))  # on the device: nothing waits for a copy
         key, value = heads(attn.norm_k(attn.to_k(text))), heads(attn.to_v(text))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=weight.expand(1, 1, 1, -1))
         key, value = heads(attn.norm_added_k(attn.add_k_proj(image))), heads(attn.add_v_proj(image))

@@ -1,0 +1,354 @@
+"""Train variants of methods over several seeds on one GPU in minutes, and judge their single steps.
+
+    python workflow/search.py docs/search/phase2.yaml --teacher data/teachers/tiny --out docs/search/phase2.jsonl
+
+The methods' own losses are trained, on clips of the procedural world that are made and encoded on the machine (frames
+are not stored as H.264 in between). On a GPU each turn is captured as a CUDA graph, since Python needs longer to start
+a small network's kernels than they run; the variants of a seed run side by side in streams, the seeds in processes.
+
+Every line of the result has C2ST (0.5 is the goal), Frechet distance, motion and the truth metrics of one student, what
+its training took in network evaluations (a backward pass counts as two), and the pull of each loss. Nothing is tuned
+on the clips it is judged on: all three sets have seeds of their own.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing
+import yaml
+from torch import Tensor, nn
+
+from vpae.config import Sampler
+from vpae.data.encoding import Encoders, pad_text
+from vpae.data.world import Truth, draw_truth, render
+from vpae.distill import METHODS
+from vpae.distill.method import TEACHER, Method
+from vpae.evaluation import c2st
+from vpae.evaluation.frechet import RandomFeatures, frechet
+from vpae.evaluation.truth import measure
+from vpae.experiment import load
+from vpae.models.adapters import FAKE
+from vpae.models.wan import (
+    SHORT_TEXT_TOKENS,
+    Condition,
+    decode_latents,
+    first_frame_mask,
+    load_pipeline,
+    load_transformer,
+    predict_x0,
+)
+from vpae.sampling import euler
+from vpae.training.ema import update_ema
+from vpae.training.loop import learning_rate
+from vpae.training.sharding import clip_gradients
+
+SEEDS = {"train": 101, "fit": 107, "test": 109}  # of the world's clips
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+AT_ONCE = 256
+
+
+def draw_clip(key: tuple[int, ...], frames: int, size: int) -> tuple[np.ndarray, dict]:
+    """One clip of the world: uint8 frames (T, H, W, 3) and its truth."""
+    truth = draw_truth(key, frames, 1.0, hidden_direction=0.4, bystander_share=0.25)
+    return render(truth, size, size), truth.to_json()
+
+
+def make_data(counts: dict[str, int], teacher: Path, workers: int, frames: int, size: int) -> dict:
+    """Encoded clips of each set: x0, the condition's latents, image and text embeddings, and their truth."""
+    keys = [(SEEDS[name], 0, i) for name, count in counts.items() for i in range(count)]
+    n = len(keys)
+    with ProcessPoolExecutor(workers) as pool:
+        made = list(pool.map(draw_clip, keys, [frames] * n, [size] * n, chunksize=32))
+    encoders = Encoders(load_pipeline(teacher, transformer=None).to(DEVICE))
+    captions = sorted({truth["caption"] for _, truth in made})
+    texts = dict(zip(captions, encoders.texts(captions), strict=True))
+    data: dict = {"empty": pad_text(encoders.texts([""])[0], SHORT_TEXT_TOKENS)}
+    for name, count in counts.items():
+        mine, made = made[:count], made[count:]
+        parts: dict[str, list[Tensor]] = {"x0": [], "condition": [], "image": []}
+        for start in range(0, count, 64):
+            clips = np.stack([clip for clip, _ in mine[start : start + 64]])
+            first = list(clips[:, 0])
+            parts["x0"].append(encoders.videos(clips))
+            parts["condition"].append(encoders.conditions(first, frames))
+            parts["image"].append(encoders.images(first).cpu())
+        text = torch.stack([pad_text(texts[truth["caption"]], SHORT_TEXT_TOKENS) for _, truth in mine])
+        data[name] = {k: torch.cat(v) for k, v in parts.items()} | {"text": text, "truth": [t for _, t in mine]}
+    return data
+
+
+class Clips:
+    """One set on the device."""
+
+    def __init__(self, data: dict, name: str):
+        self.x0, self.condition, self.image, self.text = (
+            data[name][key].float().to(DEVICE) for key in ("x0", "condition", "image", "text")
+        )
+        self.empty, self.truth = data["empty"].float().to(DEVICE), data[name]["truth"]
+        self.mask = first_frame_mask(1, *self.x0.shape[2:]).to(DEVICE)
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def batch(self, i: Tensor) -> tuple[Tensor, Condition]:
+        """Latents and condition of the clips i."""
+        frame = torch.cat([self.mask.expand(len(i), -1, -1, -1, -1), self.condition[i]], dim=1)
+        return self.x0[i], Condition(frame, self.image[i], self.text[i], self.empty)
+
+
+class InMemory:
+    """Networks by model, see `vpae.distill.networks.Networks`: the teacher's folder, and students made here."""
+
+    device = DEVICE
+
+    def __init__(self, teacher: Path):
+        self.teacher = teacher
+        self.students: dict[str, Method] = {}
+        self.start = ""  # the variant whose student stands for the method that the next one starts from
+
+    def transformer(self, model: str, trained: bool) -> nn.Module:
+        """A new copy; a student's has its EMA weights."""
+        network = load_transformer(self.teacher, torch.float32).to(DEVICE)
+        if model != TEACHER:
+            network.load_state_dict(self.students[self.start].ema.state_dict())
+        return network
+
+    def adapter(self, model: str, name: str) -> dict[str, Tensor]:
+        """The fake model's, as the start left it."""
+        from vpae.models.adapters import lora_names
+
+        assert name == FAKE, "students are trained whole here"
+        return lora_names(self.students[self.start].fake.state_dict())
+
+
+class Run:
+    """One variant: its phase, and each of its turns as something that can be called again and again."""
+
+    def __init__(self, name: str, phase: Method, clips: Clips, seed: int):
+        self.name, self.phase, self.clips = name, phase, clips
+        self.training = phase.config.training
+        self.stream = torch.cuda.Stream() if DEVICE.type == "cuda" else None
+        self.rng = torch.Generator(DEVICE).manual_seed(seed)
+        self.step = torch.zeros((), device=DEVICE, dtype=torch.float64)
+        self.evaluations, self.logs = 0.0, {}
+        for role in phase.roles.values():
+            for group in role.optimizer.param_groups:
+                group["lr"] = torch.tensor(role.settings.learning_rate, device=DEVICE)
+                group["capturable"] = DEVICE.type == "cuda"
+        self.cost: dict[str, float] = {}
+        self.turns = {turn: self._ready(turn) for turn in phase.roles}
+
+    def _turn(self, turn: str) -> dict[str, Tensor]:
+        role = self.phase.roles[turn]
+        for name, other in self.phase.roles.items():
+            other.require_gradients(name == turn)
+        i = torch.randint(len(self.clips), (self.training.batch_size,), generator=self.rng, device=DEVICE)
+        loss, logs = self.phase.loss(turn, self.clips.batch(i), self.rng, self.step)
+        loss.backward()
+        clip_gradients(role.parameters(), role.settings.max_grad_norm)
+        role.optimizer.step()
+        for other in self.phase.roles.values():
+            other.optimizer.zero_grad(set_to_none=True)
+            other.require_gradients(True)
+        if turn == self.phase.main:
+            update_ema(self.phase.ema, role.module, self.training.ema_decay)
+        return {f"{turn}_loss": loss.detach(), **{k: v.detach() for k, v in logs.items()}}
+
+    def _ready(self, turn: str) -> Callable[[], dict[str, Tensor]]:
+        """The turn as a CUDA graph; on a CPU as it is. Weights and averages are left as they were."""
+        modules = {id(m): m for m in (*self.phase.networks.values(), *(r.module for r in self.phase.roles.values()))}
+        tensors = [t for m in modules.values() for t in itertools.chain(m.parameters(), m.buffers())]
+        tensors += list(self.phase.ema.parameters())
+        before = [t.detach().clone() for t in tensors]
+        with counted(self.phase) as count:
+            self._on_stream(lambda: self._turn(turn))
+        self.cost[turn] = count[0]
+        graph = None
+        if DEVICE.type == "cuda":
+            self._on_stream(lambda: self._turn(turn))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.rng)
+            with torch.cuda.graph(graph, stream=self.stream):
+                logs = self._turn(turn)
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(old)
+            for role in self.phase.roles.values():
+                for state in role.optimizer.state.values():
+                    for value in state.values():
+                        value.zero_()
+        if graph is None:
+            return lambda: self._turn(turn)
+        torch.cuda.synchronize()
+
+        def replay() -> dict[str, Tensor]:
+            with torch.cuda.stream(self.stream):
+                graph.replay()
+            return logs
+
+        return replay
+
+    def _on_stream(self, work: Callable[[], object]) -> None:
+        if self.stream is None:
+            work()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def take_step(self, step: int) -> None:
+        """All turns of one step, as the training loop does them."""
+
+        def set_numbers() -> None:
+            self.step.fill_(step)
+            for role in self.phase.roles.values():
+                rate = learning_rate(role.settings, step, self.training.schedule_steps or self.training.steps)
+                for group in role.optimizer.param_groups:
+                    group["lr"].fill_(rate)
+
+        self._on_stream(set_numbers)
+        for turn in self.phase.turns(step):
+            self.logs |= self.turns[turn]()
+            self.evaluations += self.cost[turn] * self.training.batch_size
+
+
+class counted:
+    """Network evaluations of one turn per clip: a pass counts 1, with a backward pass 3."""
+
+    def __init__(self, phase: Method):
+        self.phase, self.count = phase, [0.0]
+
+    def __enter__(self) -> list[float]:
+        def note(_module, _inputs, output) -> None:
+            self.count[0] += 3.0 if output[0].requires_grad else 1.0
+
+        self.handles = [n.register_forward_hook(note) for n in self.phase.networks.values()]
+        return self.count
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def train_together(runs: list[Run]) -> None:
+    """Train variants side by side."""
+    for step in range(max(run.training.steps for run in runs)):
+        for run in runs:
+            if step < run.training.steps:
+                run.take_step(step)
+        if DEVICE.type == "cuda" and step % 10 == 9:
+            torch.cuda.synchronize()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def videos_of(model: nn.Module, clips: Clips, row: Sampler, shift: float, seed: int) -> Tensor:
+    """Latents of all clips of a set."""
+    rng, made = torch.Generator(DEVICE).manual_seed(seed), []
+    for i in torch.arange(len(clips), device=DEVICE).split(AT_ONCE):
+        x, c = clips.batch(i)
+        noise = torch.randn(x.shape, generator=rng, device=DEVICE)
+        if row.model == TEACHER:
+            made.append(euler(model, noise, c, row.steps, shift, row.guidance_scale))
+        else:
+            made.append(predict_x0(model, noise, torch.ones(len(i), device=DEVICE), c))
+    return torch.cat(made)
+
+
+def judge(model, sets: dict[str, Clips], row: Sampler, shift: float, judging: dict, vae, pool) -> dict:
+    """C2ST over several classifier seeds, Frechet distance, motion, and the truth metrics, of one model."""
+    fit, test = (videos_of(model, sets[name], row, shift, seed) for name, seed in (("fit", 1), ("test", 2)))
+    pairs = [c2st.Pairs(sets[n].x0, x, sets[n].condition) for n, x in (("fit", fit), ("test", test))]
+    found = [c2st.accuracy(*pairs, judging["steps"], seed) for seed in range(judging["seeds"])]
+    features = RandomFeatures().to(DEVICE)
+    real, made = (torch.cat([features(part) for part in x.split(AT_ONCE)]) for x in (sets["test"].x0, test))
+    moves, real_moves = (x.diff(dim=2).abs().mean() for x in (test, sets["test"].x0))
+    with torch.no_grad():
+        frames = [decode_latents(vae, x).cpu().numpy() for x in test[: judging["truth"]].split(32)]
+    truths = [Truth.from_json(t) for t in sets["test"].truth[: judging["truth"]]]
+    rows = list(pool.map(measure, np.concatenate(frames), truths, chunksize=8))
+    error = {key: np.std([r[key] for r in rows]) / len(rows) ** 0.5 for key in rows[0]}
+    return {
+        "c2st": float(np.mean(found)),
+        "c2st_by_seed": found,
+        "frechet": frechet(made.cpu().numpy(), real.cpu().numpy()),
+        "motion": float(moves / real_moves),
+        **{key: float(np.mean([r[key] for r in rows])) for key in rows[0]},
+        **{f"{key}_standard_error": float(value) for key, value in error.items()},
+    }
+
+
+def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, workers: int) -> None:
+    """All variants of one seed, in the order of the plan; those that follow each other without `then` run together."""
+    torch.set_num_threads(1)
+    data = torch.load(data_file, weights_only=True)
+    sets = {name: Clips(data, name) for name in SEEDS}
+    settings = load(plan["config"], [*plan.get("set", []), f"seed={seed}"]).settings
+    networks, begun = InMemory(teacher), time.monotonic()
+    vae = load_pipeline(teacher, transformer=None, text_encoder=None, image_encoder=None).vae.to(DEVICE)
+    with ProcessPoolExecutor(workers) as pool:
+
+        def write(name: str, **values) -> None:
+            with out.open("a") as file:
+                line = {"variant": name, "seed": seed, "seconds": round(time.monotonic() - begun, 1), **values}
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps({k: v for k, v in line.items() if not k.endswith(("error", "by_seed"))}), flush=True)
+
+        if seed == plan["seeds"][0]:
+            row = settings.samples.rows["teacher-100nfe"]
+            model = load_transformer(teacher, torch.float32).to(DEVICE)
+            write("teacher-100nfe", **judge(model, sets, row, settings.teacher.shift, plan["judge"], vae, pool))
+        for group in plan["variants"]:
+            runs = []
+            for name, variant in group.items():
+                overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
+                one = load(plan["config"], [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
+                networks.start = variant.get("start", "")
+                one.methods[variant["method"]] = networks.students[networks.start].name if networks.start else TEACHER
+                phase = METHODS[variant["method"]].build(one, networks)
+                runs.append(Run(name, phase, sets["train"], 1000 * seed + len(runs)))
+            train_together(runs)
+            for run in runs:
+                networks.students[run.name] = run.phase
+                row = Sampler(model="student", steps=1)
+                logs = {key: float(value) for key, value in run.logs.items()}
+                found = judge(run.phase.ema, sets, row, settings.teacher.shift, plan["judge"], vae, pool)
+                write(run.name, **found, evaluations=run.evaluations, logs=logs)
+
+
+def main() -> None:
+    """Make the data, and start a process for each seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("/tmp/search-data.pt"), help="kept for the next call")
+    parser.add_argument("--workers", type=int, default=4, help="processes that measure, for each seed")
+    arguments = parser.parse_args()
+    plan = yaml.safe_load(arguments.plan.read_text())
+    geometry = load(plan["config"], plan.get("set", [])).settings.geometry
+    if not arguments.data.exists():
+        made = make_data(plan["clips"], arguments.teacher, 4 * arguments.workers, geometry.frames, geometry.height)
+        torch.save(made, arguments.data)
+    context = torch.multiprocessing.get_context("spawn")
+    common = (plan, arguments.data, arguments.teacher, arguments.out, arguments.workers)
+    processes = [context.Process(target=work, args=(seed, *common)) for seed in plan["seeds"]]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a seed failed, see above")
+
+
+if __name__ == "__main__":
+    main()
