@@ -27,6 +27,7 @@ QUANTISED = {
     "int8": "the transformer's blocks in int8, one scale a row (torchao)",
     "fp8": "the transformer's blocks stored in float8 and computed in --dtype",
 }
+_INSTALL = "`pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -116,6 +117,23 @@ def _offload(pipeline: WanImageToVideoPipeline, offload: str, device: torch.devi
         pipeline.to(device)
 
 
+def compute_in_fp8(transformer: nn.Module) -> None:
+    """Have the blocks' matrices multiplied in float8, weights and activations with a scale a row (torchao).
+
+    Raises:
+        ConfigError: torchao is not installed, or the GPU has no float8 products.
+    """
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError as error:
+        raise ConfigError(f"--quantize fp8-compute needs torchao: {_INSTALL} ({error})") from error
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError("--quantize fp8-compute needs a GPU of compute capability 8.9 or more; take --quantize fp8")
+    # Inductor's settings stay as they are: torchao's take minutes, and round what else is computed in float32.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(transformer.blocks, config)
+
+
 def _int8() -> Callable[[nn.Module], None]:
     """What stores a module's matrices in int8.
 
@@ -125,8 +143,5 @@ def _int8() -> Callable[[nn.Module], None]:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ConfigError(
-            f"--quantize int8 needs torchao: `pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8 "
-            f"({error})"
-        ) from error
+        raise ConfigError(f"--quantize int8 needs torchao: {_INSTALL} ({error})") from error
     return partial(quantize_, config=Int8WeightOnlyConfig())

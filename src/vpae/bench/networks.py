@@ -32,7 +32,8 @@ class Components:
 
 
 @contextmanager
-def _by_default(dtype: torch.dtype) -> Iterator[None]:
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    """What is built inside the block has this number format."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -46,7 +47,7 @@ def random_transformer(network: Network, device: torch.device, dtype: torch.dtyp
 
     Nothing passes through the machine's own memory, and no second copy is made: 16.4B weights take 33 GB in bfloat16.
     """
-    with _by_default(dtype):
+    with by_default(dtype):
         model = network.build(device)
     exact = WanTransformer3DModel._keep_in_fp32_modules
     with torch.no_grad():
@@ -61,7 +62,7 @@ def random_transformer(network: Network, device: torch.device, dtype: torch.dtyp
 
 def random_components(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) -> Components:
     """All networks of a pipeline with random weights; VAE and image encoder in float32, as for sampling."""
-    with _by_default(dtype):
+    with by_default(dtype):
         text_encoder = build_encoders(pipeline, device, ("text_encoder",))["text_encoder"]
     others = build_encoders(pipeline, device, ("vae", "image_encoder"))
     transformer = random_transformer(pipeline.transformer, device, dtype)

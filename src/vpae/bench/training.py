@@ -22,6 +22,7 @@ from vpae.planning.counting import Sequence
 from vpae.planning.footprint import footprint, with_switches
 from vpae.planning.network import Network
 from vpae.planning.workload import turn_flops, turns_of
+from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
 from vpae.training.randomness import generator_for
 from vpae.training.sharding import clip_gradients, run_again
@@ -45,6 +46,15 @@ class Workbench:
         if self.training.sharding.activation_checkpointing:
             for network in self.phase.networks.values():
                 network.enable_gradient_checkpointing(run_again)
+        self.compile(self.training.compile)
+
+    def compile(self, wanted: bool, backend: str = "inductor") -> None:
+        """Have the networks' blocks compiled, or not."""
+        for network in self.phase.networks.values():
+            if wanted:
+                compile_blocks(network, backend)
+            else:
+                run_eagerly(network)
 
     def update(self, turn: str) -> None:
         """One optimiser step of one role, as the training loop makes it, of one micro-batch."""

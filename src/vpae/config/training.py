@@ -72,6 +72,9 @@ class Training(Section):
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
         "no", description="Autocast of the forward passes."
     )
+    compile: bool = Field(
+        False, description="Compile the transformer's blocks: faster on a GPU after the first steps, other last bits."
+    )
     ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")

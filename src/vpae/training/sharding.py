@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpae.config import Sharding, Training
 from vpae.models.adapters import Adapted, adapted_layers, selected, selection_of
+from vpae.training.compiled import compile_blocks
 from vpae.training.phase import Phase
 from vpae.training.precision import INPUTS
 
@@ -78,6 +79,9 @@ def spread(phase: Phase, training: Training, accelerator: Accelerator) -> None:
     if sharding.activation_checkpointing:
         for network in networks.values():
             network.enable_gradient_checkpointing(run_again)
+    if training.compile:
+        for network in networks.values():
+            compile_blocks(network)
     if accelerator.num_processes == 1:
         return
     if sharding.context_parallel > 1:
