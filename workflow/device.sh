@@ -4,11 +4,11 @@
 #     workflow/device.sh FOLDER [CONFIG [OPTIONS...]]      options of `python -m vpae.bench.device`
 #
 # Each part is a process of its own with a time limit; its rows go to FOLDER/rows.jsonl as soon as they are known.
-# Turns of training are measured on 8 of the network's layers: seconds are in proportion, utilisation is the same.
+# Turns of training are measured on 5 of the network's layers: seconds are in proportion, utilisation is the same.
 set -uo pipefail
 
 out=$1 config=${2:-configs/wan2.1-i2v-14b-480p-lora.yaml}
-layers=${LAYERS-8}
+layers=${LAYERS-5}
 mkdir -p "$out"
 
 part() {
@@ -19,8 +19,8 @@ part() {
         echo "{\"part\": \"$2\", \"name\": \"ended early\", \"code\": $?}" | tee -a "$out/rows.jsonl"
 }
 
-part 55 --part video "${@:3}"
+part 50 --part video "${@:3}"
 part 85 --part sampling "${@:3}"
-part 110 --part equilibrium --layers "$layers" --set "equilibrium.head.taps=[]" "${@:3}"
+part 130 --part equilibrium --layers "$layers" --set "equilibrium.head.taps=[]" "${@:3}"
 part 110 --part priming --layers "$layers" "${@:3}"
 exit 0
