@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import seeded
-from vbench_i2v import backbones, camera
+from vbench_i2v import backbones, camera, weights
 from vbench_i2v.backbones import clip, plugins
 from vbench_i2v.backbones.dino import DinoViT
 from vbench_i2v.backbones.raft import RAFT
@@ -518,7 +518,7 @@ def test_dreamsim_never_downloads(tmp_path, monkeypatch):
 
 
 def test_dreamsim_leaves_the_hubs_cache_alone(tmp_path, monkeypatch):
-    for name in plugins.DREAMSIM_FILES:
+    for name in next(weight.contains for weight in weights.manifest() if weight.contains):
         (tmp_path / backbones.DREAMSIM / name).mkdir(parents=True)
     package = types.ModuleType("dreamsim")
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import synthetic
 from vbench_i2v import results, runner
 from vbench_i2v.base import Dimension
 from vbench_i2v.errors import NotComputed, VBenchError
@@ -27,7 +28,7 @@ from vbench_i2v.scores import COLUMNS, read_results, totals
 from vbench_i2v.suite import Clip, Plan, plan_suite, read_suite
 from vpae.cli import main
 from vpae.data.video import read_frames, write_video
-from vpae.evaluation.vbench import processes, synthetic, tiny
+from vpae.evaluation.vbench import processes, tiny
 from vpae.evaluation.vbench.rows import rank_correlations
 from vpae.models.wan import load_pipeline
 from vpae.parts import Part

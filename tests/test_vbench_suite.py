@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import synthetic
 from vbench_i2v import weights
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import sha256
@@ -29,7 +30,6 @@ from vbench_i2v.suite import (
 from vpae.cli import main
 from vpae.config import VBenchFolder
 from vpae.data.video import write_video
-from vpae.evaluation.vbench import synthetic
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "vbench2_i2v_full_info.json"
 official = pytest.mark.skipif(not OFFICIAL.is_file(), reason="VBench's own suite is not on this machine")

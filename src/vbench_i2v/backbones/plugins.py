@@ -21,16 +21,8 @@ from vbench_i2v.camera import GRID
 from vbench_i2v.errors import NotComputed
 from vbench_i2v.packages import ENVIRONMENT, imported
 from vbench_i2v.video import Video
-from vbench_i2v.weights import filling
+from vbench_i2v.weights import filling, manifest
 
-DREAMSIM_FILES = (
-    "dino_vitb16_pretrain.pth",
-    "clip_vitb16_pretrain.pth.tar",
-    "open_clip_vitb16_pretrain.pth.tar",
-    "ensemble_lora",
-    "facebookresearch_dino_main",
-    "checkpoints/dino_vitbase16_pretrain.pth",
-)
 TRACKER_SIZE = (384, 512)  # what CoTracker resizes every video to
 
 
@@ -99,9 +91,9 @@ def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """DreamSim's ensemble from a folder that holds all it would otherwise download."""
     module = imported("dreamsim")
-    missing = [name for name in DREAMSIM_FILES if not (folder / name).exists()]
-    if missing:
-        raise NotComputed(f"{folder} lacks {', '.join(missing)}; where there is internet, run: {filling(folder)}")
+    (weight,) = (weight for weight in manifest() if weight.contains)
+    if problem := weight.problem(folder.parent):
+        raise NotComputed(f"{folder}: {problem}; where there is internet, run: {filling(folder)}")
     hub = torch.hub.get_dir()
     try:
         model, _ = module.dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
