@@ -4,6 +4,7 @@ A stage writes into a temporary sibling, `provenance.json` goes in last, and one
 finished folder is recognised by its settings and by the hashes of its inputs, never by its date.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -19,11 +20,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import vpae
+from vpae.locks import lock
 
 PROVENANCE = "provenance.json"
 FICLONE = 0x40049409  # ioctl: let a file share another's blocks until one of the two is written to
@@ -54,6 +56,7 @@ def written(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         yield temporary
+        flush_entry(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -113,7 +116,7 @@ def building(
     """Build a folder all or nothing.
 
     Args:
-        folder: where the result will stand; an older result there is replaced at the end, in one rename.
+        folder: where the result will stand; an older result there is replaced at the end, once this one is on disk.
         settings: the resolved sections that determine the result.
         inputs: name -> digest of everything read.
         spent: folders of no use once the result stands, which are then removed.
@@ -132,7 +135,7 @@ def building(
 
 @contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it when the process ends, however it ends.
+    """Hold a folder's lock, which ends with the process.
 
     Args:
         folder: what is to be built; it need not exist.
@@ -142,16 +145,17 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
         ArtifactError: another process holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("a+") as lock:  # NFS shares a lock only if it may read, too
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            held.enter_context(lock(folder.with_name(f".{folder.name}.lock"), shared))
         except BlockingIOError as error:
-            raise ArtifactError(f"{folder} is being built by another process; wait for it, or end it") from error
+            who = f" ({error.strerror})" if "process" in error.strerror else ""
+            raise ArtifactError(f"{folder} is being built by another process; wait for it, or end it{who}") from error
         yield
 
 
 def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tuple[Path, dict]]:
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, old = _successor(folder), _predecessor(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     counts: dict = {}
@@ -171,13 +175,67 @@ def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tup
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    write_json(temporary / PROVENANCE, provenance)
-    old = folder.with_name(f".{folder.name}.old")
+    flush(temporary)
+    write_json(temporary / PROVENANCE, provenance)  # last and durably: who finds it may rely on all the rest
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    flush_entry(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Where a result was cut off while it took its predecessor's place, end the exchange.
+
+    Raises:
+        ArtifactError: another process holds the folder for seconds.
+    """
+    temporary, old = _successor(folder), _predecessor(folder)
+    for last in [False] * 50 + [True]:
+        if folder.exists() or not ((temporary / PROVENANCE).is_file() or old.is_dir()):
+            return
+        try:
+            with locked(folder):
+                if not folder.exists():
+                    (temporary if (temporary / PROVENANCE).is_file() else old).rename(folder)
+        except ArtifactError:  # the exchange itself, or another process that ends it
+            if last:
+                raise
+            time.sleep(0.1)
+
+
+def _successor(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _predecessor(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def flush(folder: Path) -> None:
+    """Have the disk hold every file of a folder, and the folders' entries, before this returns."""
+    paths = [folder, *folder.rglob("*")]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(flush_entry, paths))
+
+
+def flush_entry(path: Path) -> None:
+    """Have the disk hold one file, or the names in one folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def damaged(folder: Path) -> list[str]:
+    """The files of a finished folder that are missing, or whose content is not what its provenance says."""
+    recorded, present = (read_provenance(folder) or {"outputs": {}})["outputs"], file_hashes(folder)
+    return sorted(name for name, wanted in recorded.items() if present.get(name) != wanted)
 
 
 def package_versions() -> dict[str, str]:

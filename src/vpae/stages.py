@@ -10,12 +10,24 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from vpae.artifacts import ArtifactError, building, digest, identity, is_finished, locked
+from vpae.artifacts import (
+    PROVENANCE,
+    ArtifactError,
+    building,
+    damaged,
+    digest,
+    identity,
+    is_finished,
+    locked,
+    read_provenance,
+    recover,
+)
 from vpae.distill import METHODS
 from vpae.distill.method import TEACHER
 from vpae.experiment import ConfigError, Source
 from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, upstream
 from vpae.parts import Part
+from vpae.teacher.folder import external_inputs
 
 
 def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
@@ -51,10 +63,15 @@ class _Task:
         return state_folder(self.folder, _without_shares(self.settings), self.digests)
 
     def is_done(self) -> bool:
-        if is_finished(self.folder, self.settings, self.digests):
-            print(f"{self.folder.name}: {self.folder} is up to date", file=sys.stderr)
-            return True
-        return False
+        """Whether the result stands already, undamaged; dates and whoever asks for it do not count."""
+        if not is_finished(self.folder, self.settings, self.digests):
+            return False
+        wrong = damaged(self.folder)
+        for name in wrong:
+            print(f"vpae: {self.folder / name} is damaged; {self.folder.name} is made anew", file=sys.stderr)
+        if not wrong:
+            print(f"{self.folder.name}: {self.folder} is up to date (to have it anew, delete it)", file=sys.stderr)
+        return not wrong
 
 
 def _task(source: Source, stage: str, results: Path) -> _Task:
@@ -64,6 +81,7 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
             f"`--set methods.{stage}={TEACHER}`"
         )
     folder = stage_folder(source, stage, results)
+    recover(folder)
     settings = stage_settings(source.settings, stage)
     folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
     digests = {name: identity(path) for name, path in folders.items()}
@@ -72,6 +90,37 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
         digests |= module.external_inputs(source.settings)
     run = partial(module.run, stage) if stage in METHODS else module.run
     return _Task(module, run, folder, settings, folders, digests)
+
+
+def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
+    """Stage -> whether its result is what it would make now; only of results of which that can be told.
+
+    Settings and hashes count, so that a copy, a checkout or a `touch` makes no difference. Of videos, whose content
+    takes hours to read, the date counts: they must not be newer than their catalogue.
+    """
+    settings, found, made = source.settings, {}, {}
+    for stage in stages_of(settings):  # each stands behind those that it reads
+        folder, above = stage_folder(source, stage, results), upstream(settings, stage)
+        recover(folder)
+        if (provenance := read_provenance(folder)) is None:
+            continue
+        made[stage], inputs = digest(provenance["outputs"]), provenance["inputs"]
+        outside = {name: value for name, value in inputs.items() if name not in above}
+        if provenance["settings"] != stage_settings(settings, stage):
+            found[stage] = False
+        elif all(found.get(name) for name in above):
+            found[stage] = (
+                all(inputs.get(name) == made[name] for name in above)
+                and not (stage == "teacher" and outside != external_inputs(settings))
+                and not (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder))
+            )
+    return found
+
+
+def _is_newer(path: Path, folder: Path) -> bool:
+    """Whether a path is newer than a result; Snakemake notes in the folder when it last found it up to date."""
+    seen = [folder / PROVENANCE, folder / ".snakemake_timestamp"]
+    return path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in seen if p.exists())
 
 
 def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:

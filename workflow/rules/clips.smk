@@ -4,7 +4,7 @@ rule clips:
         parts_of("clips"),
         videos,
     output:
-        directory("results/{experiment}/clips"),
+        update(directory("results/{experiment}/clips")),
     log:
         "results/{experiment}/logs/clips.log",
     benchmark:

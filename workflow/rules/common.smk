@@ -1,6 +1,8 @@
 # What the rules share: experiments by name, what a stage reads, the settings it depends on, what it needs.
 import json
 import sys
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -9,9 +11,25 @@ from vpae.config import VBenchDimension
 from vpae.experiment import ConfigError, load
 from vpae.graph import owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
+from vpae.stages import standing
 
 # A stage that is told to end (TERM, USR1) saves its state first; shell and tee must live on until it has.
 shell.prefix("set -euo pipefail; trap : TERM USR1; tee() {{ trap '' INT TERM USR1; command tee \"$@\"; }}; ")
+
+# A stage replaces its result itself, and only by a finished successor. `update` keeps Snakemake from removing the result
+# beforehand; what it does instead, copying all of it in case the job fails, is not needed either.
+with suppress(ImportError):
+    from snakemake.persistence import FileBackupMixin
+
+    FileBackupMixin.backup_output = lambda self, path: None
+    FileBackupMixin.restore_output = lambda self, path: path.exists()
+    FileBackupMixin.cleanup_backup = lambda self, path: None
+
+
+# Newer than any result: what is stale reads it, because Snakemake has not always notes of what a result was made of.
+NOW = ".snakemake/now"
+Path(NOW).parent.mkdir(exist_ok=True)
+Path(NOW).write_text(str(time.time_ns()))  # Snakemake compares the content of small files, too
 
 
 wildcard_constraints:
@@ -46,9 +64,22 @@ def folders_read_by(stage):
     """Input function: the results that a stage reads."""
 
     def folders(wildcards):
-        return upstream_folders(wildcards.experiment, stage)
+        return undated(upstream_folders(wildcards.experiment, stage), wildcards.experiment, stage)
 
     return folders
+
+
+@cache
+def stands(name):
+    """Stage -> whether its result is up to date by its content, for the stages of the experiment NAME."""
+    return standing(experiment(name))
+
+
+def undated(files, name, stage):
+    """Files that a stage reads. Content, and not their dates, says whether its result is up to date."""
+    if stage not in stands(name):
+        return files
+    return [ancient(file) for file in files] if stands(name)[stage] else [*files, NOW]
 
 
 @cache
@@ -89,7 +120,9 @@ def videos(wildcards):
     """Input function: the folder or table of videos; nothing for the procedural world."""
     source = experiment(wildcards.experiment)
     clips = source.settings.clips
-    return [] if clips.source == "world" else [existing(clips.path, source, "clips.path")]
+    if clips.source == "world":
+        return []
+    return undated([existing(clips.path, source, "clips.path")], wildcards.experiment, "clips")
 
 
 def teacher_files(wildcards):
@@ -102,7 +135,8 @@ def teacher_files(wildcards):
         stop("\n".join(problems))
     if teacher.source != "folder":
         return []
-    return [index, *map(str, sorted(Path(teacher.path).glob("*/*.safetensors")))]
+    files = [index, *map(str, sorted(Path(teacher.path).glob("*/*.safetensors")))]
+    return undated(files, wildcards.experiment, "teacher")
 
 
 def existing(path, source, key):

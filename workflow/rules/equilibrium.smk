@@ -2,7 +2,7 @@ rule equilibrium:
     input:
         folders_read_by("equilibrium"),
     output:
-        directory("results/{experiment}/equilibrium"),
+        update(directory("results/{experiment}/equilibrium")),
     log:
         "results/{experiment}/logs/equilibrium.log",
     benchmark:

@@ -3,7 +3,7 @@ rule evaluation:
         folders_read_by("evaluation"),
         vbench_parts,
     output:
-        directory("results/{experiment}/evaluation"),
+        update(directory("results/{experiment}/evaluation")),
     log:
         "results/{experiment}/logs/evaluation.log",
     benchmark:

@@ -3,7 +3,7 @@ rule latents:
         folders_read_by("latents"),
         parts_of("latents"),
     output:
-        directory("results/{experiment}/latents"),
+        update(directory("results/{experiment}/latents")),
     log:
         "results/{experiment}/logs/latents.log",
     benchmark:

@@ -2,7 +2,7 @@ rule priming:
     input:
         folders_read_by("priming"),
     output:
-        directory("results/{experiment}/priming"),
+        update(directory("results/{experiment}/priming")),
     log:
         "results/{experiment}/logs/priming.log",
     benchmark:

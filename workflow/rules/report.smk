@@ -2,7 +2,7 @@ rule report:
     input:
         folders_read_by("report"),
     output:
-        directory("results/{experiment}/report"),
+        update(directory("results/{experiment}/report")),
     log:
         "results/{experiment}/logs/report.log",
     benchmark:

@@ -3,7 +3,7 @@ rule samples:
         folders_read_by("samples"),
         parts_of("samples"),
     output:
-        directory("results/{experiment}/samples"),
+        update(directory("results/{experiment}/samples")),
     log:
         "results/{experiment}/logs/samples.log",
     benchmark:

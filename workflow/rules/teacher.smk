@@ -3,7 +3,7 @@ rule teacher:
         folders_read_by("teacher"),
         teacher_files,
     output:
-        directory("results/{experiment}/teacher"),
+        update(directory("results/{experiment}/teacher")),
     log:
         "results/{experiment}/logs/teacher.log",
     benchmark:

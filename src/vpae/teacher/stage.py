@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpae.artifacts import ArtifactError, digest, link_tree, sha256, write_json, written
+from vpae.artifacts import link_tree, write_json, written
 from vpae.config import Experiment, Teacher, Training
 from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
@@ -22,27 +22,10 @@ from vpae.experiment import ConfigError
 from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.progress import track
 from vpae.teacher import encoders, flow_matching, vae
+from vpae.teacher.folder import NETWORKS, checked, external_inputs  # noqa: F401, the stage's external inputs
 from vpae.training.loop import train
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import Shuffled, derived_seed
-
-NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
-HASHED_BYTES = 100_000_000
-COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
-
-
-def external_inputs(settings: Experiment) -> dict[str, str]:
-    """Digest of a teacher folder that comes from elsewhere; of large files only size and date count."""
-    name = settings.teacher.path if settings.teacher.source == "folder" else settings.teacher.start
-    if not name:
-        return {}
-    folder = _checked(Path(name))
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        content = sha256(path) if stat.st_size < HASHED_BYTES else f"{stat.st_size} {stat.st_mtime_ns}"
-        found[path.relative_to(folder).as_posix()] = content
-    return {name: digest(found)}
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
@@ -58,18 +41,8 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     else:
         folder = Path(teacher.path)
     # Nobody edits the hub's cache, whose files are named by their content.
-    link_tree(_checked(folder), out, skip=(GEOMETRY,), foreign=teacher.source == "folder")
+    link_tree(checked(folder), out, skip=(GEOMETRY,), foreign=teacher.source == "folder")
     return {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())}
-
-
-def _checked(folder: Path) -> Path:
-    missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
-    if missing:
-        raise ArtifactError(
-            f"{folder}, named by teacher.path or teacher.start, is not a WanImageToVideoPipeline folder: it lacks "
-            f"{', '.join(missing)}; download the model in diffusers format, or run `dvc pull` if DVC versions it"
-        )
-    return folder
 
 
 def _check_built_as_set(pipeline: WanImageToVideoPipeline, config: Teacher) -> None:
@@ -98,7 +71,7 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     config, geometry = settings.teacher, settings.geometry
     accelerator = Accelerator(mixed_precision=config.transformer.training.mixed_precision)
     if config.start:
-        pipeline = load_pipeline(_checked(Path(config.start)), torch.float32).to(accelerator.device)
+        pipeline = load_pipeline(checked(Path(config.start)), torch.float32).to(accelerator.device)
         _check_built_as_set(pipeline, config)
     clips = read_manifest(clips_folder, "train")
     frames_NTHW3 = np.stack([c.frames(geometry, clips_folder) for c in track(clips, len(clips), "teacher/decode")])

@@ -1,0 +1,223 @@
+"""A finished result is never removed before its successor stands, and dates do not make it unfinished.
+
+Commands, provenance and workflow are the repository's own; only the stages' bodies are toys (see `test_dvc`).
+"""
+
+import errno
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from test_dvc import ROOT, TOY, Clone
+from vpae import locks
+from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, is_finished, locked, recover
+from vpae.experiment import STAGES, load
+from vpae.teacher import folder
+
+MICRO = ("--cores", "2", "--config", "experiment=micro", "--", "all")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A project in which the experiment `micro` has been run."""
+    clone = Clone(tmp_path_factory.mktemp("finished") / "project")
+    clone("snakemake", *MICRO)
+    return clone
+
+
+@pytest.fixture
+def project(finished: Clone, tmp_path: Path) -> Clone:
+    return finished.copy(tmp_path / "project")
+
+
+def whole(project: Clone) -> dict[str, bytes]:
+    """Every file of the results with its bytes, provenance and all."""
+    folders = [project.folder / "results/micro" / stage for stage in STAGES]
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return {p.relative_to(project.folder).as_posix(): p.read_bytes() for p in files}
+
+
+def new_dates(folder: Path) -> None:
+    """Give everything another date, in no order that says what was made from what."""
+    dates = random.Random(0)
+    for path in folder.rglob("*"):
+        os.utime(path, (when := 1.7e9 + dates.randrange(10**7), when), follow_symlinks=False)
+
+
+def copied(project: Clone) -> None:
+    new_dates(project.folder)
+
+
+def cloned(project: Clone) -> None:
+    new_dates(project.folder)
+    shutil.rmtree(project.folder / ".snakemake")  # which git does not carry
+
+
+def rerun_everything(project: Clone) -> None:
+    for file in (project.folder / "results/micro/logs").glob("*"):
+        file.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", [copied, cloned, rerun_everything])
+def test_what_is_finished_has_nothing_to_do_whatever_its_dates(project: Clone, moved: Callable) -> None:
+    before = whole(project)
+    moved(project)
+    assert "Nothing to be done" in project("snakemake", "--dry-run", *MICRO)
+    project("snakemake", *MICRO)
+    assert whole(project) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forced", [("--forceall",), ("--forcerun", "priming")])
+def test_a_forced_run_finds_finished_results_up_to_date_and_leaves_them(project: Clone, forced: tuple) -> None:
+    before = whole(project)
+    copied(project)
+    printed = project("snakemake", *forced, *MICRO)
+    assert "priming is up to date" in printed
+    assert whole(project) == before
+
+
+@pytest.mark.slow
+def test_a_rule_that_was_edited_does_not_cost_the_results(project: Clone) -> None:
+    before = whole(project)
+    for rules in (project.folder / "workflow/rules").glob("*.smk"):
+        rules.write_text(rules.read_text().replace("2>&1 | tee", "2>&1 |  tee"))
+    project("snakemake", *MICRO)
+    assert whole(project) == before
+
+
+FAILING = TOY.replace("def run(settings, inputs, out, state):", "def run(settings, inputs, out, state):\n        1 / 0")
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_leaves_its_older_result(project: Clone) -> None:
+    before = whole(project)
+    project.set("priming.guidance_scale", 2.0)
+    program = project.folder / ".venv/bin/vpae"
+    program.write_text(FAILING)
+    code, printed = project.run("snakemake", *MICRO)
+    assert code != 0 and "ZeroDivisionError" in printed
+    assert whole(project) == before
+    program.write_text(TOY)
+    project("snakemake", *MICRO)
+    after = whole(project)
+    later = STAGES[STAGES.index("priming") :]
+    assert {name.split("/")[2] for name in after if after[name] != before[name]} == set(later)
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_is_named_and_only_that_stage_is_made_anew(project: Clone) -> None:
+    before = whole(project)
+    victim = project.folder / "results/micro/priming/weights/model.bin"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"#")
+    printed = project("snakemake", "--forcerun", "priming", *MICRO)
+    assert "results/micro/priming/weights/model.bin is damaged" in printed
+    changed = {name for name, content in whole(project).items() if content != before[name]}
+    assert changed == {f"results/micro/priming/{PROVENANCE}"}
+
+
+def test_an_exchange_that_was_cut_short_is_ended(tmp_path: Path) -> None:
+    """Killed between the two renames, there are an old result and a whole new one, but none by the right name."""
+    folder = tmp_path / "stage"
+    for text in ("old", "new"):
+        with building(folder, {"is": text}, {}) as (out, _):
+            (out / "file").write_text(text)
+        if text == "old":
+            shutil.copytree(folder, tmp_path / "copy")
+    folder.rename(tmp_path / ".stage.tmp")
+    (tmp_path / "copy").rename(tmp_path / ".stage.old")
+    recover(folder)
+    assert is_finished(folder, {"is": "new"}, {}) and not damaged(folder)
+    folder.rename(tmp_path / "elsewhere")  # killed before the new one was whole
+    recover(folder)
+    assert is_finished(folder, {"is": "old"}, {})
+
+
+def test_a_half_made_successor_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / ".stage.tmp").mkdir()
+    (tmp_path / ".stage.tmp/file").write_text("half")
+    recover(tmp_path / "stage")
+    with pytest.raises(ArtifactError, match="missing or unfinished"):
+        identity(tmp_path / "stage")
+
+
+def test_a_folder_that_is_being_built_is_left_alone_by_recovery(tmp_path: Path) -> None:
+    with locked(tmp_path / "stage"):
+        recover(tmp_path / "stage")
+    assert not (tmp_path / "stage").exists()
+
+
+def test_a_teacher_from_elsewhere_is_known_by_its_content(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "LARGE", 10_000)  # some of its files are remembered, some are not
+    monkeypatch.setattr(folder, "KNOWN", tmp_path / "hashes.json")
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    settings = load(ROOT / "configs/micro.yaml", ["teacher.source=folder", f"teacher.path={copy}"]).settings
+    before = folder.external_inputs(settings)
+    new_dates(copy)
+    assert folder.external_inputs(settings) == before
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "model_index.json"):
+        file = copy / name
+        original = file.read_bytes()
+        file.write_bytes(original[:-2] + bytes([original[-2] ^ 1]) + original[-1:])
+        assert folder.external_inputs(settings) != before
+        file.write_bytes(original)
+    assert folder.external_inputs(settings) == before
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+
+
+def test_without_flock_one_builder_is_alone_and_parts_share(tmp_path: Path, no_flock: None) -> None:
+    folder = tmp_path / "stage"
+    with locked(folder), pytest.raises(ArtifactError, match="another process.*delete"), locked(folder, shared=True):
+        pass
+    with locked(folder, shared=True), locked(folder, shared=True):
+        with pytest.raises(ArtifactError, match="another process"), locked(folder):
+            pass
+    with building(folder, {}, {}):
+        pass
+    assert is_finished(folder, {}, {})
+
+
+def test_without_flock_a_dead_process_keeps_nothing(tmp_path: Path, no_flock: None) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    holders = tmp_path / ".stage.lock.holders"
+    holders.mkdir()
+    names = [f"alone {socket.gethostname()} {pid} 1" for pid in (int(dead.stdout), os.getpid())]  # one number is in use
+    for name in names:
+        (holders / name).touch()
+    with locked(tmp_path / "stage"):
+        assert not any((holders / name).exists() for name in names)
+    (holders / "alone elsewhere 1 1").touch()  # of other machines nobody can tell
+    with pytest.raises(ArtifactError, match="process 1 on elsewhere has it.*delete"), locked(tmp_path / "stage"):
+        pass
+    assert [p.name for p in holders.iterdir()] == ["alone elsewhere 1 1"]
+
+
+def test_a_dead_process_keeps_no_lock(tmp_path: Path) -> None:
+    hold = "import sys; from pathlib import Path; from vpae.artifacts import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "stage")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ArtifactError, match="another process"), locked(tmp_path / "stage"):
+            pass
+        process.kill()
+    with locked(tmp_path / "stage"):
+        pass
