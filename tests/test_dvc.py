@@ -151,7 +151,7 @@ class Clone:
         """The stages that Snakemake would run; it must not lack notes on any result."""
         printed = self("snakemake", "--dry-run", "--quiet", "host", "--config", f"experiment={experiment}", "--", "all")
         assert "missing provenance" not in printed, printed
-        plan = set(re.findall(r"^ +output: results/\w[\w-]*/(\w+)$", printed, re.MULTILINE))
+        plan = set(re.findall(r"^ +output: results/\w[\w-]*/(\w+) \(update\)$", printed, re.MULTILINE))
         assert plan or "Nothing to be done" in printed, printed
         return plan
 

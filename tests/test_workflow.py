@@ -64,7 +64,7 @@ class Clone:
         """The folders that a run would make, sorted."""
         code, printed = self.snakemake("--dry-run", *arguments)
         assert code == 0, printed
-        return sorted(re.findall(r"^ +output: (.+)$", printed, re.MULTILINE))
+        return sorted(re.findall(r"^ +output: (.+?)(?: \(update\))?$", printed, re.MULTILINE))
 
     def edit(self, name: str, change: Callable[[dict], object]) -> None:
         """Change the keys of an experiment's file."""
