@@ -185,11 +185,13 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_flock_one_builder_is_alone_and_parts_share(tmp_path: Path, no_flock: None) -> None:
     folder = tmp_path / "stage"
-    with locked(folder), pytest.raises(ArtifactError, match="another process.*delete"), locked(folder, shared=True):
+    with locked(folder), pytest.raises(ArtifactError, match=r"another process.*delete"), locked(folder):
         pass
-    with locked(folder, shared=True), locked(folder, shared=True):
-        with pytest.raises(ArtifactError, match="another process"), locked(folder):
-            pass
+    with locked(folder), pytest.raises(ArtifactError, match="another process"), locked(folder, shared=True):
+        pass
+    both = locked(folder, shared=True), locked(folder, shared=True)
+    with both[0], both[1], pytest.raises(ArtifactError, match="another process"), locked(folder):
+        pass
     with building(folder, {}, {}):
         pass
     assert is_finished(folder, {}, {})
@@ -199,15 +201,17 @@ def test_without_flock_a_dead_process_keeps_nothing(tmp_path: Path, no_flock: No
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     holders = tmp_path / ".stage.lock.holders"
     holders.mkdir()
-    names = [f"alone {socket.gethostname()} {pid} 1" for pid in (int(dead.stdout), os.getpid())]  # one number is in use
+    names = [
+        f"alone {socket.gethostname()} {pid} 1 a" for pid in (int(dead.stdout), os.getpid())
+    ]  # one number is in use
     for name in names:
         (holders / name).touch()
     with locked(tmp_path / "stage"):
         assert not any((holders / name).exists() for name in names)
-    (holders / "alone elsewhere 1 1").touch()  # of other machines nobody can tell
-    with pytest.raises(ArtifactError, match="process 1 on elsewhere has it.*delete"), locked(tmp_path / "stage"):
+    (holders / "alone elsewhere 1 1 a").touch()  # of other machines nobody can tell
+    with pytest.raises(ArtifactError, match=r"process 1 on elsewhere has it.*delete"), locked(tmp_path / "stage"):
         pass
-    assert [p.name for p in holders.iterdir()] == ["alone elsewhere 1 1"]
+    assert [p.name for p in holders.iterdir()] == ["alone elsewhere 1 1 a"]
 
 
 def test_a_dead_process_keeps_no_lock(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ each holder leaves a file that says who it is, and looks at the files of all oth
 import errno
 import fcntl
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,14 +44,16 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _registered(folder: Path, shared: bool) -> Iterator[None]:
-    """Hold the lock by a file `MODE HOST PID START`. It is written before the others are looked at, so that of two who
+    """Hold the lock by a file `MODE HOST PID START TOKEN`. It is written before the others are looked at, so that of two who
     come at the same time at least one sees the other."""
     folder.mkdir(exist_ok=True)
-    mine = folder / " ".join(["shared" if shared else "alone", socket.gethostname(), *_process(os.getpid())])
+    mine = folder / " ".join(
+        ["shared" if shared else "alone", socket.gethostname(), *_process(os.getpid()), secrets.token_hex(4)]
+    )
     mine.touch()
     try:
         for other in sorted(folder.iterdir()):
-            mode, host, pid, start = other.name.split(" ")
+            mode, host, pid, start, _ = other.name.split(" ")
             if other == mine or (shared and mode == "shared"):
                 continue
             if host == socket.gethostname() and _process(int(pid)) != (pid, start):
