@@ -44,12 +44,13 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _registered(folder: Path, shared: bool) -> Iterator[None]:
-    """Hold the lock by a file `MODE HOST PID START TOKEN`. It is written before the others are looked at, so that of two who
-    come at the same time at least one sees the other."""
+    """Hold the lock by a file `MODE HOST PID START TOKEN`.
+
+    It is written before the others are looked at, so that of two who come at the same time at least one sees the other.
+    """
     folder.mkdir(exist_ok=True)
-    mine = folder / " ".join(
-        ["shared" if shared else "alone", socket.gethostname(), *_process(os.getpid()), secrets.token_hex(4)]
-    )
+    me = (socket.gethostname(), *_process(os.getpid()), secrets.token_hex(4))
+    mine = folder / " ".join(["shared" if shared else "alone", *me])
     mine.touch()
     try:
         for other in sorted(folder.iterdir()):
