@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import STAGES
 from test_dvc import ROOT, TOY, Clone
 from vpae import locks
 from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, is_finished, locked, recover
-from vpae.experiment import STAGES, load
+from vpae.experiment import load
 from vpae.teacher import folder
 
 MICRO = ("--cores", "2", "--config", "experiment=micro", "--", "all")
@@ -94,7 +95,7 @@ def test_a_rule_that_was_edited_does_not_cost_the_results(project: Clone) -> Non
     assert whole(project) == before
 
 
-FAILING = TOY.replace("def run(settings, inputs, out, state):", "def run(settings, inputs, out, state):\n        1 / 0")
+FAILING = TOY.replace("settings, inputs, out, state = given", "1 / 0  # given")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
+from vpae.artifacts import ArtifactError
 from vpae.config import VBenchDimension
 from vpae.experiment import ConfigError, load
 from vpae.graph import owner, stage_folder, stage_settings, stages_of, upstream
@@ -64,7 +65,9 @@ def folders_read_by(stage):
     """Input function: the results that a stage reads."""
 
     def folders(wildcards):
-        return undated(upstream_folders(wildcards.experiment, stage), wildcards.experiment, stage)
+        name = wildcards.experiment
+        read = undated(upstream_folders(name, stage), name, stage)
+        return read if stands(name).get(stage, True) else [*read, NOW]
 
     return folders
 
@@ -72,14 +75,15 @@ def folders_read_by(stage):
 @cache
 def stands(name):
     """Stage -> whether its result is up to date by its content, for the stages of the experiment NAME."""
-    return standing(experiment(name))
+    try:
+        return standing(experiment(name))
+    except ArtifactError as error:
+        stop(error)
 
 
 def undated(files, name, stage):
     """Files that a stage reads. Content, and not their dates, says whether its result is up to date."""
-    if stage not in stands(name):
-        return files
-    return [ancient(file) for file in files] if stands(name)[stage] else [*files, NOW]
+    return [ancient(file) for file in files] if stands(name).get(stage) else files
 
 
 @cache
