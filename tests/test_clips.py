@@ -488,14 +488,14 @@ def test_a_clip_is_too_short_exactly_when_its_last_frame_is_missing(tmp_path: Pa
 def test_no_frame_after_the_last_wanted_one_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise an hour of film would have to fit the memory for the sake of its first seconds."""
     path = write_coded(tmp_path / "clip.mp4", 20)
-    taken = []
+    taken, whole = [], video.decoded
 
-    def counting(path: Path) -> Iterator[np.ndarray]:
-        for number, frame in enumerate(coded(range(20))):
+    def counting(path: Path) -> Iterator[av.VideoFrame]:
+        for number, frame in enumerate(whole(path)):
             taken.append(number)
             yield frame
 
-    monkeypatch.setattr(video, "pyav_frames", counting)
+    monkeypatch.setattr(video, "decoded", counting)
     assert decoded(read_clip(path, 3, 32, 64, 4)) == [0, 2, 4]
     assert taken == [0, 1, 2, 3, 4]
 
@@ -523,6 +523,32 @@ def test_a_varying_frame_rate_changes_no_speeds(suffix: str, tmp_path: Path) -> 
     assert found == [int(np.abs(np.array(ticks) - tick).argmin()) for tick in wanted]
     with pytest.raises(VideoError, match="too short"):
         read_clip(path, 17, 32, 64, 8)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("start", [0.5, 1.0, 1.25, 2.0, 2.9])
+def test_a_stretch_begins_where_the_table_says(start: float, suffix: str, tmp_path: Path) -> None:
+    path = write_timed(tmp_path / f"film.{suffix}", range(40), 8)
+    first = round(start * 8)
+    assert decoded(read_clip(path, 5, 32, 64, 4, start)) == list(range(first, first + 10, 2))[:5]
+    assert decoded(read_clip(path, 5, 32, 64, 8, start, start + 0.625)) == list(range(first, first + 5))
+    with pytest.raises(VideoError, match=r"too short: 5 frames at 8 fps do not end before"):
+        read_clip(path, 5, 32, 64, 8, start, start + 0.5)
+    with pytest.raises(VideoError, match=r"too short: \d+ of 40 frames at 8 fps"):
+        read_clip(path, 40, 32, 64, 8, start)
+
+
+def test_a_stretch_of_a_long_film_is_read_from_the_key_frame_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.options = {"crf": "10", "g": "8", "x264-params": "open-gop=1:scenecut=0"}
+        for picture in coded(range(200)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert decoded(read_clip(path, 5, 32, 64, 8, 20.0)) == list(range(160, 165))
+    assert len(list(video.decoded(path, 20.0))) <= 48
 
 
 def test_frames_that_are_shown_at_a_steady_rate_are_counted_not_timed(tmp_path: Path) -> None:

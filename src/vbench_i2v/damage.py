@@ -49,6 +49,11 @@ class Watch:
         return ""
 
 
+def without_past(said: Said) -> Said:
+    """Without what a decoder that starts in the middle says of frames from before."""
+    return [line for line in said if not line[2].startswith(("mmco: ", "co located POCs", "Missing reference picture"))]
+
+
 def _length_bytes(codec: av.CodecContext) -> int:
     """Bytes of the length before each NAL unit, as MP4 and Matroska store them; 0: stored in another way."""
     place = {"h264": 4, "hevc": 21}.get(codec.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vbench_i2v.damage import Watch, heard
+from vbench_i2v.damage import Watch, heard, without_past
 
 
 class VideoError(ValueError):
@@ -45,13 +45,14 @@ def reading(fault: str = "unreadable") -> Iterator[None]:
 @dataclass(frozen=True)
 class VideoInfo:
     """The first video stream of a file: width and height in pixels as shown upright, mean frames per second, the number
-    of video streams, and width / height of a pixel."""
+    of video streams, width / height of a pixel, and how long it lasts in seconds (0: the header does not say)."""
 
     width: int
     height: int
     fps: float
     streams: int
     pixel_aspect: float = 1.0
+    seconds: float = 0.0
 
 
 def probe(path: Path) -> VideoInfo:
@@ -77,7 +78,8 @@ def probe(path: Path) -> VideoInfo:
             turns, aspect, size = _turns(first), float(stream.sample_aspect_ratio or 1), (stream.width, stream.height)
             if turns % 2:
                 size, aspect = size[::-1], 1 / aspect
-            return VideoInfo(*size, float(rate), len(container.streams.video), aspect)
+            seconds = (container.duration or 0) / av.time_base
+            return VideoInfo(*size, float(rate), len(container.streams.video), aspect, seconds)
 
 
 def _turns(frame: av.VideoFrame) -> int:
@@ -86,7 +88,21 @@ def _turns(frame: av.VideoFrame) -> int:
 
 
 def pyav_frames(path: Path) -> Iterator[np.ndarray]:
-    """Decode by PyAV, and stop at the first sign of damage; what is not asked for is not decoded.
+    """Decode by PyAV to upright RGB frames, and stop at the first sign of damage.
+
+    Raises:
+        VideoError: damaged, as far as demuxer or decoder notice.
+    """
+    return map(upright_rgb, decoded(path))
+
+
+def upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as uint8 (H, W, 3), turned as its display matrix asks for."""
+    return np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
+
+
+def decoded(path: Path, start: float = 0.0) -> Iterator[av.VideoFrame]:
+    """Frames in the order in which they are shown, from the last key frame before a time on; lazily.
 
     Raises:
         VideoError: damaged, as far as demuxer or decoder notice.
@@ -98,18 +114,26 @@ def pyav_frames(path: Path) -> Iterator[np.ndarray]:
             stream = container.streams.video[0]
             # One thread: clips are decoded by several processes, and errors are heard in the thread that decodes.
             stream.codec_context.thread_count = 1
-            watch, packets, number = Watch(container, stream), container.demux(stream), 0
+            watch, number, key = Watch(container, stream), 0, None
             fault = watch.complaint(said)
+            if start > 0:
+                container.seek(int(start / stream.time_base) + (stream.start_time or 0), stream=stream)
+            packets = container.demux(stream)
             while not fault:
                 with heard() as said:
                     packet = next(packets, None)
                     fault = watch.fault(packet) if packet else ""
                     frames = packet.decode() if packet and not fault else []
+                if start > 0 and packet and packet.pts is not None:
+                    # Pictures that are shown before the key frame may need others before it: neither read nor judged.
+                    key = packet.pts if key is None else key
+                    said = [] if packet.pts < key else without_past(said)
+                    frames = [frame for frame in frames if frame.pts is None or frame.pts >= key]
                 fault = fault or watch.complaint(said)
                 for frame in frames if not fault else ():
                     if frame.is_corrupt:
                         raise VideoError(f"damaged: frame {number} is corrupt")
-                    yield np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
+                    yield frame
                     number += 1
                 if packet is None:
                     return

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from vbench_i2v.media import VideoError, open_container, probe, pyav_frames, reading
+from vbench_i2v.media import VideoError, decoded, open_container, probe, pyav_frames, reading, upright_rgb
 
 
 def read_frames(path: Path, decoder: str = "pyav") -> tuple[np.ndarray, float]:
@@ -90,14 +90,30 @@ def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(ended, len(times), np.where(later - wanted < wanted - times[before], after, before))
 
 
-def _pick(frames: Iterator[np.ndarray], indices: np.ndarray) -> list[np.ndarray]:
+def _pick(frames: Iterator[av.VideoFrame], indices: np.ndarray) -> list[np.ndarray]:
     """Frames at rising indices, as far as there are any; decodes no further than the last of them."""
     repeats, found = Counter(indices.tolist()), []
     for number, frame in enumerate(frames):
-        found += [frame] * repeats[number]
+        if repeats[number]:
+            found += [upright_rgb(frame)] * repeats[number]
         if number == indices[-1]:
             break
     return found
+
+
+def _pick_times(frames: Iterator[av.VideoFrame], wanted: np.ndarray, step: float) -> list[np.ndarray]:
+    """Frames shown nearest to rising times, the earlier of two; the last one also stands for one `step` after it."""
+    found: list[np.ndarray] = []
+    before = None
+    for frame in frames:
+        while len(found) < len(wanted) and wanted[len(found)] <= frame.time:
+            time = wanted[len(found)]
+            found.append(upright_rgb(before if before and time - before.time <= frame.time - time else frame))
+        before = frame
+        if len(found) == len(wanted):
+            return found
+    ended = before.time + step if before else 0.0
+    return found + [upright_rgb(before) for time in wanted[len(found) :] if time < ended]
 
 
 def resize_and_crop(frames: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
@@ -115,22 +131,40 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int, pixel_aspect: f
     return np.stack(resized)[:, top : top + height, left : left + width]
 
 
-def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> np.ndarray:
-    """Decode the beginning of a video in an experiment's geometry: resampled in time, scaled and cropped.
+def read_clip(
+    path: Path, frames: int, height: int, width: int, fps: float, start: float = 0.0, stop: float | None = None
+) -> np.ndarray:
+    """Decode a stretch of a video in an experiment's geometry: resampled in time, scaled and cropped.
 
     Frames are chosen by the time at which they are shown, so that a varying frame rate changes no speeds.
+
+    Args:
+        path: a video file.
+        frames: frames T.
+        height: pixels.
+        width: pixels.
+        fps: frames per second.
+        start: seconds after the video's beginning.
+        stop: seconds at which the stretch ends; None: with the video.
 
     Returns:
         uint8 frames (T, H, W, 3).
 
     Raises:
-        VideoError: unreadable, or too short.
+        VideoError: unreadable, damaged, or too short.
     """
     info = probe(path)
+    if stop is not None and start + (frames - 1) / fps >= stop:
+        raise VideoError(f"too short: {frames} frames at {fps:g} fps do not end before {stop:g} s from {start:g} s on")
+    if start > 0:
+        found = _pick_times(decoded(path, start), start + np.arange(frames) / fps, 1 / info.fps)
+        if len(found) < frames:
+            raise VideoError(f"too short: {len(found)} of {frames} frames at {fps:g} fps from {start:g} s on")
+        return resize_and_crop(_stacked(found), height, width, info.pixel_aspect)
     with reading():
         times = _varying_times(path, info.fps, frames / fps)
     indices = resample_indices(info.fps, frames, fps) if times is None else _nearest(times, np.arange(frames) / fps)
-    found = _stacked(_pick(pyav_frames(path), indices))
+    found = _stacked(_pick(decoded(path), indices))
     if len(found) < frames:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps need {indices[-1] + 1} at its {info.fps:g} fps")
     return resize_and_crop(found, height, width, info.pixel_aspect)
