@@ -15,7 +15,8 @@ from PIL import Image
 
 from vpae.artifacts import PROVENANCE, ArtifactError, building, file_hashes, read_provenance, sha256
 from vpae.data import catalog, video
-from vpae.data.catalog import Clip, read_manifest, read_truth
+from vpae.data.catalog import read_truth
+from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resample_indices, resize_and_crop, write_video
 from vpae.data.world import render
 from vpae.experiment import Source, load
@@ -422,7 +423,7 @@ def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: 
         ("t.jsonl", '{"path": "a.mp4", "caption": "x"}\n{"path": "b.mp4"}\n', "row 2: needs the columns"),
         ("t.jsonl", '{"path": "a.mp4", "caption": 5}\n', "row 1: needs the columns path and caption, both text"),
         ("t.jsonl", '["a.mp4", "x"]\n', "row 1: needs the columns path and caption"),
-        ("t.jsonl", '{"path": "a.mp4", "caption": "x"\n', "not a CSV or JSONL table"),
+        ("t.jsonl", '{"path": "a.mp4", "caption": "x"\n', "not a CSV, JSONL or parquet table"),
         ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "not UTF-8 text"),
         ("t.csv", "path,caption\n", "no videos there"),
     ],

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from conftest import STAGES
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main
-from vpae.data.catalog import read_manifest, read_truth
+from vpae.data.catalog import read_truth
 from vpae.data.encoding import Encoders
 from vpae.data.latents import LatentDataset
+from vpae.data.manifest import read_manifest
 from vpae.evaluation import motions
 from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS

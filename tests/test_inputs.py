@@ -19,6 +19,7 @@ from vpae.cli import main
 from vpae.config.experiment import LEAST_VIDEOS
 from vpae.data import catalog
 from vpae.data.image import ImageError, read_image, read_image_at
+from vpae.data.manifest import read_manifest
 from vpae.data.names import NAME_BYTES, STEM_BYTES, check_names, file_names
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resize_and_crop, write_video
 from vpae.evaluation.frechet import frechet
@@ -491,12 +492,13 @@ def test_the_clips_stage_maps_names_to_captions_and_quarantines_impossible_paths
     impossible = ["x" * 300 + ".mp4", "a\0b.mp4", "x/" * 3000 + "y.mp4", "."]
     lines = [json.dumps({"path": p, "caption": c}) for p, c in zip(paths, captions, strict=True)]
     lines += [json.dumps({"path": p, "caption": "x"}) for p in impossible]
+    lines.append(json.dumps({"path": "odd.mp4", "caption": "\ud800"}))
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     source = experiment(tmp_path, source="table", path=str(tmp_path / "t.jsonl"))
     folder = run_stage(source, "clips", tmp_path / "results")
-    held_out = [row["caption"] for row in rows(folder, "manifest.jsonl") if row["split"] == "held_out"]
+    held_out = [clip.caption for clip in read_manifest(folder, "held_out")]
     assert json.loads((folder / "names.json").read_text()) == dict(zip(file_names(held_out), held_out, strict=True))
-    assert len(rows(folder, "quarantine.jsonl")) == len(impossible)
+    assert len(rows(folder, "quarantine.jsonl")) == len(impossible) + 1
 
 
 # B and M: in a folder of clips, too.
@@ -514,7 +516,7 @@ def test_one_clips_fault_is_its_reason_and_hidden_files_are_none_of_ours(tmp_pat
     paths[4].write_bytes(paths[4].read_bytes()[:400])
     source = experiment(tmp_path, source="folder", path=str(videos))
     folder = run_stage(source, "clips", tmp_path / "results")
-    captions = {row["caption"] for row in rows(folder, "manifest.jsonl")}
+    captions = {clip.caption for clip in read_manifest(folder)}
     assert {"Z\ufffdrich", "LOUD", "a caption"} <= captions and len(captions) == 6
     reasons = {Path(row["path"]).name: row["reason"] for row in rows(folder, "quarantine.jsonl")}
     assert set(reasons) == {"clip 2.mp4", "clip 4.mp4"}
@@ -529,7 +531,7 @@ def test_whatever_checking_a_clip_raises_is_its_reason(tmp_path: Path, monkeypat
             raise RuntimeError("odd")
         return sha256(path)
 
-    monkeypatch.setattr(catalog, "sha256", fail)
+    monkeypatch.setattr(catalog, "content", fail)
     folder = run_stage(experiment(tmp_path, source="folder", path=str(bad.parent)), "clips", tmp_path / "results")
     assert [row["reason"] for row in rows(folder, "quarantine.jsonl")] == ["unusable: RuntimeError: odd"]
 

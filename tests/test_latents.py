@@ -15,9 +15,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 
 from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, read_provenance, sha256
-from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders
 from vpae.data.latents import INDEX, LatentDataset, _parts
+from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import write_video
 from vpae.experiment import Source, load
 from vpae.models.wan import TEXT_TOKENS, text_tokens_for

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vpae.config.section import Positive, Section, Share
+from vpae.config.section import NonNegative, Positive, Section, Share
 
 
 class World(Section):
@@ -23,13 +23,53 @@ class World(Section):
         return self
 
 
+class Columns(Section):
+    """What the columns of a table of clips are called."""
+
+    path: str = Field(
+        "{path}",
+        description="The file, with columns in braces: {video} (OpenVid-1M), {videoID}.mp4 (Koala-36M).",
+    )
+    caption: str = Field("caption", description="Its caption.")
+    start: str = Field("", description="Where in the file the clip begins, in seconds or as H:MM:SS.mmm; empty: at 0.")
+    end: str = Field("", description="Where it ends; empty: with the file.")
+    span: str = Field("", description="Both in one column, as Koala-36M's timestamp; excludes start and end.")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Columns":
+        if self.span and (self.start or self.end):
+            raise ValueError("span holds start and end: leave those two empty, or span")
+        return self
+
+
+class Filters(Section):
+    """Which clips of a folder or table are wanted; the others go to quarantine with the reason."""
+
+    min_seconds: NonNegative = Field(0.0, description="Shortest clip.")
+    max_seconds: NonNegative = Field(0.0, description="Longest clip; 0: of any length.")
+    min_width: int = Field(0, ge=0, description="Pixels of the file, upright.")
+    min_height: int = Field(0, ge=0, description="Pixels of the file, upright.")
+    at_least: dict[str, float] = Field({}, description="Column of the table -> least value, such as a score.")
+    at_most: dict[str, float] = Field({}, description="Column of the table -> greatest value.")
+    min_motion: Share = Field(
+        0.0, description="Mean change of a pixel from frame to frame, of 1; below about 0.002 a clip is nearly still."
+    )
+    max_jump: Share = Field(
+        1.0, description="Greatest mean change between two neighbouring frames, of 1; at a scene cut it is about 0.2."
+    )
+
+
 class Clips(Section):
     """Stage `clips`: which videos there are."""
 
     source: Literal["world", "folder", "table"] = Field(
-        "folder", description="The procedural world; a folder of videos with captions; or a CSV/JSONL table."
+        "folder",
+        description="The procedural world; a folder of videos with captions; or a CSV, JSONL, parquet table.",
     )
-    path: str = Field("", description="The folder, or the table with columns path and caption. Unused by the world.")
+    path: str = Field("", description="The folder, or the table (see columns). Unused by the world.")
+    root: str = Field("", description="Folder from which a table's relative paths start; empty: the table's own.")
+    columns: Columns = Field(Columns(), description="What a table's columns are called.")
+    filters: Filters = Field(Filters(), description="Which clips of a folder or table are wanted.")
     train: Positive = Field(1024, description="Clips to train on (the world), or at most so many (others).")
     held_out: Positive = Field(256, description="Clips kept for evaluation, never trained on.")
     workers: int = Field(2, ge=1, description="Processes that decode or render.")

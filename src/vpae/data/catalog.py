@@ -1,27 +1,31 @@
 """Stage `clips`: which videos there are, each one checked by decoding it.
 
-Writes `manifest.jsonl` (one row a clip), `quarantine.jsonl` (one row, with its reason, for each clip left out),
+Writes `manifest.parquet` (one row a clip), `quarantine.jsonl` (one row, with its reason, for each clip left out),
 `names.json` (which file name stands for which held-out caption wherever videos are named by their prompts) and, for the
-procedural world, `videos/*.mp4` and `truth.jsonl`. Videos of your own stay where they are: the manifest points
-to them, and names the sha256 that later stages check.
+procedural world, `videos/*.mp4` and `truth.jsonl`. Videos of your own stay where they are: the manifest points to them,
+and names the sha256 that later stages check.
+
+Nothing here holds more of a large table than a few row groups.
 """
 
-import csv
-import io
 import json
 import multiprocessing
-import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from vpae.artifacts import ArtifactError, digest, link, sha256, write_json, written
-from vpae.config import Experiment, Geometry
+from vpae.artifacts import ArtifactError, link, sha256, write_json, written
+from vpae.config import Experiment
+from vpae.config.clips import Filters
+from vpae.data import corpus
+from vpae.data.corpus import Candidate
+from vpae.data.manifest import Clip, content, write_manifest
 from vpae.data.names import check_names, file_names
 from vpae.data.video import VideoError, probe, read_clip, write_video
 from vpae.data.world import Truth, draw_truth, render
@@ -29,40 +33,10 @@ from vpae.parts import Part
 from vpae.progress import Progress, track
 from vpae.training.preemption import SIGNALS, Interruption
 
-SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 SPLITS = ("train", "held_out")
 STRETCH = 32
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One row of the manifest: a usable clip. `width`, `height` and `fps` are the file's own."""
-
-    key: str
-    path: str
-    split: str
-    caption: str
-    width: int
-    height: int
-    fps: float
-    sha256: str
-
-    def frames(self, geometry: Geometry, folder: Path) -> np.ndarray:
-        """Decode in the experiment's geometry, uint8 (T, H, W, 3); relative paths start at the manifest's folder.
-
-        Raises:
-            ArtifactError: the file is not the one that was catalogued.
-        """
-        path = folder / self.path
-        if not path.is_file() or sha256(path) != self.sha256:
-            raise ArtifactError(f"{path} is missing or has changed since it was catalogued; run the clips stage again")
-        return read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps)
-
-
-def read_manifest(folder: Path, split: str | None = None) -> list[Clip]:
-    """The clips of a finished clips folder, in the order of their keys."""
-    clips = [Clip(**json.loads(line)) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    return [clip for clip in clips if split in (None, clip.split)]
+BUCKETS = 64  # of usable clips, by content: one of them is sorted in memory at a time
+CANDIDATES = "candidates.parquet"
 
 
 def read_truth(folder: Path) -> dict[str, Truth]:
@@ -85,22 +59,15 @@ def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part)
     """Render or check one part's share of the clips, into the state folder."""
     if settings.clips.source == "world":
         _rendered(part.share(_world(settings)), settings, state, f"clips {part}")
-    else:
-        _checked(part.share(_stretches(_candidates(settings))), settings, state, f"clips {part}")
+        return
+    work = stretches(_candidates(settings, state))
+    for _ in _checked(part.stretch(work, [len(one) for one in work]), settings, state, f"clips {part}"):
+        pass
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
     """Digest of what lies outside the experiment: each video's name, caption, size and date."""
-    if settings.clips.source == "world":
-        return {}
-    listing = []
-    for row in _candidates(settings):
-        try:
-            stat = os.stat(row["path"])
-        except (OSError, ValueError):  # not there, or no path at all: which of them, its check will say
-            stat = None
-        listing.append([row["path"], row["caption"], *((stat.st_size, stat.st_mtime_ns) if stat else ())])
-    return {settings.clips.path: digest(listing)}
+    return {} if settings.clips.source == "world" else {settings.clips.path: corpus.identity(settings.clips)}
 
 
 def _render_world(settings: Experiment, out: Path, state: Path) -> dict:
@@ -109,7 +76,8 @@ def _render_world(settings: Experiment, out: Path, state: Path) -> dict:
     for clip, _ in rendered:
         link(state / clip.path, out / clip.path)
     _write_lines(out / "truth.jsonl", ({"key": clip.key, **truth.to_json()} for clip, truth in rendered))
-    return _write_tables(out, [clip for clip, _ in rendered], [])
+    _write_lines(out / "quarantine.jsonl", [])
+    return _write_tables(out, (clip for clip, _ in rendered))
 
 
 def _world(settings: Experiment) -> list[tuple[str, int]]:
@@ -147,121 +115,156 @@ def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[
 
 
 def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
-    rows = _candidates(settings)
-    if not rows:
-        raise ArtifactError(f"clips.path = {settings.clips.path}: no videos there ({', '.join(SUFFIXES)})")
-    good, bad, seen = [], [], {}
-    for row, found in zip(rows, _checked(_stretches(rows), settings, state, "clips"), strict=True):
-        if isinstance(found, str):
-            bad.append({"path": row["path"], "reason": found})
-        elif found["sha256"] in seen:
-            bad.append({"path": row["path"], "reason": f"same content as {seen[found['sha256']]}"})
-        else:
-            seen[found["sha256"]] = row["path"]
-            good.append({"path": str(Path(row["path"]).resolve()), "caption": row["caption"], **found})
+    plan = _candidates(settings, state)
+    work = stretches(plan)
+    with tempfile.TemporaryDirectory(dir=state) as folder, (out / "quarantine.jsonl").open("w") as quarantine:
+        left_out = _Quarantine(quarantine.write)
+        with ExitStack() as stack:
+            buckets = [stack.enter_context((Path(folder) / f"{n:02d}").open("w")) for n in range(BUCKETS)]
+            for stretch, found in zip(work, _checked(work, settings, state, "clips"), strict=True):
+                rows = corpus.read_candidates(plan, stretch.start, len(stretch))
+                for number, row, one in zip(stretch, rows, found, strict=True):
+                    if isinstance(one, str):
+                        left_out(row.path, one)
+                    else:
+                        good = {
+                            **one,
+                            "path": str(Path(row.path).resolve()),
+                            "caption": row.caption,
+                            "start": row.start,
+                        }
+                        bucket = buckets[int(one["sha256"][:2], 16) * BUCKETS // 256]
+                        bucket.write(json.dumps([one["sha256"], row.start, number, good]) + "\n")
+        return _write_tables(out, _split(_by_content(Path(folder)), settings, left_out), left_out)
+
+
+def _candidates(settings: Experiment, state: Path) -> Path:
+    """The parquet file of all candidates, made by the first job that needs it."""
+    plan = state / CANDIDATES
+    if not plan.is_file():
+        state.mkdir(parents=True, exist_ok=True)
+        with written(plan) as temporary:
+            corpus.write_candidates(temporary, settings.clips)
+    if not corpus.count_candidates(plan):
+        raise ArtifactError(f"clips.path = {settings.clips.path}: no videos there ({', '.join(corpus.SUFFIXES)})")
+    return plan
+
+
+def _by_content(folder: Path) -> Iterator[dict]:
+    """Usable clips ordered by their file's hash, then by where in it they begin."""
+    for bucket in sorted(folder.iterdir()):
+        with bucket.open() as lines:
+            yield from (row for *_, row in sorted((json.loads(line) for line in lines), key=lambda one: one[:3]))
+
+
+class _Quarantine:
+    """Writes down, counts, and remembers the first few of what is left out."""
+
+    def __init__(self, write: Callable[[str], object]):
+        self.write, self.count, self.first = write, 0, []
+
+    def __call__(self, path: str, reason: str) -> None:
+        self.write(json.dumps({"path": path, "reason": reason}) + "\n")
+        self.count += 1
+        self.first += [f"{path}: {reason}"] if len(self.first) < 5 else []
+
+
+def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) -> Iterator[Clip]:
+    """Give each clip its split: the lowest hashes are held out.
+
+    By content, so that adding or renaming files moves no clip from one split to the other by its place in a list.
+
+    Raises:
+        ArtifactError: at the end, if there are fewer than later stages need.
+    """
     wanted, (needed, why) = settings.clips.held_out, settings.training_clips_needed()
-    if len(good) - wanted < needed:
-        reasons = "; ".join(f"{b['path']}: {b['reason']}" for b in bad[:5])
-        raise ArtifactError(
-            f"clips.path = {settings.clips.path}: {len(good)} usable clips cannot give clips.held_out = {wanted} and "
-            f"{needed} to train on ({why}); add videos or hold out fewer. Left out: {len(bad)}"
-            f"{': ' + reasons if bad else ''}"
-        )
-    # By content, so that adding or renaming files moves no clip from one split to the other by its place in a list.
-    good.sort(key=lambda record: record["sha256"])
-    splits = ["held_out"] * wanted + ["train"] * (len(good) - wanted)
-    clips = [Clip(key=f"{split}-{g['sha256'][:16]}", split=split, **g) for split, g in zip(splits, good, strict=True)]
-    train = [c for c in clips if c.split == "train"]
-    bad += [
-        {"path": c.path, "reason": f"beyond clips.train = {settings.clips.train}"}
-        for c in train[settings.clips.train :]
-    ]
-    return _write_tables(out, [c for c in clips if c.split == "held_out"] + train[: settings.clips.train], bad)
-
-
-def _candidates(settings: Experiment) -> list[dict]:
-    """Rows {path, caption} of a folder (captions from X.txt beside X.mp4, else the file's name) or a table."""
-    root = Path(settings.clips.path)
-    if settings.clips.source == "folder":
-        if not root.is_dir():
-            raise ArtifactError(f"clips.path = {root}: no such folder")
-        videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        return [{"path": str(p), "caption": _caption_beside(p)} for p in videos]
-    if not root.is_file():
-        raise ArtifactError(f"clips.path = {root}: no such table")
-    try:
-        if root.suffix == ".jsonl":
-            rows = [json.loads(line) for line in _text(root).split("\n") if line.strip()]
+    count, usable, before = dict.fromkeys(SPLITS, 0), 0, {"sha256": "", "start": -1.0, "path": ""}
+    last_held_out = ""
+    for row in rows:
+        same_file = row["sha256"] == before["sha256"]
+        if same_file and row["start"] == before["start"]:
+            left_out(row["path"], f"same content as {before['path']}")
+            continue
+        usable, before = usable + 1, row
+        split = "held_out" if count["held_out"] < wanted else "train"
+        if split == "train" and row["sha256"] == last_held_out:
+            left_out(row["path"], "another clip of this file is held out")
+        elif split == "train" and count["train"] == settings.clips.train:
+            left_out(row["path"], f"beyond clips.train = {settings.clips.train}")
         else:
-            rows = list(csv.DictReader(io.StringIO(_text(root), newline="")))
-    except (json.JSONDecodeError, csv.Error) as error:
-        raise ArtifactError(f"{root}: not a CSV or JSONL table: {error}") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("path") or not isinstance(row.get("caption"), str):
-            raise ArtifactError(f"{root}: row {number}: needs the columns path and caption, both text")
-    return [{"path": str(root.parent / row["path"]), "caption": row["caption"]} for row in rows]
+            count[split] += 1
+            last_held_out = row["sha256"] if split == "held_out" else last_held_out
+            place = f"-{round(1000 * row['start']):08d}" if row["start"] else ""
+            yield Clip(key=f"{split}-{row['sha256'][:16]}{place}", split=split, **row)
+    if count["train"] < needed:
+        reasons = "; ".join(left_out.first)
+        raise ArtifactError(
+            f"clips.path = {settings.clips.path}: {usable} usable clips cannot give clips.held_out = {wanted} and "
+            f"{needed} to train on ({why}); add videos or hold out fewer. Left out: {left_out.count}"
+            f"{': ' + reasons if reasons else ''}"
+        )
 
 
-def _caption_beside(video: Path) -> str | None:
-    """From the text beside a video, else from its name; None where that text cannot be read."""
-    text = video.with_suffix(".txt")
-    if not text.is_file():
-        return os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
-    try:
-        return text.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+def stretches(plan: Path) -> list[range]:
+    """Numbers of candidates that are checked together: the unit of resuming."""
+    count = corpus.count_candidates(plan)
+    return [range(start, min(start + STRETCH, count)) for start in range(0, count, STRETCH)]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: not UTF-8 text ({error}); convert it") from error
-
-
-def _stretches(rows: list[dict]) -> list[tuple[int, list[dict]]]:
-    """Rows that are checked together, with the number of the first one: the unit of resuming."""
-    return [(start, rows[start : start + STRETCH]) for start in range(0, len(rows), STRETCH)]
-
-
-def _checked(
-    stretches: list[tuple[int, list[dict]]], settings: Experiment, state: Path, label: str
-) -> list[dict | str]:
+def _checked(work: list[range], settings: Experiment, state: Path, label: str) -> Iterator[list[dict | str]]:
     """What `_check_one` found of each row of these stretches, which is then in the state folder."""
-    state.mkdir(parents=True, exist_ok=True)
-    work = partial(_check_stretch, geometry=settings.geometry, state=state)
-    progress, found = Progress(sum(len(rows) for _, rows in stretches), label), []
-    for checked in _in_processes(work, stretches, settings.clips.workers):
-        found += checked
+    check = partial(_check_stretch, settings=settings, state=state)
+    progress = Progress(sum(map(len, work)), label)
+    for checked in _in_processes(check, work, settings.clips.workers):
+        yield checked
         progress.update(len(checked))
     progress.close()
-    return found
 
 
-def _check_stretch(stretch: tuple[int, list[dict]], geometry: Geometry, state: Path) -> list[dict | str]:
+def _check_stretch(stretch: range, settings: Experiment, state: Path) -> list[dict | str]:
     """Check rows, unless the state folder tells what was found; its name says from which videos and captions."""
-    start, rows = stretch
-    record = state / f"{start:08d}.json"
+    record = state / f"{stretch.start:08d}.json"
     if not record.is_file():
-        write_json(record, [_check_one(row, geometry) for row in rows])
+        rows = corpus.read_candidates(state / CANDIDATES, stretch.start, len(stretch))
+        write_json(record, [_check_one(row, settings) for row in rows])
     return json.loads(record.read_text())
 
 
-def _check_one(row: dict, geometry: Geometry) -> dict | str:
-    """Decode a clip in the experiment's geometry: its measures, or the reason why it cannot be used."""
-    path = Path(row["path"])
+def _check_one(row: Candidate, settings: Experiment) -> dict | str:
+    """Decode a clip in the experiment's geometry: its measures, or the reason why it is left out."""
+    if row.reason:
+        return row.reason
+    path, geometry = Path(row.path), settings.geometry
     try:
-        if row["caption"] is None:
-            raise VideoError(f"its caption {path.with_suffix('.txt').name} is not UTF-8 text that can be read")
-        row["caption"].encode()
         info = probe(path)
-        read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps)
-        return {"width": info.width, "height": info.height, "fps": info.fps, "sha256": sha256(path)}
+        shape = (geometry.frames, geometry.height, geometry.width, geometry.fps)
+        motion, jump = _motion(read_clip(path, *shape, row.start, row.stop))
+        seconds = (info.seconds if row.stop is None else row.stop) - row.start
+        found = {"width": info.width, "height": info.height, "fps": info.fps, "motion": motion, "jump": jump}
+        return _unwanted(found, seconds, settings.clips.filters) or {**found, "sha256": content(path)}
     except VideoError as error:
         return str(error)
     except Exception as error:  # one file's fault must not end the others'
         return f"unusable: {type(error).__name__}: {error}"
+
+
+def _motion(frames_THW3: np.ndarray) -> tuple[float, float]:
+    """Mean and greatest mean change of a pixel between two neighbouring frames, of 1."""
+    changes = [
+        float(np.abs(a.astype(np.int16) - b).mean() / 255) for a, b in zip(frames_THW3[1:], frames_THW3, strict=False)
+    ]
+    return (float(np.mean(changes)), max(changes)) if changes else (0.0, 0.0)
+
+
+def _unwanted(found: dict, seconds: float, filters: Filters) -> str:
+    """The first filter that a clip does not pass, or an empty text."""
+    if found["width"] < filters.min_width or found["height"] < filters.min_height:
+        return f"{found['width']} x {found['height']} pixels are less than {filters.min_width} x {filters.min_height}"
+    if found["motion"] < filters.min_motion:
+        return f"nearly still: motion {found['motion']:.4f} is less than {filters.min_motion:g}"
+    if found["jump"] > filters.max_jump:
+        return f"a scene cut: a jump of {found['jump']:.3f} is more than {filters.max_jump:g}"
+    return corpus.too_short_or_long(seconds, filters)
 
 
 def _in_processes(work: Callable, jobs: Sequence, workers: int) -> Iterator:
@@ -289,14 +292,22 @@ def _leave_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _write_tables(out: Path, clips: list[Clip], bad: list[dict]) -> dict:
-    captions = [clip.caption for clip in clips if clip.split == "held_out"]
+def _write_tables(out: Path, clips: Iterable[Clip], left_out: "_Quarantine | None" = None) -> dict:
+    """Write manifest and names; returns counts."""
+    count, captions = dict.fromkeys(SPLITS, 0), []
+
+    def counted() -> Iterator[Clip]:
+        for clip in clips:
+            count[clip.split] += 1
+            if clip.split == "held_out":
+                captions.append(clip.caption)
+            yield clip
+
+    write_manifest(out, counted())
     names = file_names(captions)
     check_names(out, names)
     write_json(out / "names.json", dict(zip(names, captions, strict=True)))
-    _write_lines(out / "manifest.jsonl", (asdict(c) for c in clips))
-    _write_lines(out / "quarantine.jsonl", bad)
-    return {**{split: sum(c.split == split for c in clips) for split in SPLITS}, "quarantine": len(bad)}
+    return {**count, "quarantine": left_out.count if left_out else 0}
 
 
 def _write_lines(path: Path, records: Iterable[dict]) -> None:

@@ -25,8 +25,9 @@ from webdataset import TarWriter
 
 from vpae.artifacts import digest, file_hashes, link, read_provenance, write_json, written
 from vpae.config import Experiment
-from vpae.data.catalog import SPLITS, Clip, read_manifest
+from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
+from vpae.data.manifest import Clip, read_manifest
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.parts import Part
 from vpae.progress import Progress

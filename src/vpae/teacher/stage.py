@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vpae.artifacts import link_tree, write_json, written
 from vpae.config import Experiment, Teacher, Training
-from vpae.data.catalog import Clip, read_manifest
 from vpae.data.encoding import Encoders, pad_text, to_signed
+from vpae.data.manifest import Clip, read_manifest
 from vpae.experiment import ConfigError
 from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.progress import track

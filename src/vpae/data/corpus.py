@@ -1,0 +1,251 @@
+"""Candidates: the rows of a table, or the files of a folder, before any video is opened.
+
+Tables are read row by row (CSV, JSONL) or row group by row group (parquet), so that memory does not grow with them.
+What later jobs need of it goes into a parquet file of small row groups, of which each job reads its own.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from string import Formatter
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vpae.artifacts import ArtifactError
+from vpae.config.clips import Clips, Columns, Filters
+from vpae.data.manifest import ROWS
+
+SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
+SCHEMA = pa.schema(
+    [
+        ("path", pa.binary()),  # a file name need not be text
+        ("caption", pa.string()),
+        ("start", pa.float64()),
+        ("stop", pa.float64()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+class Candidate(NamedTuple):
+    """A clip that was named: a stretch of a file, to its end where `stop` is None.
+
+    `reason` says why it is not wanted, as far as that is known without opening the file; empty: it may be.
+    """
+
+    path: str
+    caption: str
+    start: float = 0.0
+    stop: float | None = None
+    reason: str = ""
+
+
+def candidates(clips: Clips) -> Iterator[Candidate]:
+    """Every clip that the folder or table names, in a fixed order.
+
+    Raises:
+        ArtifactError: no such folder or table, or a row of another form; the message names it.
+    """
+    if clips.source == "folder":
+        yield from _of_folder(Path(clips.path))
+        return
+    table = Path(clips.path)
+    if not table.is_file():
+        raise ArtifactError(f"clips.path = {table}: no such table")
+    root, read = str(clips.root or table.parent), _Reader(table, clips.columns, clips.filters)
+    for number, row in enumerate(_rows(table), 1):
+        yield read.candidate(root, number, row)
+
+
+def identity(clips: Clips) -> str:
+    """Digest of all candidates and of the size and date of their files."""
+    digest, named = sha256(), candidates(clips)
+    with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
+        while some := list(islice(named, 64 * ROWS)):
+            pieces = [some[start : start + ROWS] for start in range(0, len(some), ROWS)]
+            for piece, stats in zip(pieces, pool.map(_sizes_and_dates, pieces), strict=True):
+                digest.update(repr((piece, stats)).encode())
+    return digest.hexdigest()
+
+
+def write_candidates(path: Path, clips: Clips) -> None:
+    """Write all candidates where `read_candidates` finds a few of them."""
+    named = candidates(clips)
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        while some := list(islice(named, ROWS)):
+            paths, *others = zip(*some, strict=True)
+            writer.write_table(
+                pa.Table.from_arrays(
+                    [
+                        pa.array(values, kind)
+                        for values, kind in zip([list(map(os.fsencode, paths)), *others], SCHEMA.types, strict=True)
+                    ],
+                    schema=SCHEMA,
+                )
+            )
+
+
+def count_candidates(path: Path) -> int:
+    """How many there are."""
+    return pq.read_metadata(path).num_rows
+
+
+def read_candidates(path: Path, first: int, count: int) -> list[Candidate]:
+    """Some of the candidates; reads only the row groups in which they are."""
+    groups = range(first // ROWS, (first + count - 1) // ROWS + 1)
+    with pq.ParquetFile(path) as file:
+        rows = file.read_row_groups(groups).slice(first - groups[0] * ROWS, count).to_pylist()
+    return [Candidate(**{**row, "path": os.fsdecode(row["path"])}) for row in rows]
+
+
+def _sizes_and_dates(some: list[Candidate]) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for one in some:
+        try:
+            stat = os.stat(one.path)
+            found.append((stat.st_size, stat.st_mtime_ns))
+        except (OSError, ValueError):  # not there, or no path at all: which of them, its check will say
+            found.append(())
+    return found
+
+
+def _of_folder(root: Path) -> Iterator[Candidate]:
+    """Videos with captions from X.txt beside X.mp4, else from the file's name; hidden files are nobody's clips."""
+    if not root.is_dir():
+        raise ArtifactError(f"clips.path = {root}: no such folder")
+    for video in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
+        text = video.with_suffix(".txt")
+        if not text.is_file():
+            caption = os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
+            yield Candidate(str(video), caption)
+            continue
+        try:
+            yield Candidate(str(video), text.read_text(encoding="utf-8-sig").strip())
+        except (OSError, UnicodeDecodeError):
+            yield Candidate(str(video), "", reason=f"its caption {text.name} is not UTF-8 text that can be read")
+
+
+def _rows(table: Path) -> Iterator[dict]:
+    """Rows of a table, a few in memory at a time."""
+    try:
+        if table.suffix.lower() == ".parquet":
+            with pq.ParquetFile(table) as file:
+                for batch in file.iter_batches(ROWS):
+                    yield from batch.to_pylist()
+            return
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            if table.suffix.lower() == ".jsonl":
+                yield from (json.loads(line) for line in file if line.strip())
+            else:
+                lines = csv.reader(file)
+                header = next(lines, [])
+                for line in lines:
+                    if line:  # a row that is too short lacks its last columns
+                        yield dict(zip(header, line, strict=False))
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{table}: not UTF-8 text ({error}); convert it") from error
+    except (json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
+        raise ArtifactError(f"{table}: not a CSV, JSONL or parquet table: {error}") from error
+
+
+class _Reader:
+    """Makes candidates of a table's rows."""
+
+    def __init__(self, table: Path, columns: Columns, filters: Filters):
+        self.table, self.columns, self.filters = table, columns, filters
+        try:
+            parts = [name for _, name, *_ in Formatter().parse(columns.path) if name is not None]
+        except ValueError as error:
+            raise ArtifactError(f"clips.columns.path = {columns.path}: {error}") from error
+        self.path_columns = parts
+        self.text_columns = [*dict.fromkeys([*parts, columns.caption])]
+        times = [name for name in (columns.start, columns.end, columns.span) if name]
+        self.other_columns = {*times, *filters.at_least, *filters.at_most}
+
+    def candidate(self, root: str, number: int, row: object) -> Candidate:
+        if not isinstance(row, dict):
+            row = {}
+        path, caption = self.columns.path, row.get(self.columns.caption)
+        for name in self.path_columns:
+            value = row.get(name)
+            path = path.replace(f"{{{name}}}", value) if isinstance(value, str) and value else ""
+        if not path or not isinstance(caption, str):
+            raise ArtifactError(
+                f"{self.table}: row {number}: needs the columns {' and '.join(self.text_columns)}, both text"
+            )
+        if not self.other_columns <= row.keys():
+            lacking = ", ".join(sorted(self.other_columns - row.keys()))
+            raise ArtifactError(
+                f"{self.table}: row {number}: has no column {lacking}, which clips.columns or filters name"
+            )
+        path = os.path.join(root, path)
+        try:
+            caption.encode()
+            start, stop = self._span(row)
+        except UnicodeEncodeError:
+            return Candidate(path, "", reason=f"its caption {caption!a} is no text")
+        except ValueError as error:
+            return Candidate(path, caption, reason=str(error))
+        return Candidate(path, caption, start, stop, self._reason(row, start, stop))
+
+    def _span(self, row: dict) -> tuple[float, float | None]:
+        columns = self.columns
+        if columns.span:
+            times = row[columns.span]
+            times = re.findall(r"[\d:.]+", times) if isinstance(times, str) else list(times or ())
+            if len(times) != 2:
+                raise ValueError(f"{columns.span} = {row[columns.span]!r} is not a start and an end")
+            start, stop = map(_seconds, times)
+        else:
+            start = _seconds(row[columns.start]) if columns.start else 0.0
+            stop = _seconds(row[columns.end]) if columns.end else None
+        if stop is not None and not 0 <= start < stop:
+            raise ValueError(f"it lasts from {start:g} s to {stop:g} s")
+        return start, stop
+
+    def _reason(self, row: dict, start: float, stop: float | None) -> str:
+        for name, least in self.filters.at_least.items():
+            if not (value := _number(row[name])) >= least:  # so that no number is not enough either
+                return f"{name} = {value:g} is less than {least:g}"
+        for name, most in self.filters.at_most.items():
+            if not (value := _number(row[name])) <= most:
+                return f"{name} = {value:g} is more than {most:g}"
+        return too_short_or_long(stop - start, self.filters) if stop is not None else ""
+
+
+def too_short_or_long(seconds: float, filters: Filters) -> str:
+    """The reason why a clip's length is not wanted, or an empty text."""
+    if seconds < filters.min_seconds:
+        return f"{seconds:g} s are less than {filters.min_seconds:g}"
+    if filters.max_seconds and seconds > filters.max_seconds:
+        return f"{seconds:g} s are more than {filters.max_seconds:g}"
+    return ""
+
+
+def _seconds(value: object) -> float:
+    """From a number, or from text such as 83.5 or 0:01:23.500."""
+    try:
+        parts = [float(part) for part in str(value).split(":")]
+    except ValueError:
+        parts = [math.nan]
+    seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"{value!r} is no time")
+    return seconds
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan

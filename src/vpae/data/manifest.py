@@ -1,0 +1,114 @@
+"""The manifest, `manifest.parquet`: one row a clip, in the order of their keys; read and written piece by piece."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vpae.artifacts import ArtifactError, sha256
+from vpae.config import Geometry
+from vpae.data.video import read_clip
+
+MANIFEST = "manifest.parquet"
+ROWS = 1024  # of a row group: what is in memory at a time
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("path", pa.binary()),  # a file name need not be text
+        ("split", pa.string()),
+        ("caption", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fps", pa.float64()),
+        ("sha256", pa.string()),
+        ("start", pa.float64()),
+        ("motion", pa.float64()),
+        ("jump", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One row of the manifest: a usable clip.
+
+    Attributes:
+        key: its name; the same content always has the same.
+        path: of the file; relative ones start at the manifest's folder.
+        split: "train" or "held_out".
+        caption: as it was given.
+        width: pixels of the file, upright.
+        height: pixels of the file, upright.
+        fps: frames per second of the file.
+        sha256: of the file.
+        start: seconds after the file's beginning at which the clip begins.
+        motion: mean change of a pixel from frame to frame, of 1.
+        jump: greatest mean change between two neighbouring frames, of 1.
+    """
+
+    key: str
+    path: str
+    split: str
+    caption: str
+    width: int
+    height: int
+    fps: float
+    sha256: str
+    start: float = 0.0
+    motion: float = 0.0
+    jump: float = 0.0
+
+    def frames(self, geometry: Geometry, folder: Path) -> np.ndarray:
+        """Decode in the experiment's geometry, uint8 (T, H, W, 3).
+
+        Raises:
+            ArtifactError: the file is not the one that was catalogued.
+        """
+        path = folder / self.path
+        if not path.is_file() or content(path) != self.sha256:
+            raise ArtifactError(f"{path} is missing or has changed since it was catalogued; run the clips stage again")
+        return read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps, self.start)
+
+
+def content(path: Path) -> str:
+    """The sha256 of a file, hashed once for all clips that are cut from it."""
+    stat = path.stat()
+    return _content(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(256)
+def _content(path: Path, _size: int, _time: int) -> str:
+    return sha256(path)
+
+
+def write_manifest(folder: Path, clips: Iterable[Clip]) -> None:
+    """Write the manifest without holding more than a row group."""
+    rows = ({**asdict(clip), "path": os.fsencode(clip.path)} for clip in clips)
+    write_rows(folder / MANIFEST, SCHEMA, rows)
+
+
+def write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict]) -> None:
+    """Write a parquet table row group by row group."""
+    with pq.ParquetWriter(path, schema) as writer:
+        while piece := list(islice(rows, ROWS)):
+            writer.write_table(pa.Table.from_pylist(piece, schema))
+
+
+def iterate_manifest(folder: Path, split: str | None = None) -> Iterator[Clip]:
+    """The clips of a finished clips folder, in the order of their keys, a row group in memory at a time."""
+    with pq.ParquetFile(folder / MANIFEST) as file:
+        for batch in file.iter_batches(ROWS):
+            for row in batch.to_pylist():
+                if split in (None, row["split"]):
+                    yield Clip(**{**row, "path": os.fsdecode(row["path"])})
+
+
+def read_manifest(folder: Path, split: str | None = None) -> list[Clip]:
+    """All clips of a finished clips folder at once."""
+    return list(iterate_manifest(folder, split))
