@@ -220,6 +220,8 @@ def test_parts_give_the_manifest_of_one_job(tmp_path: Path) -> None:
 def test_two_ways_to_say_where_a_clip_lies_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="span holds start and end"):
         experiment(tmp_path, path="t.csv", columns={"span": "a", "start": "b"})
+    with pytest.raises(ConfigError, match="names no column in braces"):
+        experiment(tmp_path, path="t.csv", columns={"path": "video"})
 
 
 @pytest.mark.slow

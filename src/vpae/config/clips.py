@@ -1,5 +1,6 @@
 """Stage `clips`."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -37,6 +38,8 @@ class Columns(Section):
 
     @model_validator(mode="after")
     def _one_form(self) -> "Columns":
+        if not re.search(r"{[^{}]+}", self.path):
+            raise ValueError(f"path = {self.path} names no column in braces, such as {{video}}: all clips would be one")
         if self.span and (self.start or self.end):
             raise ValueError("span holds start and end: leave those two empty, or span")
         return self
