@@ -499,7 +499,7 @@ def test_any_exception_of_an_import_names_package_version_and_remedy(tmp_path, m
     ids=["operator", "module", "attribute"],
 )
 def test_a_torchvision_of_another_torch_is_named(code, words, tmp_path, monkeypatch):
-    installed(tmp_path, monkeypatch, "torchvision", "0.21.0", code, "torch==2.6.0")
+    installed(tmp_path, monkeypatch, "torchvision", "0.21.0", code, "torch (==2.6.0)")
     installed(tmp_path, monkeypatch, "dreamsim", "0.2.1", "import torchvision")
     with pytest.raises(NotComputed, match=words) as caught:
         backbones.official(tmp_path).dreamsim()

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import types
 
 from vbench_i2v.errors import NotComputed
@@ -36,7 +37,8 @@ def _torchvision() -> str | None:
     except ModuleNotFoundError as error:
         return "torchvision is not installed" if error.name == "torchvision" else None
     except Exception:  # its operators are built for one torch: RuntimeError, OSError or AttributeError beside another
-        needs = [text for text in importlib.metadata.requires("torchvision") or () if text.startswith("torch==")]
+        needed = importlib.metadata.requires("torchvision") or ()  # "torch (==2.13.0)" or "torch==2.13.0"
+        needs = [re.sub("[ ()]", "", text) for text in needed if re.match("torch[ (=]", text)]
         return (
             f"torchvision {_version('torchvision')} does not match torch {_version('torch')}: it needs "
             f"{needs[0] if needs else 'the torch it was built for'} of the same build (CPU or CUDA)"
