@@ -6,15 +6,8 @@ min_version("9.27")
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/clips.smk"
-include: "workflow/rules/teacher.smk"
-include: "workflow/rules/latents.smk"
-include: "workflow/rules/priming.smk"
-include: "workflow/rules/equilibrium.smk"
-include: "workflow/rules/samples.smk"
+include: "workflow/rules/stages.smk"
 include: "workflow/rules/vbench.smk"
-include: "workflow/rules/evaluation.smk"
-include: "workflow/rules/report.smk"
 
 
 localrules:

@@ -21,6 +21,7 @@ from vpae.artifacts import building, identity, write_json
 from vpae.config import Experiment
 from vpae.data.video import write_video
 from vpae.data.world import Truth, draw_truth, render
+from vpae.distill import METHODS
 from vpae.evaluation.truth import METRICS
 from vpae.experiment import load
 from vpae.graph import stage_settings, upstream
@@ -79,7 +80,7 @@ def write_scores(settings: Experiment, rows: list[str], out: Path) -> None:
 
 
 def write_metrics(phase: str, steps: int, out: Path) -> None:
-    keys = {key for panel in plots.PANELS[phase] for key in panel.curves}
+    keys = {key for panel in METHODS[phase].panels for key in panel.curves}
     rng = np.random.default_rng(len(phase))
     lines = [{"step": s + 1} | {k: float(1 + np.exp(-s / 30) + rng.normal(0, 0.1)) for k in keys} for s in range(steps)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -97,7 +98,7 @@ def make_stages(root: Path, settings: Experiment, steps: int = 2) -> dict[str, P
                 write_samples(settings, rows, out)
             elif stage == "evaluation":
                 write_scores(settings, rows, out)
-            elif stage in plots.PANELS:
+            elif stage in METHODS:
                 write_metrics(stage, steps, out)
             else:
                 (out / "anything.txt").write_text(stage)
@@ -207,7 +208,7 @@ def test_rows_and_metrics_may_be_missing(tmp_path):
     folders = make_stages(tmp_path, settings)
     scores = folders["evaluation"] / "scores.json"
     write_json(scores, json.loads(scores.read_text()) | {"rows": {"real": {}, "own": {"my_metric": interval(0.5)}}})
-    for phase in plots.PANELS:
+    for phase in settings.methods:
         (folders[phase] / "metrics.jsonl").write_text('{"step": 1, "other": 0.5}\n')
     page.run(settings, folders, tmp_path, tmp_path / "state")
     text = (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -168,7 +168,7 @@ def test_a_half_written_state_is_ignored_and_metrics_of_lost_steps_are_written_a
 
 def test_a_state_holds_no_frozen_weights(tmp_path):
     phase = build_priming()
-    frozen = {name for name, p in phase.shared.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in phase.networks["base"].named_parameters() if not p.requires_grad}
     checkpoint.save(tmp_path, phase, {"step": 1, "drawn": 0})
     metadata = checkpoint.dcp.FileSystemReader(tmp_path / "step-00000001").read_metadata()
     assert frozen and not [key for key in metadata.state_dict_metadata if key.removeprefix("fake.model.") in frozen]

@@ -10,9 +10,11 @@ from typing import get_args
 from vpae.artifacts import ArtifactError
 from vpae.config import VBenchDimension
 from vpae.experiment import ConfigError, load
-from vpae.graph import owner, stage_folder, stage_settings, stages_of, upstream
+from vpae.graph import STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
 from vpae.stages import standing
+
+DIVISIBLE = [name for name, stage in STAGES.items() if stage.divisible]
 
 # A stage that is told to end (TERM, USR1) saves its state first; shell and tee must live on until it has.
 shell.prefix("set -euo pipefail; trap : TERM USR1; tee() {{ trap '' INT TERM USR1; command tee \"$@\"; }}; ")
@@ -97,8 +99,12 @@ def upstream_folders(name, stage):
 
 def parts_of(stage):
     """Input function: the marks of the jobs that share a stage's work; none where its own job does it all."""
+    if stage == "evaluation":
+        return vbench_parts
 
     def marks(wildcards):
+        if stage not in DIVISIBLE:
+            return []
         jobs = getattr(experiment(wildcards.experiment).settings.jobs, stage)
         folder = f"results/{wildcards.experiment}/.parts/{stage}"
         return [f"{folder}/{number}-of-{jobs}" for number in range(1, jobs + 1)] if jobs > 1 else []
@@ -118,6 +124,11 @@ def vbench_parts(wildcards):
         part=range(1, vbench.shards + 1),
         parts=vbench.shards,
     )
+
+
+def files_read_by(stage):
+    """Input function: what a stage reads beside the results of others."""
+    return FILES_READ.get(stage, lambda wildcards: [])
 
 
 def videos(wildcards):
