@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             vbench.add_commands(command)
 
     sample = commands.add_parser("sample", help="animate one image")
-    sample.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. .../equilibrium/student")
+    sample.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. results/NAME/METHOD/student")
     sample.add_argument("--image", type=Path, required=True, help="first frame")
     sample.add_argument("--prompt", required=True)
     sample.add_argument("--steps", type=int, default=1)
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     export = commands.add_parser("export", help="write a student in the form another tool reads")
-    export.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. .../equilibrium/student")
+    export.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. results/NAME/METHOD/student")
     export.add_argument("--format", choices=("diffusers", "wan", "lora", "lora-wan"), required=True)
     export.add_argument("--out", type=Path, required=True, help="folder to make, or a .safetensors file")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")

@@ -154,7 +154,7 @@ def _refuse_existing(out: Path) -> None:
 def _check(model: Path, form: str, out: Path) -> None:
     if not (model / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{model} holds no model_index.json: name a pipeline folder, e.g. .../equilibrium/student"
+            f"{model} holds no model_index.json: name a pipeline folder, e.g. results/NAME/METHOD/student"
         )
     _refuse_existing(out)
     if out.resolve().is_relative_to(model.resolve()):
@@ -171,6 +171,8 @@ def _facts(model: Path) -> dict[str, Any]:
         settings["geometry"] = json.loads((model / GEOMETRY).read_text())
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     if not scheduler.get("stochastic_sampling"):
-        raise ArtifactError(f"{model} is no student: its scheduler takes many steps; name e.g. .../equilibrium/student")
+        raise ArtifactError(
+            f"{model} is no student: its scheduler takes many steps; name e.g. results/NAME/METHOD/student"
+        )
     settings["teacher"] = {"shift": scheduler["shift"], **settings.get("teacher", {})}
     return {**facts, "settings": settings, "licence": facts.get("licence") or licence_of(model, settings)}

@@ -22,7 +22,7 @@ def add_commands(evaluation: argparse.ArgumentParser) -> None:
     run.set_defaults(run=_run)
 
     sample = words.add_parser("sample", help="animate the images of a prompt suite")
-    sample.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. .../equilibrium/student")
+    sample.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. results/NAME/METHOD/student")
     sample.add_argument("--suite", type=Path, required=True, help="VBench's vbench2_i2v_full_info.json")
     sample.add_argument("--images", type=Path, required=True, help="folder of VBench's crops, or of the images")
     sample.add_argument("--out", type=Path, required=True, help="folder of the videos")
