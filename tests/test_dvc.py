@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from conftest import STAGES
 from vpae.artifacts import PROVENANCE, read_provenance
 from vpae.experiment import load
 from vpae.graph import owner, upstream
+from vpae.versioning.pipeline import pipeline
 
 ROOT = Path(__file__).parents[1]
 TOY = f"""#!{sys.executable}
@@ -223,10 +225,13 @@ def ran(before: dict[str, str], after: dict[str, str]) -> set[str]:
 def test_dvc_has_the_stages_of_snakemake_reading_the_same_folders(tmp_path: Path) -> None:
     from dvc.repo import Repo
 
-    # Also the shipped experiments whose results do not fit into store/, and which therefore stand in comments.
+    # Also shipped experiments whose results do not fit into store/.
     clone = Clone(tmp_path / "project")
-    pipeline = clone.folder / "dvc.yaml"
-    pipeline.write_text(re.sub(r"^(      )# (tiny[\w-]*: )", r"\1\2", pipeline.read_text(), flags=re.MULTILINE))
+    names = ("micro", "tiny", "tiny-no-adversary", "tiny-reference")
+    shown = [load(ROOT / "configs" / f"{name}.yaml", environment=False) for name in names]
+    (clone.folder / "dvc.yaml").write_text(
+        pipeline([replace(one, path=Path(f"configs/{one.name}.yaml")) for one in shown])
+    )
     with Repo(str(clone.folder)) as repo:
         stages = {stage.name: stage for stage in repo.index.stages if getattr(stage, "name", None)}
         repo.index.check_graph()
@@ -250,6 +255,11 @@ def test_dvc_has_the_stages_of_snakemake_reading_the_same_folders(tmp_path: Path
             assert params.def_path == f"results/{experiment}/settings.json"
             assert params.params == [stage]
     assert set(stages) == expected
+
+
+def test_the_shipped_dvc_yaml_is_what_the_command_prints() -> None:
+    micro = replace(load(ROOT / "configs/micro.yaml", environment=False), path=Path("configs/micro.yaml"))
+    assert (ROOT / "dvc.yaml").read_text() == pipeline([micro])
 
 
 def test_what_is_recorded_is_up_to_date_for_both(recorded: Clone) -> None:

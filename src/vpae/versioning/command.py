@@ -23,6 +23,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     settings = _command(commands, "settings", "write the settings on which each stage depends", _settings)
     settings.add_argument("--out", type=Path, help="default: results/EXPERIMENT/settings.json")
+    dvc = commands.add_parser("dvc", help="print dvc.yaml for the experiments to be versioned")
+    dvc.add_argument("names", nargs="+", metavar="EXPERIMENT", help="of configs/EXPERIMENT.yaml")
+    dvc.set_defaults(run=_dvc)
     metrics = _command(commands, "metrics", "write scores and losses as small tables", _metrics)
     metrics.add_argument("--out", type=Path, help="default: the folder metrics/EXPERIMENT")
 
@@ -74,3 +77,10 @@ def _metrics(arguments: argparse.Namespace) -> None:
 
     source = committed(arguments.config)
     print(write_metrics(source, arguments.out or metrics_folder(source)))
+
+
+def _dvc(arguments: argparse.Namespace) -> None:
+    from vpae.versioning.pipeline import pipeline
+    from vpae.versioning.verify import committed
+
+    print(pipeline([committed(Path("configs") / f"{name}.yaml") for name in arguments.names]), end="")

@@ -83,11 +83,12 @@ def _targets(source: Source, stages: Sequence[str] = ()) -> list[str]:
     Raises:
         ArtifactError: dvc.yaml does not have them.
     """
-    lists = [names for entry in yaml.safe_load(Path("dvc.yaml").read_text())["vars"] for names in entry.values()]
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
     for experiment in _owners(source):
-        if not any(experiment.name in names for names in lists):
+        if experiment.name not in stages["settings"]["foreach"]:
             raise ArtifactError(
-                f"dvc.yaml: vars: there is no {experiment.name}; add it to the lists that it belongs to"
+                f"dvc.yaml: there is no {experiment.name}; write it anew with `vpae dvc {source.name} ... > dvc.yaml`, "
+                "naming all experiments that are to be versioned"
             )
     targets = [
         f"{stage}@{owner(source, stage).name}" for stage in stages_of(source.settings) if stage in stages or not stages

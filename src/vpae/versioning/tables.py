@@ -30,8 +30,8 @@ def metrics_folder(source: Source) -> Path:
 
 
 def write_metrics(source: Source, folder: Path, results: Path = RESULTS) -> Path:
-    """`scores.json`: row -> metric -> mean. `METHOD.csv`: what each method logged, a line a step."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`scores.json`: row -> metric -> mean. `losses/METHOD.csv`: what each method logged, a line a step."""
+    (folder / "losses").mkdir(parents=True, exist_ok=True)
     scores = json.loads((stage_folder(source, "evaluation", results) / "scores.json").read_text())["rows"]
     means = {row: {metric: value["mean"] for metric, value in found.items()} for row, found in scores.items()}
     write_json(folder / "scores.json", means)
@@ -39,7 +39,7 @@ def write_metrics(source: Source, folder: Path, results: Path = RESULTS) -> Path
         logged = (stage_folder(source, method, results) / "metrics.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in logged]
         columns = list(dict.fromkeys(key for line in lines for key in line))  # a warm-up logs less
-        with written(folder / f"{method}.csv") as temporary, temporary.open("w", newline="") as file:
+        with written(folder / "losses" / f"{method}.csv") as temporary, temporary.open("w", newline="") as file:
             table = csv.DictWriter(file, columns, lineterminator="\n")
             table.writeheader()
             table.writerows(lines)

@@ -1,0 +1,123 @@
+"""dvc.yaml, written from the experiments that are versioned: their stages, methods included, and what each reads.
+
+DVC can loop over experiments but not over the folders that a stage reads. So each stage's list has as many as the
+longest of its experiments needs; the others name their last one again, which DVC takes for one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from vpae.experiment import Source
+from vpae.graph import STAGES, owner, stage_folder, stages_of, upstream
+from vpae.versioning.tables import metrics_folder
+
+HEAD = """\
+# Which results are versioned, with what they come from; written by `vpae dvc {names} > dvc.yaml`.
+# Snakemake alone decides and runs: each command asks it to bring one folder up to date, on the machine or cluster that
+# SNAKEMAKE_PROFILE names (`SNAKEMAKE_PROFILE=slurm dvc repro report@micro`), and lets nothing stale or damaged be
+# recorded. See docs/data.md.
+#
+# A plain `dvc pull` fails while an experiment stands here that is not in dvc.lock and in the remote.
+#
+# `persist` keeps DVC from deleting what is up to date before Snakemake has been asked, and from taking a result out of
+# its own run cache, of which Snakemake would know nothing.
+"""
+
+
+def pipeline(sources: Sequence[Source]) -> str:
+    """The text of dvc.yaml for these experiments and those that they extend where a result stands there."""
+    owners = {source.name: source for shown in sources for source in (shown, *_owners(shown))}
+    tree = {
+        "stages": {
+            "settings": _loop(
+                {name: _files(source) for name, source in owners.items()},
+                {
+                    "cmd": "vpae settings --config configs/${key}.yaml --out results/${key}/settings.json",
+                    "params": "configs",
+                    "outs": ["results/${key}/settings.json"],
+                },
+            ),
+            **{stage: block for stage in STAGES if (block := _stage(stage, list(owners.values())))},
+            "metrics": _loop(
+                {source.name: [*_losses(source), str(stage_folder(source, "evaluation"))] for source in sources},
+                {
+                    "cmd": "vpae metrics --config configs/${key}.yaml --out metrics/${key}",
+                    "deps": "folders",
+                    "metrics": [{"metrics/${key}/scores.json": {"cache": False}}],
+                    "outs": [{"metrics/${key}/losses": {"cache": False}}],
+                },
+            ),
+        },
+        "metrics": _recorded_by_hand(sources),
+        "plots": [plot for source in sources for plot in _plots(source)],
+    }
+    text = yaml.safe_dump(tree, sort_keys=False, width=1000)
+    return HEAD.format(names=" ".join(source.name for source in sources)) + text
+
+
+def _recorded_by_hand(sources: Sequence[Source]) -> list[str]:
+    """Scores of other experiments, which git holds without their results."""
+    names = {source.name for source in sources}
+    return [path.as_posix() for path in sorted(Path("metrics").glob("*/scores.json")) if path.parent.name not in names]
+
+
+def _owners(source: Source) -> list[Source]:
+    return [owner(source, stage) for stage in stages_of(source.settings)]
+
+
+def _files(source: Source) -> list[str]:
+    """The files that say what an experiment is."""
+    return list(dict.fromkeys(str(one.path) for one in (*source.ancestors(), source)))
+
+
+def _losses(source: Source) -> list[str]:
+    return [str(stage_folder(source, method)) for method in source.settings.methods]
+
+
+def _stage(stage: str, sources: list[Source]) -> dict | None:
+    """The block of one stage; None if none of the experiments makes it anew."""
+    own = [s for s in sources if stage in stages_of(s.settings) and owner(s, stage) is s]
+    if not own:
+        return None
+    body = {
+        "cmd": f"workflow/stage.sh {stage} ${{key}}",
+        "deps": "folders",
+        "params": [{"results/${key}/settings.json": [stage]}],
+        "outs": [{f"results/${{key}}/{stage}": {"persist": True}}],
+    }
+    return _loop({source.name: _read(source, stage) for source in own}, body)
+
+
+def _read(source: Source, stage: str) -> list[str]:
+    teacher = source.settings.teacher
+    given = [teacher.path] if stage == "teacher" and teacher.source == "folder" else []
+    return [*(str(stage_folder(source, above)) for above in upstream(source.settings, stage)), *given]
+
+
+def _loop(items: dict[str, list[str]], body: dict) -> dict:
+    """A block for all experiments; where `body` has a word, one entry for each item of the lists takes its place."""
+    longest = max(len(found) for found in items.values())
+    padded = {name: [*found, *found[-1:] * (longest - len(found))] for name, found in items.items()}
+    entries = [f"${{item[{number}]}}" for number in range(longest)]
+    for key, value in list(body.items()):
+        if value == "configs":
+            body[key] = [{entry: None} for entry in entries]
+        elif value == "folders":
+            body[key] = entries
+        if not body[key]:
+            del body[key]
+    return {"foreach": padded, "do": body}
+
+
+def _plots(source: Source) -> list[dict | str]:
+    """What `dvc plots` shows: the first curve of each panel of each method, and the contact sheets."""
+    folder = metrics_folder(source) / "losses"
+    curves = [
+        {f"{source.name}, {method}": {"x": "step", "y": {str(folder / f"{method}.csv"): ["generator_loss"]}}}
+        for method in source.settings.methods
+    ]
+    samples = stage_folder(source, "samples")
+    rows = ("real", *source.settings.samples.rows)
+    return [*curves, *(str(Path(samples) / f"{row}.png") for row in rows)]
