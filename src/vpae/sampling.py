@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         for item in suite[: config.decode]:
             link(state / row / item["file"], out / row / item["file"])
         strips_NHW3 = torch.cat([one["strips"] for one in found if "strips" in one])[:SHEET]
-        Image.fromarray(strips_NHW3.flatten(0, 1).numpy()).save(out / f"{row}.png")
+        Image.fromarray(rearrange(strips_NHW3, "n h w c -> (n h) w c").numpy()).save(out / f"{row}.png")
     return {"rows": len(config.rows) + 1, "videos": config.decode, "latents": config.count}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class Encoders:
 
 def to_signed(frames_BTHW3: np.ndarray) -> Tensor:
     """uint8 frames (B, T, H, W, 3) -> float32 (B, 3, T, H, W) in [-1, 1], rounded as diffusers does."""
-    return 2.0 * (torch.from_numpy(frames_BTHW3.astype(np.float32) / 255.0).permute(0, 4, 1, 2, 3)) - 1.0
+    return 2.0 * (rearrange(torch.from_numpy(frames_BTHW3.astype(np.float32) / 255.0), "b t h w c -> b c t h w")) - 1.0
 
 
 def pad_text(text_LD: Tensor, tokens: int = TEXT_TOKENS) -> Tensor:

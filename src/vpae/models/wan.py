@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from diffusers.utils.logging import disable_progress_bar
 from diffusers.utils.torch_utils import get_module_execution_device
+from einops import rearrange
 from torch import Tensor, nn
 
 from vpae.flow import x0_from_velocity
@@ -72,7 +73,7 @@ class ShortTextAttention(WanAttnProcessor):
         """Attention of video tokens (B, N, D) to image and text tokens (B, M + L, D); returns (B, N, D)."""
         image = encoder_hidden_states[:, : -self.text_tokens]
         text = encoder_hidden_states[:, -self.text_tokens :]
-        heads = lambda x: x.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
+        heads = lambda x: rearrange(x, "b n (h d) -> b h n d", h=attn.heads)  # noqa: E731
         query = heads(attn.norm_q(attn.to_q(hidden_states)))
         weight = query.new_zeros(self.text_tokens)
         weight[-1:].fill_(math.log(TEXT_TOKENS - self.text_tokens + 1))  # on the device: nothing waits for a copy
@@ -80,7 +81,7 @@ class ShortTextAttention(WanAttnProcessor):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=weight.expand(1, 1, 1, -1))
         key, value = heads(attn.norm_added_k(attn.add_k_proj(image))), heads(attn.add_v_proj(image))
         attended = attended + F.scaled_dot_product_attention(query, key, value)
-        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+        return attn.to_out[1](attn.to_out[0](rearrange(attended, "b h n d -> b n (h d)")))
 
 
 def _expect_text(model: nn.Module, tokens: int) -> None:
@@ -203,7 +204,7 @@ def decode_latents(vae: AutoencoderKLWan, x_BCFHW: Tensor) -> Tensor:
     z = _placed(vae, x_BCFHW / (1.0 / std) + mean)
     video = vae.decode(z, return_dict=False)[0]
     scaled = (video.float() * 0.5 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return rearrange(scaled.round().to(torch.uint8), "b c t h w -> b t h w c")
 
 
 def load_pipeline(
