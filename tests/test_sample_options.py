@@ -154,6 +154,7 @@ def test_large_models_are_sampled_in_bfloat16_unless_told_otherwise(student, mon
     "options",
     [
         {"offload": "group", "quantize": "int8"},
+        {"offload": "group", "quantize": "fp8-compute"},
         {"offload": "group", "compile": True},
         {"quantize": "fp8", "compile": True},
     ],
@@ -161,6 +162,49 @@ def test_large_models_are_sampled_in_bfloat16_unless_told_otherwise(student, mon
 def test_options_that_exclude_each_other_are_refused(options):
     with pytest.raises(ConfigError, match=r"take|leave"):
         Placement(**options)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_vae_in_bfloat16_and_another_layout_gives_nearly_the_same_video(student, plain, another, channels):
+    placed = load_placed(student, Placement(vae_dtype="bfloat16", channels_last=channels), "cpu")
+    assert placed.vae.dtype == torch.bfloat16 and placed.transformer.dtype == torch.float32
+    assert 0 < np.abs(video(placed) - plain).mean() < 0.2 * another
+    assert weight_bytes(placed) == Sizes.of(student).resident_bytes(Placement(vae_dtype="bfloat16"))
+
+
+def test_another_memory_layout_alone_changes_no_result(student, plain):
+    placed = load_placed(student, Placement(channels_last=True), "cpu")
+    assert placed.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert_same(video(placed), plain)
+
+
+def test_products_in_float8_say_what_they_need_before_anything_is_loaded(student, monkeypatch):
+    monkeypatch.setattr(placement_module, "load_pipeline", lambda *_: pytest.fail("that takes minutes at 14B"))
+    with pytest.raises(ConfigError, match=r"--quantize fp8-compute needs .*take --quantize fp8"):
+        load_placed(student, Placement(quantize="fp8-compute"), "cpu")
+
+
+def test_blocks_are_compiled_where_it_pays_unless_told_otherwise(student, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda *_, **__: compiled.append(1))
+    monkeypatch.setattr(placement_module, "compiling_pays", lambda _model, _device, evaluations: evaluations >= 30)
+    for placement, evaluations, expected in (
+        (Placement(), 1, 0),
+        (Placement(), 100, 1),
+        (Placement(compile=False), 100, 0),
+        (Placement(quantize="fp8"), 100, 0),
+        (Placement(compile=True), 1, 1),
+    ):
+        compiled.clear()
+        load_placed(student, placement, "cpu", evaluations=evaluations)
+        assert len(compiled) == expected, placement
+    monkeypatch.undo()
+    large = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(placement_module, "LARGE", 6)
+    assert placement_module.compiling_pays(large, "cuda", 30)
+    assert not placement_module.compiling_pays(large, "cuda", 29)
+    assert not placement_module.compiling_pays(large, "cpu", 1000)
+    assert not placement_module.compiling_pays(torch.nn.Linear(1, 1), "cuda", 1000)
 
 
 # Out of memory.

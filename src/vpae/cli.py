@@ -106,9 +106,19 @@ def _placement_arguments(command: argparse.ArgumentParser) -> None:
         help="keep on the GPU: everything, one network, or one transformer block at a time",
     )
     group.add_argument(
-        "--quantize", choices=("none", "int8", "fp8"), default="none", help="store the transformer's blocks in 8 bits"
+        "--quantize",
+        choices=("none", "int8", "fp8", "fp8-compute"),
+        default="none",
+        help="store the transformer's blocks in 8 bits; fp8-compute: multiply them so, too (Hopper and later)",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile; takes minutes, pays with many steps")
+    group = command.add_argument_group("speed")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile; default: large models on a GPU, from 30 network evaluations on",
+    )
+    group.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the VAE")
+    group.add_argument("--channels-last", action="store_true", help="the VAE's memory layout for tensor cores")
 
 
 def _stage(arguments: argparse.Namespace) -> None:
@@ -139,7 +149,15 @@ def _sample(arguments: argparse.Namespace) -> None:
         num_frames=arguments.num_frames,
         out=arguments.out,
         frames_out=arguments.frames,
-        placement=Placement(arguments.offload, arguments.quantize, arguments.tile, arguments.compile, arguments.dtype),
+        placement=Placement(
+            arguments.offload,
+            arguments.quantize,
+            arguments.tile,
+            arguments.compile,
+            arguments.dtype,
+            arguments.vae_dtype,
+            arguments.channels_last,
+        ),
     )
     print(arguments.out)
 

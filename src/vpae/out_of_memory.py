@@ -55,8 +55,8 @@ class Sizes:
     def _bytes(self, network: str, placement: Placement) -> dict[str, int]:
         """Name -> bytes of a network's weights once it is placed."""
         weights = self.networks[network]
-        chosen = placement.dtype and network in RESIZABLE
-        dtype = getattr(torch, placement.dtype) if chosen else self.formats[network]
+        chosen = {"vae": placement.vae_dtype} | (dict.fromkeys(RESIZABLE, placement.dtype) if placement.dtype else {})
+        dtype = getattr(torch, chosen[network]) if network in chosen else self.formats[network]
         found = {name: weight.values * dtype.itemsize for name, weight in weights.items()}
         if network == "transformer" and placement.quantize != "none":
             for name, weight in weights.items():
@@ -156,7 +156,7 @@ def _in_groups(placement: Placement) -> tuple[str, Placement]:
     switch, other = "--offload group", replace(placement, compile=False, offload="group", quantize="none")
     if placement.compile:
         switch += " without --compile"
-    if placement.quantize == "int8":
+    if placement.quantize in ("int8", "fp8-compute"):
         return f"{switch} without --quantize", other
     return switch, replace(other, quantize=placement.quantize)
 

@@ -14,7 +14,8 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from vpae.experiment import ConfigError
-from vpae.models.formats import formats
+from vpae.models.formats import LARGE, formats
+from vpae.models.layout import channels_last
 from vpae.models.wan import load_pipeline
 
 OFFLOADS = {
@@ -26,8 +27,11 @@ QUANTISED = {
     "none": "weights as --dtype says",
     "int8": "the transformer's blocks in int8, one scale a row (torchao)",
     "fp8": "the transformer's blocks stored in float8 and computed in --dtype",
+    "fp8-compute": "the blocks' products in float8 too, a scale a row: Hopper and later, best compiled (torchao)",
 }
 _INSTALL = "`pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8"
+# Network evaluations from which on compiling pays: at 14B it takes some 15 s and saves half a second an evaluation.
+COMPILED_FROM = 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,7 +43,9 @@ class Placement:
         offload: one of `OFFLOADS`.
         quantize: one of `QUANTISED`.
         tile: encode and decode in overlapping tiles of 256 x 256 pixels.
-        compile: compile the transformer's blocks with torch.compile.
+        compile: compile the transformer's blocks with torch.compile; None: where it pays, see `compiling_pays`.
+        vae_dtype: one of `DTYPES`, of the VAE.
+        channels_last: the VAE's memory layout on a GPU's tensor cores.
         dtype: one of `DTYPES`, of transformer and text encoder; None: by their sizes, see `formats`.
 
     Raises:
@@ -49,13 +55,15 @@ class Placement:
     offload: str = "none"
     quantize: str = "none"
     tile: bool = False
-    compile: bool = False
+    compile: bool | None = None
     dtype: str | None = None
+    vae_dtype: str = "float32"
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.offload == "group" and self.quantize == "int8":
+        if self.offload == "group" and self.quantize in ("int8", "fp8-compute"):
             raise ConfigError(
-                "--offload group with --quantize int8: int8 weights cannot be moved block by block; "
+                f"--offload group with --quantize {self.quantize}: these weights cannot be moved block by block; "
                 "take --quantize fp8, or --offload model"
             )
         if self.compile and self.offload == "group":
@@ -71,11 +79,22 @@ class Placement:
 
     def formats(self, model: Path) -> dict[str, torch.dtype]:
         """Network -> number format in which it computes."""
-        return formats(model, DTYPES[self.dtype] if self.dtype else None)
+        return formats(model, DTYPES[self.dtype] if self.dtype else None, DTYPES[self.vae_dtype])
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether the other switches leave blocks that can be compiled."""
+        return self.offload != "group" and self.quantize != "fp8"
+
+
+def compiling_pays(transformer: nn.Module, device: torch.device | str, evaluations: int) -> bool:
+    """Whether so many evaluations of a network are worth compiling its blocks: on a GPU, of a large one."""
+    large = sum(parameter.numel() for parameter in transformer.parameters()) >= LARGE
+    return torch.device(device).type == "cuda" and large and evaluations >= COMPILED_FROM
 
 
 def load_placed(
-    model: Path, placement: Placement, device: torch.device | str, backend: str = "inductor"
+    model: Path, placement: Placement, device: torch.device | str, backend: str = "inductor", evaluations: int = 1
 ) -> WanImageToVideoPipeline:
     """Load a pipeline folder and bring it onto a device.
 
@@ -84,22 +103,27 @@ def load_placed(
         placement: how.
         device: where the networks compute.
         backend: of torch.compile.
+        evaluations: how often the transformer will be run.
 
     Raises:
         FileNotFoundError: the folder is not a pipeline.
-        ConfigError: int8 is wanted, and torchao is not installed.
+        ConfigError: int8 or products in float8 are wanted, and torchao is not installed, or the device has none.
     """
     device, dtypes = torch.device(device), placement.formats(model)
-    to_int8 = _int8() if placement.quantize == "int8" else None  # whether it can be done, before minutes of loading
+    # Whether it can be done, before minutes of loading.
+    quantise = {"int8": _int8, "fp8-compute": fp8_products}.get(placement.quantize, lambda: None)()
     pipeline = load_pipeline(model, dtypes)
     transformer = pipeline.transformer
-    if to_int8 is not None:
-        to_int8(transformer.blocks)
+    if quantise is not None:
+        quantise(transformer.blocks)
     elif placement.quantize == "fp8":
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtypes["transformer"])
     if placement.tile:
         pipeline.vae.enable_tiling()
-    if placement.compile:
+    if placement.channels_last:
+        channels_last(pipeline.vae)
+    pays = placement.compile is None and placement.can_compile and compiling_pays(transformer, device, evaluations)
+    if placement.compile or pays:
         transformer.compile_repeated_blocks(backend=backend)
     _offload(pipeline, placement.offload, device)
     return pipeline
@@ -117,8 +141,8 @@ def _offload(pipeline: WanImageToVideoPipeline, offload: str, device: torch.devi
         pipeline.to(device)
 
 
-def compute_in_fp8(transformer: nn.Module) -> None:
-    """Have the blocks' matrices multiplied in float8, weights and activations with a scale a row (torchao).
+def fp8_products() -> Callable[[nn.Module], None]:
+    """What has a module's matrices multiplied in float8, weights and activations with a scale a row.
 
     Raises:
         ConfigError: torchao is not installed, or the GPU has no float8 products.
@@ -131,7 +155,7 @@ def compute_in_fp8(transformer: nn.Module) -> None:
         raise ConfigError("--quantize fp8-compute needs a GPU of compute capability 8.9 or more; take --quantize fp8")
     # Inductor's settings stay as they are: torchao's take minutes, and round what else is computed in float32.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    quantize_(transformer.blocks, config)
+    return partial(quantize_, config=config)
 
 
 def _int8() -> Callable[[nn.Module], None]:

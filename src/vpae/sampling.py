@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from einops import rearrange
 from PIL import Image
@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpae.artifacts import ArtifactError, link, written
-from vpae.config import Experiment, Sampler
+from vpae.config import Experiment, Sampler, Samples
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.latents import LatentDataset
 from vpae.data.names import file_names
 from vpae.data.video import write_video
 from vpae.flow import add_noise, schedule, x0_from_velocity
+from vpae.models.formats import formats
+from vpae.models.layout import channels_last
 from vpae.models.wan import (
     Condition,
     decode_latents,
@@ -35,6 +37,7 @@ from vpae.models.wan import (
     load_sampler,
 )
 from vpae.parts import Part
+from vpae.placement import DTYPES, compiling_pays
 from vpae.progress import Progress
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import derived_seed
@@ -187,12 +190,16 @@ def _complete(
 
     if not missing:
         return suite
-    vae = load_pipeline(inputs["teacher"], transformer=None, text_encoder=None, image_encoder=None).vae.to(device)
+    vae = load_vae(inputs["teacher"], settings.samples).to(device)
     progress = Progress(sum(batch.size for batch in missing), label)
     with Interruption.watch() as request:
         for name, group in groupby(sorted(missing, key=model_of), key=model_of):  # each model is loaded once
+            drawn = list(group)
             model = load_sampler(model_folder(inputs, name)).to(device) if name else None
-            for batch in group:
+            evaluations = sum(rows[batch.row].nfe for batch in drawn if name)
+            if model is not None and settings.samples.compile and compiling_pays(model, device, evaluations):
+                model.compile_repeated_blocks()
+            for batch in drawn:
                 if request.requested:
                     raise Interruption(f"{label}: {progress.done} more videos are in {state}")
                 x0, condition = dataset.batch(list(range(batch.start, batch.start + batch.size)), device)
@@ -205,6 +212,13 @@ def _complete(
             model = None  # two large models at a time may be too many
     progress.close()
     return suite
+
+
+def load_vae(folder: Path, config: Samples) -> AutoencoderKLWan:
+    """A pipeline's VAE as the settings want it to decode."""
+    dtypes = formats(folder, vae=DTYPES[config.vae_dtype])
+    vae = load_pipeline(folder, dtypes, transformer=None, text_encoder=None, image_encoder=None).vae
+    return channels_last(vae) if config.vae_channels_last else vae
 
 
 def _keep(batch: Batch, x0: Tensor, decoded: list[dict], vae, settings: Experiment, state: Path) -> None:

@@ -65,7 +65,8 @@ def sample_one(
         raise ConfigError("\n".join(faults))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with explained(model, placement, device, length, picture.height, picture.width):
-        pipeline = load_placed(model, placement, device)
+        evaluations = steps * (1 if guidance_scale == 1.0 else 2)
+        pipeline = load_placed(model, placement, device, evaluations=evaluations)
         frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written(out) as temporary:

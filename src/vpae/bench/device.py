@@ -25,7 +25,7 @@ from vpae.data.video import write_video
 from vpae.experiment import Source, load
 from vpae.models.layout import channels_last
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
-from vpae.placement import compute_in_fp8
+from vpae.placement import fp8_products
 from vpae.planning.counting import transformer_flops
 from vpae.planning.network import Network, build_encoders, pipeline_of, transformer_parameters
 from vpae.planning.plan import tokens_of
@@ -142,7 +142,7 @@ def sampling(rows: Rows, source: Source, network: Network, backend: str) -> None
     model.compile_repeated_blocks(backend=backend)
     rows.time("compiled", partial(evaluate, "compiled"), 2, flops)
     try:
-        compute_in_fp8(model)
+        fp8_products()(model.blocks)
     except Exception as error:  # whatever torchao says of this device
         rows.add("fp8 compiled", skipped=f"{type(error).__name__}: {first_line(error)}"[:300])
         return

@@ -1,7 +1,7 @@
 """Stage `samples`."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -39,6 +39,11 @@ class Samples(Section):
     count: Positive = Field(256, description="Held-out clips to animate.")
     decode: Positive = Field(64, description="How many of them are decoded to mp4.")
     batch_size: Positive = Field(16, description="Clips sampled together; the result does not depend on it.")
+    compile: bool = Field(
+        True, description="On a GPU, compile a large model's blocks where there is enough to draw; else, never."
+    )
+    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the VAE decodes in.")
+    vae_channels_last: bool = Field(False, description="The VAE's memory layout for a GPU's tensor cores.")
     crf: int = Field(10, ge=0, le=51, description="x264's constant rate factor (VBench-I2V: 10).")
 
     @model_validator(mode="after")

@@ -21,8 +21,9 @@ from vpae.evaluation.statistics import bootstrap, jackknife
 from vpae.evaluation.vbench import rows as vbench
 from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
+from vpae.placement import COMPILED_FROM, compiling_pays
 from vpae.progress import track
-from vpae.sampling import animate, draw, model_folder
+from vpae.sampling import animate, draw, load_vae, model_folder
 
 JACKKNIFE_GROUPS = 20
 LATENCY_PASSES = 3
@@ -99,10 +100,14 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"latency_diffusion_s": [], "latency_total_s": []} for name in settings.samples.rows
     }
-    parts = load_pipeline(inputs["teacher"], transformer=None).to(device)
+    vae = load_vae(inputs["teacher"], settings.samples)
+    parts = load_pipeline(inputs["teacher"], transformer=None, vae=vae).to(device)
     shared = {name: getattr(parts, name) for name in SHARED}
     for models in _timed_together(settings, inputs):
         pipelines = {model: load_pipeline(model_folder(inputs, model), **shared).to(device) for model in models}
+        for pipeline in pipelines.values():
+            if settings.samples.compile and compiling_pays(pipeline.transformer, device, COMPILED_FROM):
+                pipeline.transformer.compile_repeated_blocks()
         rows = {name: row for name, row in settings.samples.rows.items() if row.model in models}
         # Several passes over the rows, so that a machine that is busy for a while slows all of them.
         for name, row in [*rows.items()] * LATENCY_PASSES:
