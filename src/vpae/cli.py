@@ -28,11 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     from vbench_i2v.errors import VBenchError
     from vpae.artifacts import ArtifactError
+    from vpae.training.phase import Collapse
     from vpae.training.preemption import EXIT_CODE, Interruption
 
     try:
         return arguments.run(arguments) or 0
-    except (ConfigError, ArtifactError, VBenchError, FileNotFoundError) as error:
+    except (ConfigError, ArtifactError, VBenchError, Collapse, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
     except Interruption as interruption:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,9 +17,10 @@ from vpae.distill.networks import Stored
 from vpae.distill.student import save_ema
 from vpae.experiment import ConfigError
 from vpae.export.card import stage_provenance, write_card
-from vpae.models.wan import Condition
+from vpae.models.wan import Condition, predict_x0
 from vpae.training.loop import train
-from vpae.training.randomness import Shuffled
+from vpae.training.monitor import Watch
+from vpae.training.randomness import Shuffled, generator_for
 from vpae.training.sharding import data_rank, spread
 
 
@@ -54,6 +56,26 @@ def batches_of(
     return batch
 
 
+def watch_of(phase: Method, latents: Path, seed: int, accelerator: Accelerator) -> Watch:
+    """A collapse monitor of the EMA's single steps on the first held-out clips."""
+    training, dataset = phase.config.training, LatentDataset(latents, "held_out")
+    batches = torch.arange(min(training.monitor.clips, len(dataset))).split(training.batch_size)
+    clips = (
+        [dataset.batch(numbers.tolist(), accelerator.device) for numbers in batches] if training.monitor.every else []
+    )
+
+    def draw(number: int) -> Tensor:
+        videos = []
+        for i, (x, condition) in enumerate(clips):
+            rng = generator_for(accelerator.device, seed, phase.name, "monitor", number, i)
+            noise = torch.randn(x.shape, generator=rng, device=x.device)
+            with accelerator.autocast():
+                videos.append(predict_x0(phase.ema, noise, torch.ones(len(x), device=x.device), condition))
+        return torch.cat(videos).float()
+
+    return Watch(training.monitor, draw, torch.cat([x for x, _ in clips]) if clips else torch.empty(0))
+
+
 def at_start(settings: Experiment, name: str, inputs: dict[str, Path], accelerator: Accelerator) -> Method:
     """A method's phase before its first step, on the networks of finished stages, spread over the processes."""
     training = getattr(settings, name).training
@@ -72,7 +94,8 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     accelerator = accelerator_for(training)
     phase = at_start(settings, name, inputs, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
-    metrics = train(phase, batches, training, settings.seed, state, accelerator)
+    watch = watch_of(phase, inputs["latents"], settings.seed, accelerator)
+    metrics = train(phase, batches, training, settings.seed, state, accelerator, watch)
     phase.save(out)
     counts = {"steps": training.steps, "parameters": sum(p.numel() for p in phase.ema.parameters())}
     if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process

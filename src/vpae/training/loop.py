@@ -21,6 +21,7 @@ from vpae.experiment import ConfigError
 from vpae.progress import Progress
 from vpae.training import checkpoint, sharding
 from vpae.training.ema import update_ema
+from vpae.training.monitor import Watch
 from vpae.training.phase import Batch, Phase
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import generator_for
@@ -48,6 +49,7 @@ def train(
     seed: int,
     state: Path,
     accelerator: Accelerator,
+    watch: Watch | None = None,
 ) -> Path:
     """Run a phase to its end, from the last saved state if there is one.
 
@@ -58,11 +60,13 @@ def train(
         seed: of all randomness.
         state: folder for resumable states and metrics.jsonl; outside every declared output.
         accelerator: device, precision and processes.
+        watch: looks for collapse.
 
     Returns:
         the path of metrics.jsonl.
 
     Raises:
+        Collapse: the videos collapse; the last state before is kept.
         Interruption: a signal asked for an end; the state is saved.
         ConfigError: the state was saved by processes that made their updates of another number of micro-batches.
     """
@@ -76,6 +80,8 @@ def train(
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
+    if watch:
+        watch.begin(state, accelerator.is_main_process)
     progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
@@ -87,6 +93,8 @@ def train(
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
             values = _averaged(logs, accelerator)
+            if watch and watch.wants(done):
+                values |= watch.look(done, phase.name)
             if accelerator.is_main_process and (done % training.log_every == 0 or done == training.steps):
                 with metrics.open("a") as file:
                     file.write(json.dumps({"step": done, **values}) + "\n")

@@ -7,12 +7,17 @@ Axes: N videos, C channels, F latent frames, H, W.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vpae.artifacts import written
 from vpae.config.training import Monitor
+from vpae.training.phase import Collapse
+
+START = "start.safetensors"  # the fixed clips as the run began
 
 # Sign -> (healthy from, to), (tolerable from, to). Outside the first interval the monitor warns, outside the second it
 # stops the run. A student after phase I lies well inside the first one: motion 0.94 to 0.99, the rest near 1 and 0.
@@ -20,13 +25,9 @@ BOUNDS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "motion": ((0.8, 1.25), (0.5, 2.0)),
     "deviation": ((0.85, 1.18), (0.6, 1.6)),
     "colour_drift": ((0.0, 0.1), (0.0, 0.3)),
-    "common_pattern": ((0.0, 0.02), (0.0, 0.1)),
+    "common_pattern": ((0.0, 0.03), (0.0, 0.2)),
     "diversity": ((0.6, 1.7), (0.3, 3.0)),
 }
-
-
-class Collapse(Exception):
-    """A run that was stopped because its videos collapse; the last healthy state is kept."""
 
 
 def signs(xh: Tensor, other: Tensor, start: Tensor, other_start: Tensor, x: Tensor) -> dict[str, float]:
@@ -41,14 +42,14 @@ def signs(xh: Tensor, other: Tensor, start: Tensor, other_start: Tensor, x: Tens
         motion: mean change between latent frames, generated / real.
         deviation: standard deviation, generated / real.
         colour_drift: largest shift of a channel's mean from the real clips', in the channel's standard deviations.
-        common_pattern: size of what was added to all videos alike since the start, in standard deviations of real
-            clips. Chance adds the mean change / sqrt(N), which is taken off.
+        common_pattern: size of what was added to all videos alike since the start, without the channels' means, in
+            standard deviations of real clips. Chance adds the mean change / sqrt(N), which is taken off.
         diversity: distance between the videos of two noises, now / at the start.
     """
     axes = (0, 2, 3, 4)
     moves, real_moves = (v.diff(dim=2).abs().mean() for v in (xh, x))
     drift = (xh.mean(axes) - x.mean(axes)).abs() / x.std(axes).clamp_min(1e-8)
-    change, n = xh - start, len(xh)
+    change, n = (xh - start) - (xh - start).mean(axes, keepdim=True), len(xh)
     alike = change.mean(0).square().mean() - change.var(0).mean() / n
     spread, first_spread = ((a - b).square().mean().sqrt() for a, b in ((xh, other), (start, other_start)))
     found = {
@@ -71,21 +72,42 @@ def outside(found: dict[str, float], level: int) -> list[str]:
     return bad
 
 
-@dataclass
 class Watch:
     """Draws fixed clips every now and then, and judges them.
 
     Args:
         config: how often, and whether to stop.
-        draw: seed of the noise -> one-step videos of the fixed first frames; every process calls it alike.
+        draw: number of a fixed draw of noise -> one-step videos of the fixed first frames, like x. Every process calls
+            it alike.
         x: the real clips.
-        start: the videos of two noises when the run began; drawn at the first look of a run without a saved state.
     """
 
-    config: Monitor
-    draw: Callable[[int], Tensor]
-    x: Tensor
-    start: tuple[Tensor, Tensor]
+    def __init__(self, config: Monitor, draw: Callable[[int], Tensor], x: Tensor):
+        self.config, self.draw, self.x = config, draw, x
+        self.start: tuple[Tensor, ...] = ()
+
+    def wants(self, step: int) -> bool:
+        """Whether to look after so many steps."""
+        return self.config.every > 0 and step % self.config.every == 0
+
+    @torch.no_grad()
+    def begin(self, state: Path, first: bool) -> None:
+        """Draw the videos of the start, or read those that the run noted when it began.
+
+        Args:
+            state: folder of the run's resumable states.
+            first: whether this process writes.
+        """
+        if self.config.every == 0:
+            return
+        file = state / START
+        if file.is_file():
+            self.start = tuple(load_file(file, device=str(self.x.device)).values())
+            return
+        self.start = self.draw(0), self.draw(1)
+        if first:
+            with written(file) as temporary:
+                save_file({str(i): video.contiguous().cpu() for i, video in enumerate(self.start)}, temporary)
 
     @torch.no_grad()
     def look(self, step: int, name: str) -> dict[str, float]:

@@ -22,6 +22,10 @@ tensors = lazy("torch.distributed.tensor")
 Batch = Any
 
 
+class Collapse(Exception):
+    """A run that was stopped because its videos collapse; the last healthy state is kept."""
+
+
 @dataclass
 class Role:
     """A module some of whose parameters are trained (those that require gradients), with its own optimiser."""
