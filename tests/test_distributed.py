@@ -157,7 +157,10 @@ def test_a_state_is_taken_up_by_any_number_of_processes(name, processes, two, al
     assert furthest(found, weights) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["priming", "priming-again", "priming-context", "equilibrium", "equilibrium-lora"])
+@pytest.mark.parametrize(
+    "name",
+    ["priming", "priming-again", "priming-context", "equilibrium", "equilibrium-lora", "consistency", "dmd2", "magic"],
+)
 def test_the_frozen_teacher_stays_bit_for_bit(name, two):
     weights = load_file(two / name / "weights.safetensors")
     place = "network.teacher." if name == "equilibrium" else "network.base."

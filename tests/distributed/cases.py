@@ -5,6 +5,7 @@ import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from conftest import SHIFT, build_batch, build_head, build_transformer, seeded
 from vpae.config import Lora, Optimizer, Sharding, Training
-from vpae.distill import equilibrium, priming
+from vpae.distill import METHODS, equilibrium, priming
 from vpae.distill.equilibrium import Equilibrium
 from vpae.distill.priming import Priming
+from vpae.experiment import load
 from vpae.models.adapters import FAKE, STUDENT, SharedBase
 from vpae.models.wan import default_taps
 from vpae.training.loop import train
 from vpae.training.sharding import data_rank, empty_transformer, full_state, spread
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LORA = Lora(rank=4, alpha=4)
 
 
@@ -52,6 +55,16 @@ CASES = {
     "equilibrium-context-copy": Case("equilibrium", {"backbone": "copy"}, {"context_parallel": 2}),
     "priming-bf16": Case("priming", precision="bf16"),
     "equilibrium-bf16": Case("equilibrium", precision="bf16"),
+    "consistency": Case("consistency", {"student_lora": LORA}),
+    "dmd2": Case("dmd2"),
+    "dmd2-lora": Case(
+        "dmd2", {"fake_form": "lora", "real_share": 0.5}, {"activation_checkpointing": True}, accumulate=2
+    ),
+    "dmd2-context": Case("dmd2", {}, {"context_parallel": 2}),
+    "dfd": Case("dfd"),
+    "apt": Case("apt", {"ensemble": 2}, {"activation_checkpointing": True}),
+    "apt-context": Case("apt", {}, {"context_parallel": 2}),
+    "magic": Case("magic", {"student_lora": LORA}, {"activation_checkpointing": True}),
 }
 EXPORTED = ("equilibrium", "equilibrium-lora")  # of these, each process's pipeline folder is looked at, too
 
@@ -103,6 +116,12 @@ def build(case: Case, accelerator: Accelerator, **training):
             generator = network(0) if config.student_lora is None else shared.add(STUDENT, config.student_lora)
             fake.requires_grad_(True)
             phase = Priming(config, SHIFT, generator, shared.network(None), fake)
+        elif case.phase != "equilibrium":
+            whole = load(CONFIGS / "micro-rivals.yaml", [f"methods.{case.phase}=teacher"]).settings
+            section = getattr(whole, case.phase)
+            config = type(section).model_validate({**dict(section), **settings})
+            stored = SimpleNamespace(device=accelerator.device, transformer=lambda model, trained: network(0, trained))
+            phase = METHODS[case.phase].build(whole.model_copy(update={case.phase: config}), stored)
         else:
             config = equilibrium.Settings(discriminator=Optimizer(learning_rate=1e-3), **settings)
             generator, teacher = network(1), network(0, trained=False)

@@ -6,12 +6,16 @@ A method is one file in this folder and one row here. A method of another packag
 
 from importlib.metadata import entry_points
 
+from vpae.distill.apt import Apt
+from vpae.distill.consistency import Consistency
+from vpae.distill.dmd2 import Dfd, Dmd2
 from vpae.distill.equilibrium import Equilibrium
+from vpae.distill.magic import Magic
 from vpae.distill.method import Method
 from vpae.distill.priming import Priming
 
 CHAIN = (Priming, Equilibrium)  # what an experiment trains unless it says otherwise: the paper's method
-METHODS: dict[str, type[Method]] = {method.name: method for method in (*CHAIN,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (*CHAIN, Consistency, Dmd2, Dfd, Apt, Magic)}
 
 
 def _add_those_of_others() -> None:

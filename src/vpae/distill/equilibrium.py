@@ -162,20 +162,11 @@ class Equilibrium(Method):
         shared = adapters.SharedBase(teacher) if kept or config.student_lora is not None else None
         with cls.seeded(settings, "student"):
             generator = cls.generator_at_start(settings, networks, shared)
-        shape = generator.config
-        taps = config.head.taps or wan.default_taps(shape.num_layers)
         with cls.seeded(settings, "head"):
-            head = cls._new_head(config.head, shape, len(taps))
+            head, taps = heads.head_on(generator, config.head)
         fake = cls._fake_at_start(settings, networks, shared) if kept else None
         teacher = teacher if shared is None else shared.network(None)
         return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps, fake)
-
-    @staticmethod
-    def _new_head(config: Head, shape: dict, taps: int) -> nn.Module:
-        width = shape.num_attention_heads * shape.attention_head_dim
-        if config.form == "convolutions":
-            return heads.ConvolutionHead(config, width, taps, shape.patch_size)
-        return heads.SemanticHead(config, width, taps, shape.text_dim, shape.image_dim)
 
     @classmethod
     def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:

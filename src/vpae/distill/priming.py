@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vpae.config import Experiment
     from vpae.distill.networks import Networks
+    from vpae.models.adapters import SharedBase
 else:
     torch = lazy("torch")
 
@@ -82,6 +83,11 @@ class Priming(Method):
 
     @classmethod
     def build(cls, settings: Experiment, networks: Networks) -> Priming:
+        """The phase at its start."""
+        return cls(getattr(settings, cls.name), settings.teacher.shift, *cls.three_networks(settings, networks))
+
+    @classmethod
+    def three_networks(cls, settings: Experiment, networks: Networks) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Generator, teacher and fake model, on as few base weights as their forms allow."""
         config = getattr(settings, cls.name)
         shared = adapters.SharedBase(networks.transformer(TEACHER, trained=False))
@@ -91,7 +97,16 @@ class Priming(Method):
             else:
                 fake = copy.deepcopy(shared.transformer).float().requires_grad_(True)
             generator = cls.generator_at_start(settings, networks, shared)
-        return cls(config, settings.teacher.shift, generator, shared.network(None), fake)
+        start = cls.start_of(settings)
+        before = getattr(settings, start, None)
+        if config.fake_form == "lora" == getattr(before, "fake_form", "") and before.fake_lora == config.fake_lora:
+            fake.start_from(networks.adapter(start, adapters.FAKE))  # it knows the student that it is to follow
+        return generator, cls.teacher_on(shared, config), fake
+
+    @classmethod
+    def teacher_on(cls, shared: SharedBase, config: Settings) -> nn.Module:
+        """The teacher whose scores are followed."""
+        return shared.network(None)
 
     def turns(self, step: int) -> list[str]:
         """Two time scales: the fake model first follows the generator, then the generator moves once."""

@@ -97,7 +97,11 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     watch = watch_of(phase, inputs["latents"], settings.seed, accelerator)
     metrics = train(phase, batches, training, settings.seed, state, accelerator, watch)
     phase.save(out)
-    counts = {"steps": training.steps, "parameters": sum(p.numel() for p in phase.ema.parameters())}
+    counts = {
+        "steps": training.steps,
+        "parameters": sum(p.numel() for p in phase.ema.parameters()),
+        "trained_parameters": sum(p.numel() for role in phase.roles.values() for p in role.parameters()),
+    }
     if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process
         shutil.copy(metrics, out / "metrics.jsonl")
         write_card(out / "student", stage_provenance(inputs), trained_as(settings, name))

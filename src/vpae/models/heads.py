@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vpae.config import Head
-from vpae.models.wan import Condition
+from vpae.models.wan import Condition, default_taps
 
 
 class SemanticHead(nn.Module):
@@ -95,3 +95,13 @@ class ConvolutionHead(nn.Module):
         grid = rearrange(tokens, "b (f h w) d -> b d f h w", f=frames, h=height)
         seen = rearrange(F.silu(self.far(F.silu(self.near(grid)))), "b d f h w -> b d (f h w)")
         return self.to_logit(torch.cat([seen.mean(-1), seen.std(-1)], dim=1)).squeeze(-1)
+
+
+def head_on(network: nn.Module, config: Head) -> tuple[nn.Module, tuple[int, ...]]:
+    """An untrained head for the features of a Wan transformer, and the blocks whose outputs it is to see."""
+    wan = network.config
+    taps = config.taps or default_taps(wan.num_layers)
+    width = wan.num_attention_heads * wan.attention_head_dim
+    if config.form == "convolutions":
+        return ConvolutionHead(config, width, len(taps), wan.patch_size), taps
+    return SemanticHead(config, width, len(taps), wan.text_dim, wan.image_dim), taps
