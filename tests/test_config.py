@@ -316,6 +316,19 @@ def test_overlays_chain(base: Path) -> None:
     assert [source.name, *(base.name for base in source.ancestors())] == ["top", "middle", "base"]
 
 
+def test_a_name_with_a_seed_is_the_experiment_with_that_seed_and_shares_stages_with_its_base_s_of_that_seed(
+    base: Path,
+) -> None:
+    overlay(base, {"equilibrium": {"csds_weight": 0.0}}, "other")
+    source = load(base.with_name("other@7.yaml"))
+    [above] = source.bases
+    assert (source.name, source.settings.seed, above.name, above.settings.seed) == ("other@7", 7, "base@7", 7)
+    changed = ("equilibrium", "samples", "evaluation", "report")
+    assert owners(source) == {stage: "other@7" if stage in changed else "base@7" for stage in owners(source)}
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        load(base.with_name("absent@7.yaml"))
+
+
 def test_an_overlay_changes_one_row_and_leaves_the_others(base: Path) -> None:
     rows = {"teacher-1nfe": {"model": "teacher", "steps": 1}, "long": {"model": "teacher", "steps": 8}}
     write(base.parent, "base", {**BASE, "samples": {**BASE["samples"], "rows": rows}})

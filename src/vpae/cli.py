@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", type=Path, help="the adapter of a LoRA student; default: the one beside it")
     export.set_defaults(run=_export)
 
+    compare = commands.add_parser("compare", help="one table of several finished experiments, over their seeds")
+    compare.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="NAME of configs/NAME.yaml, or NAME@SEED")
+    compare.add_argument("--out", type=Path, default=Path("results/comparison"), help="of OUT.json, OUT.csv and OUT.md")
+    compare.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
+    compare.set_defaults(run=_compare)
+
     planning.add_plan(commands)
     planning.add_launch(commands)
     bench.add_bench(commands)
@@ -175,6 +181,13 @@ def _export(arguments: argparse.Namespace) -> None:
         adapter=arguments.adapter,
     )
     print(arguments.out)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from vpae.report.comparison import run
+
+    for path in run(arguments.experiments, arguments.out, results=arguments.results):
+        print(path)
 
 
 def _config_check(arguments: argparse.Namespace) -> int:

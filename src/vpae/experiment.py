@@ -43,7 +43,7 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     """Load and validate an experiment.
 
     Args:
-        path: a YAML file.
+        path: a YAML file; or NAME@SEED.yaml, which need not be there: NAME.yaml, and its bases, with that seed.
         overrides: `section.key=value` pairs; values are YAML.
         environment: whether VPAE_... variables count.
 
@@ -51,20 +51,27 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
         ConfigError: naming the file, the key and the remedy.
     """
     path = Path(path)
-    layers = _read_chain(path, ())
+    name, at, seed = path.stem.rpartition("@")
+    another_seed = f"@{seed}" if at and seed.isdecimal() else ""
+    file = path.with_stem(name) if another_seed else path
+    layers = _read_chain(file, ())
     tree: dict = {"methods": dict(DEFAULT_METHODS)}
     for layer in layers.values():
         if isinstance(layer.get("methods"), list):  # a chain of its own: nothing of the base's is left
             tree["methods"] = {}
             layer = {**layer, "methods": chained(layer["methods"])}
         _merge(tree, layer)
+    if another_seed:
+        tree["seed"] = int(seed)
     set_tree: dict = {}
     for override in overrides:
         _merge(set_tree, _parse_override(override))
     if environment:
         _refuse_unknown_variables()
     # A base stands by itself: overrides and environment are this experiment's, not its base's.
-    bases = tuple(load(base, environment=False) for base in _bases(path, layers[path]))
+    bases = tuple(
+        load(base.with_stem(f"{base.stem}{another_seed}"), environment=False) for base in _bases(file, layers[file])
+    )
     return Source(path.stem, path, _validate(path, tree, set_tree, environment), bases)
 
 

@@ -1,0 +1,255 @@
+"""`vpae compare`: finished experiments in one table, a line a method, with its scores over seeds and its cost.
+
+A method is a row's sampler and all that its model was trained with, but for the seed: rows of experiments that differ
+in the seed alone are one line, and an ablation's row is another one than its base's, though both have the same name.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from vbench_i2v.scores import PAPER_NAMES
+from vpae.artifacts import ArtifactError, digest, read_provenance, write_json, written
+from vpae.config import Experiment
+from vpae.distill import METHODS
+from vpae.distill.budget import network_evaluations
+from vpae.evaluation import truth
+from vpae.evaluation.statistics import bootstrap
+from vpae.experiment import ConfigError, Source, load
+from vpae.graph import RESULTS, fingerprint, stage_folder, stage_settings
+
+Interval = dict[str, float]  # mean, low, high
+SCORE = "mean_score"
+VBENCH = [name for name, short in PAPER_NAMES.items() if short != "Total"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of one experiment.
+
+    Attributes:
+        method: digest of what makes the method, without the seed.
+        scores: metric -> its interval over videos; the mean score among them.
+        score_of: what the mean score is the mean of.
+        cost: of training, from the teacher to the row's model: sums, and of the memory the most.
+    """
+
+    row: str
+    experiment: str
+    method: str
+    seed: int
+    nfe: int
+    scores: dict[str, Interval]
+    score_of: str
+    cost: dict[str, float]
+    commit: str
+
+
+def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
+    """Every row of a finished experiment.
+
+    Raises:
+        ArtifactError: it is not evaluated, or was with other settings.
+    """
+    folder = stage_folder(source, "evaluation", results)
+    provenance = read_provenance(folder)
+    if provenance is None or provenance["settings"] != stage_settings(source.settings, "evaluation"):
+        state = "is not there" if provenance is None else "was made with other settings"
+        raise ArtifactError(f"{folder} {state}: run `snakemake all --config experiment={source.name}` first")
+    scores = json.loads((folder / "scores.json").read_text())["rows"]
+    official = _official_scores(folder)
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    unseeded = source.settings.model_copy(update={"seed": 0})
+    found = []
+    for row, sampler in source.settings.samples.rows.items():
+        stages = source.settings.chain(sampler.model) if sampler.model in METHODS else []
+        trained = {stage: _provenance(stage_folder(source, stage, results)) for stage in stages}
+        videos = [np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row]
+        score = official.get(row) or _mean_score(np.array(videos), source)
+        found.append(
+            Run(
+                row=row,
+                experiment=source.name,
+                method=digest([sampler.model_dump(), *(fingerprint(unseeded, s) for s in ("latents", sampler.model))]),
+                seed=source.settings.seed,
+                nfe=sampler.nfe,
+                scores=({SCORE: score} if score else {}) | scores[row],
+                score_of="SA, TC and FQ of VBench-I2V" if official else f"the truth metrics {', '.join(truth.METRICS)}",
+                cost=_cost(source.settings, trained),
+                commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
+            )
+        )
+    return found
+
+
+def _provenance(folder: Path) -> dict:
+    found = read_provenance(folder)
+    if found is None:
+        raise ArtifactError(f"{folder} is missing, but videos of its model are evaluated; run its stage again")
+    return found
+
+
+def _official_scores(folder: Path) -> dict[str, Interval]:
+    """Row -> the mean of SA, TC and FQ, where VBench's own networks measured them all."""
+    file = folder / "vbench.json"
+    content = json.loads(file.read_text()) if file.is_file() else {"backbones": "off"}
+    if content["backbones"] != "official":
+        return {}
+    totals = {row: [entry[name] for name in VBENCH] for row, entry in content["rows"].items()}
+    means = {row: float(np.mean(values)) for row, values in totals.items() if None not in values}
+    return {row: {"mean": mean, "low": mean, "high": mean} for row, mean in means.items()}
+
+
+def _mean_score(videos: np.ndarray, source: Source) -> Interval | None:
+    if not len(videos):
+        return None
+    return bootstrap(
+        len(videos), lambda i: videos[i].mean(), source.settings.evaluation.bootstrap, source.settings.seed
+    )
+
+
+def _cost(settings: Experiment, trained: dict[str, dict]) -> dict[str, float]:
+    """What training took: stage -> provenance in, sums out; of memory and of the weights trained at once the most."""
+    if not trained:
+        return {}
+    counts = [provenance["counts"] for provenance in trained.values()]
+    return {
+        "network_evaluations": sum(network_evaluations(settings, stage) for stage in trained),
+        "seconds": sum(provenance["seconds"] for provenance in trained.values()),
+        "trained_parameters": max(count["trained_parameters"] for count in counts),
+        "peak_memory_bytes": max(provenance["peak_memory_bytes"] for provenance in trained.values()),
+    }
+
+
+def over_seeds(values: Sequence[Interval]) -> Interval:
+    """Mean and 95% interval of a method: Student's over its seeds; of one seed, the interval over its videos."""
+    if len(values) == 1:
+        return values[0]
+    means = np.array([value["mean"] for value in values])
+    half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5
+    return {"mean": float(means.mean()), "low": float(means.mean() - half), "high": float(means.mean() + half)}
+
+
+def compare(runs: Sequence[Run]) -> dict[str, dict]:
+    """Name of a method -> its line, in the order of the runs.
+
+    Raises:
+        ConfigError: runs measure different things.
+    """
+    for run in runs:
+        if run.score_of != runs[0].score_of:
+            raise ConfigError(
+                f"the mean score is that of {runs[0].score_of} in {runs[0].experiment}, and that of {run.score_of} in "
+                f"{run.experiment}: give both the same evaluation.vbench.backbones"
+            )
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        known = methods.setdefault(run.method, [])
+        if run.seed not in {other.seed for other in known}:  # two overlays of one base have its rows in common
+            known.append(run)
+    labels = _labels(methods)
+    return {labels[method]: _line(found) for method, found in methods.items()}
+
+
+def _labels(methods: dict[str, list[Run]]) -> dict[str, str]:
+    short = {method: _short(found[0].row) for method, found in methods.items()}
+    taken = list(short.values())
+    return {
+        method: name if taken.index(name) == number else f"{name} ({methods[method][0].experiment})"
+        for number, (method, name) in enumerate(short.items())
+    }
+
+
+def _short(row: str) -> str:
+    """A student's one step is what is compared, so it has the method's name alone; the teacher's is Euler's method."""
+    return {"teacher-1nfe": "euler"}.get(row, row.removesuffix("-1nfe"))
+
+
+def _line(runs: list[Run]) -> dict:
+    metrics = runs[0].scores.keys()
+    for run in runs:
+        if run.scores.keys() != metrics:
+            raise ConfigError(
+                f"{run.experiment} measures {', '.join(run.scores)} of {run.row}, {runs[0].experiment} measures "
+                f"{', '.join(metrics)}: evaluate both alike"
+            )
+    intervals = {metric: over_seeds([run.scores[metric] for run in runs]) for metric in metrics}
+    score = intervals.pop(SCORE, None)
+    return {
+        "nfe": runs[0].nfe,
+        "seeds": [run.seed for run in runs],
+        **({SCORE: score["mean"], "low": score["low"], "high": score["high"]} if score else {}),
+        **{metric: value["mean"] for metric, value in intervals.items()},
+        "intervals": {metric: [value["low"], value["high"]] for metric, value in intervals.items()},
+        "cost": {name: float(np.mean([run.cost[name] for run in runs])) for name in runs[0].cost},
+        "experiments": [run.experiment for run in runs],
+        "commits": sorted({run.commit for run in runs}),
+    }
+
+
+def run(experiments: Sequence[str], out: Path, configs: Path = Path("configs"), results: Path = RESULTS) -> list[Path]:
+    """Compare the experiments CONFIGS/NAME.yaml and write the tables; returns their paths."""
+    runs = [run for name in experiments for run in runs_of(load(configs / f"{name}.yaml"), results)]
+    return write(compare(runs), runs[0].score_of, out)
+
+
+def write(rows: dict[str, dict], score_of: str, out: Path) -> list[Path]:
+    """Write `OUT.json`, `OUT.csv` and `OUT.md`; returns their paths."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths = [out.with_name(f"{out.name}.{kind}") for kind in ("json", "csv", "md")]
+    write_json(paths[0], {"mean_score_of": score_of, "rows": rows})
+    with written(paths[1]) as temporary, temporary.open("w", newline="") as file:
+        lines = [{"method": name, **_flat(row)} for name, row in rows.items()]
+        columns = list(dict.fromkeys(key for line in lines for key in line))
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+    with written(paths[2]) as temporary:
+        temporary.write_text(markdown(rows, score_of))
+    return paths
+
+
+def _flat(row: dict) -> dict[str, object]:
+    values = {key: value for key, value in row.items() if key not in ("intervals", "cost")}
+    for metric, (low, high) in row["intervals"].items():
+        values |= {f"{metric}_low": low, f"{metric}_high": high}
+    return {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in (values | row["cost"]).items()}
+
+
+def markdown(rows: dict[str, dict], score_of: str) -> str:
+    """The table with half-widths of the 95% intervals, and below it what they are."""
+    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row["intervals"]))
+    head = ["method", "NFE", "seeds", "mean score", *metrics, "evaluations", "train s", "trained", "peak GB", "commit"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in rows.items():
+        ends = {SCORE: [row["low"], row["high"]] if SCORE in row else None, **row["intervals"]}
+        scores = [_cell(row.get(metric), ends.get(metric)) for metric in (SCORE, *metrics)]
+        cost = row["cost"]
+        costs = (
+            [""] * 4
+            if not cost
+            else [
+                f"{cost['network_evaluations']:.0f}",
+                f"{cost['seconds']:.0f}",
+                f"{cost['trained_parameters'] / 1e6:.2f}M",
+                f"{cost['peak_memory_bytes'] / 1e9:.2f}",
+            ]
+        )
+        commits = " ".join(commit[:7] for commit in row["commits"])
+        cells = [name, str(row["nfe"]), str(len(row["seeds"])), *scores, *costs, commits]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = (
+        f"Mean score: that of {score_of}. ± is half a 95% interval: Student's over seeds, of one seed over videos. "
+        "Cost: of training a seed, from the teacher to the row's model; clips through a network (a guided step counts "
+        "twice, a backward pass not), seconds on the machine at hand, weights trained and memory at most at once."
+    )
+    return "\n".join([*lines, "", notes, ""])
+
+
+def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
+    return "" if mean is None or ends is None else f"{mean:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"

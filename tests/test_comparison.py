@@ -1,0 +1,121 @@
+"""Several finished experiments in one table: what is one method, its interval over seeds, and what it cost."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from vpae.artifacts import ArtifactError, write_json
+from vpae.evaluation import truth
+from vpae.experiment import ConfigError, Source, load
+from vpae.graph import stage_folder, stage_settings
+from vpae.report import comparison
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EVALUATED = {"mean": 0.5, "low": 0.4, "high": 0.6}
+
+
+def overlays(folder: Path, **files: str) -> Path:
+    (folder / "micro.yaml").write_text((CONFIGS / "micro.yaml").read_text())
+    for name, text in files.items():
+        (folder / f"{name.replace('_', '-')}.yaml").write_text(f"extends: micro\n{text}")
+    return folder
+
+
+def finish(source: Source, results: Path, frechet: float = 0.1, score: float = 0.5, backbones: str = "tiny") -> None:
+    """Write what the stages of a finished experiment leave behind, as far as the comparison reads it."""
+    for stage, weights in (("priming", 300), ("equilibrium", 100)):
+        folder = stage_folder(source, stage, results)
+        folder.mkdir(parents=True, exist_ok=True)
+        memory = 5_000_000_000 if stage == "priming" else 3_000_000_000
+        write_json(
+            folder / "provenance.json",
+            {
+                "counts": {"trained_parameters": weights},
+                "seconds": 7.0,
+                "peak_memory_bytes": memory,
+                "code": {"commit": f"{stage}1234567"},
+            },
+        )
+    folder = stage_folder(source, "evaluation", results)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = source.settings.samples.rows
+    write_json(folder / "scores.json", {"rows": {row: {"frechet": {**EVALUATED, "mean": frechet}} for row in rows}})
+    records = [{"row": row, "key": "a", **dict.fromkeys(truth.METRICS, score)} for row in rows]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    vbench = {row: {"i2v_score": 90.0, "quality_score": 80.0, "imaging_quality": 70.0} for row in rows}
+    write_json(folder / "vbench.json", {"backbones": backbones, "rows": vbench})
+    settings = stage_settings(source.settings, "evaluation")
+    write_json(folder / "provenance.json", {"settings": settings, "counts": {}, "code": {"commit": "evaluation"}})
+
+
+def compared(folder: Path, names: list[str], **finished: dict) -> dict[str, dict]:
+    for name in names:
+        finish(load(folder / f"{name}.yaml"), folder / "results", **finished.get(name.replace("-", "_"), {}))
+    comparison.run(names, folder / "comparison", folder, folder / "results")
+    return json.loads((folder / "comparison.json").read_text())["rows"]
+
+
+def test_students_of_one_step_have_their_method_s_name_and_the_teacher_s_one_step_is_euler_s(tmp_path):
+    rows = compared(overlays(tmp_path), ["micro"])
+    assert list(rows) == ["teacher-100nfe", "euler", "priming", "vpae", "vpae-2nfe", "vpae-4nfe"]
+    assert [row["nfe"] for row in rows.values()] == [100, 1, 1, 1, 2, 4]
+    assert rows["vpae"]["frechet"] == 0.1 and rows["vpae"]["intervals"]["frechet"] == [0.4, 0.6]
+    assert rows["vpae"]["mean_score"] == rows["vpae"]["low"] == rows["vpae"]["high"] == 0.5  # one video
+
+
+def test_experiments_that_differ_in_the_seed_alone_are_one_line_with_student_s_interval(tmp_path):
+    folder = overlays(tmp_path, other="seed: 1\n")
+    rows = compared(folder, ["micro", "other"], micro={"frechet": 1.0}, other={"frechet": 3.0})
+    assert list(rows) == ["teacher-100nfe", "euler", "priming", "vpae", "vpae-2nfe", "vpae-4nfe"]
+    vpae = rows["vpae"]
+    assert vpae["seeds"] == [0, 1] and vpae["frechet"] == 2.0
+    assert vpae["intervals"]["frechet"] == pytest.approx([2 - 12.7062, 2 + 12.7062], rel=1e-4)  # t of one degree
+
+
+def test_an_ablation_s_row_is_a_line_of_its_own_and_what_it_shares_with_its_base_is_not_there_twice(tmp_path):
+    folder = overlays(tmp_path, ablation="equilibrium: {adversarial_weight: 0.0}\n")
+    rows = compared(folder, ["micro", "ablation"], micro={"frechet": 1.0}, ablation={"frechet": 3.0})
+    assert (rows["vpae"]["frechet"], rows["vpae (ablation)"]["frechet"]) == (1.0, 3.0)
+    assert rows["vpae"]["seeds"] == rows["vpae (ablation)"]["seeds"] == [0]
+    assert [name for name in rows if name.startswith("priming")] == ["priming"]
+
+
+def test_the_cost_is_that_of_the_whole_chain(tmp_path):
+    rows = compared(overlays(tmp_path), ["micro"])
+    # Of two steps of two clips each: priming 2 (1 + 1) and 1 + 2 + 1, the equilibrium 5 and 3 evaluations a step.
+    cost = {"network_evaluations": 64, "seconds": 14, "trained_parameters": 300, "peak_memory_bytes": 5e9}
+    assert rows["vpae"]["cost"] == cost
+    assert rows["priming"]["cost"]["network_evaluations"] == 32 and rows["teacher-100nfe"]["cost"] == {}
+    assert rows["vpae"]["commits"] == ["equilibrium1234567"]
+
+
+def test_the_mean_score_is_vbench_s_where_its_own_networks_measured_and_the_two_kinds_do_not_mix(tmp_path):
+    folder = overlays(tmp_path, other="seed: 1\n")
+    rows = compared(folder, ["micro"], micro={"backbones": "official"})
+    assert rows["vpae"]["mean_score"] == 80
+    assert json.loads((folder / "comparison.json").read_text())["mean_score_of"].startswith("SA, TC and FQ")
+    with pytest.raises(ConfigError, match=r"in micro, and that of the truth metrics .* in other"):
+        compared(folder, ["micro", "other"], micro={"backbones": "official"})
+
+
+def test_csv_and_markdown_say_the_same_as_the_json(tmp_path):
+    rows = compared(overlays(tmp_path), ["micro"])
+    with (tmp_path / "comparison.csv").open() as file:
+        lines = {line["method"]: line for line in csv.DictReader(file)}
+    assert list(lines) == list(rows) and lines["vpae"]["frechet_high"] == "0.6" and lines["vpae"]["seeds"] == "0"
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| vpae | 1 | 1 | 0.5000 ± 0.0000 | 0.1000 ± 0.1000 | 64 | 14 | 0.00M | 5.00 | equilib |" in table
+
+
+def test_what_is_not_evaluated_or_was_with_other_settings_is_refused(tmp_path):
+    folder = overlays(tmp_path)
+    source, results = load(folder / "micro.yaml"), folder / "results"
+    with pytest.raises(ArtifactError, match=r"evaluation is not there: run `snakemake all --config experiment=micro`"):
+        comparison.runs_of(source, results)
+    finish(source, results)
+    assert comparison.runs_of(source, results)
+    changed = load(folder / "micro.yaml", ["evaluation.bootstrap=21"])
+    with pytest.raises(ArtifactError, match="was made with other settings"):
+        comparison.runs_of(changed, results)
