@@ -94,8 +94,8 @@ def test_the_walk_sees_the_whole_tree() -> None:
     assert {"clips.world", "teacher.transformer.times", "equilibrium.head", "samples.rows"} <= set(keys)
 
 
-# Off by default, and one phase cannot have it without the other.
-STUDENT_LORA = ("priming.student_lora", "equilibrium.student_lora")
+# Off by default, and a method cannot have it without what it starts from.
+STUDENT_LORA = tuple(f"{name}.student_lora" for name in METHODS)
 
 
 @pytest.mark.parametrize("key", [key for key, _ in sections() if key not in ("", "samples.rows", *STUDENT_LORA)])

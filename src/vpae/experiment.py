@@ -57,9 +57,11 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     layers = _read_chain(file, ())
     tree: dict = {"methods": dict(DEFAULT_METHODS)}
     for layer in layers.values():
-        if isinstance(layer.get("methods"), list):  # a chain of its own: nothing of the base's is left
+        methods = layer.get("methods")
+        if isinstance(methods, list) or (methods and not layer.get("extends")):  # its own: nothing of a base's is left
             tree["methods"] = {}
-            layer = {**layer, "methods": chained(layer["methods"])}
+        if isinstance(methods, list):
+            layer = {**layer, "methods": chained(methods)}
         _merge(tree, layer)
     if another_seed:
         tree["seed"] = int(seed)
