@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vpae.artifacts import ArtifactError, sha256, written
+from vpae.bench import decoders
 from vpae.cli import main
 from vpae.config.experiment import LEAST_VIDEOS
 from vpae.data import catalog
@@ -570,3 +571,16 @@ def test_three_videos_on_each_side_are_enough_for_the_evaluation() -> None:
     assert np.isfinite(list(found.values())).all()
     with pytest.raises(ValueError, match="at least two"):
         jackknife(LEAST_VIDEOS - 1, lambda i: frechet(features[0, i], features[1, i]), 20, 0)
+
+
+def test_the_comparison_of_decoders_counts_what_is_refused_and_what_is_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_clip(tmp_path / "clip.mp4", moving(64, 96, 17))
+    found = {}
+    for name in ("pyav", "decord"):
+        assert decoders.main([str(tmp_path), "--decoder", name]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert found[name]["difference"] == 0 and found[name]["rate"] > 0
+    assert found["pyav"]["silent"] == 0 and found["pyav"]["refused"] == found["pyav"]["damaged"] == decoders.PLACES
+    assert found["decord"]["silent"] > 0
