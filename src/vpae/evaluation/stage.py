@@ -40,38 +40,58 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     """Score every row of the samples stage; returns the number of rows and scored videos."""
     rows = ["real", *settings.samples.rows]
     suite = [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
-    truths = read_truth(inputs["clips"])
-    scores: dict[str, dict] = {}
-    records = []
-    features = {row: _features(inputs["samples"] / row) for row in rows}
-    reference = features["real"]
-    # What the distance between two samples of reality is: the floor for every method.
-    floor = RandomFeatures()(_training_latents(inputs["latents"], len(reference))).numpy()
-    for row in track(rows, len(rows), "evaluation"):
-        scores[row] = {"frechet": _frechet_interval(floor if row == "real" else features[row], reference, settings)}
-        videos = suite[: settings.samples.decode] if truths else []
-        measured = []
-        for item in videos:
-            frames, _ = read_frames(inputs["samples"] / row / item["file"])
-            measured.append(truth.measure(frames, truths[item["key"]]))
-            records.append({"row": row, "key": item["key"], "file": item["file"], **measured[-1]})
-        for metric in truth.METRICS if measured else ():
-            values = np.array([m[metric] for m in measured])
-            scores[row][metric] = bootstrap(
-                len(values), lambda i, v=values: v[i].mean(), settings.evaluation.bootstrap, settings.seed
-            )
+    scores: dict[str, dict] = {row: {"frechet": value} for row, value in _distances(rows, settings, inputs).items()}
+    records = _measured(rows, suite[: settings.samples.decode], inputs)
+    for row in rows:
+        scores[row] |= _means([record for record in records if record["row"] == row], settings)
     if settings.evaluation.vbench.backbones != "off":
         means = {row: {metric: value["mean"] for metric, value in found.items()} for row, found in scores.items()}
         vbench.measure(settings, inputs, suite, means, records, out, state)
     for row, timing in _latencies(settings, inputs).items():
         scores[row] |= timing
+    _write(out, scores, records, len(suite), settings)
+    return {"rows": len(rows), "videos_scored": len(records)}
+
+
+def _distances(rows: list[str], settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Frechet distance of each row's latents from those of the held-out clips, with its interval.
+
+    For the clips themselves it is that of training clips: the distance of two samples of reality, the floor.
+    """
+    features = {row: _features(inputs["samples"] / row) for row in rows}
+    reference = features["real"]
+    features["real"] = RandomFeatures()(_training_latents(inputs["latents"], len(reference))).numpy()
+    return {row: _frechet_interval(features[row], reference, settings) for row in rows}
+
+
+def _measured(rows: list[str], suite: list[dict], inputs: dict[str, Path]) -> list[dict]:
+    """A record of the truth metrics for each decoded video; none where the truth is not known."""
+    truths = read_truth(inputs["clips"])
+    records = []
+    for row in track(rows, len(rows), "evaluation"):
+        for item in suite if truths else ():
+            frames, _ = read_frames(inputs["samples"] / row / item["file"])
+            found = truth.measure(frames, truths[item["key"]])
+            records.append({"row": row, "key": item["key"], "file": item["file"], **found})
+    return records
+
+
+def _means(records: list[dict], settings: Experiment) -> dict[str, dict[str, float]]:
+    """Mean and interval of each truth metric over the records of a row."""
+    found = {}
+    for metric in truth.METRICS if records else ():
+        values = np.array([record[metric] for record in records])
+        found[metric] = bootstrap(
+            len(values), lambda i, v=values: v[i].mean(), settings.evaluation.bootstrap, settings.seed
+        )
+    return found
+
+
+def _write(out: Path, scores: dict[str, dict], records: list[dict], scored: int, settings: Experiment) -> None:
     (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     nfe = {name: row.nfe for name, row in settings.samples.rows.items()}
-    write_json(
-        out / "scores.json", {"rows": scores, "nfe": nfe, "videos": len(suite), "decoded": settings.samples.decode}
-    )
+    write_json(out / "scores.json", {"rows": scores, "nfe": nfe, "videos": scored, "decoded": settings.samples.decode})
     (out / "table.md").write_text(table(scores, nfe))
-    return {"rows": len(rows), "videos_scored": len(records)}
 
 
 def _features(folder: Path) -> np.ndarray:
