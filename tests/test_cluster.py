@@ -139,7 +139,7 @@ def test_only_the_profile_says_how_often_a_job_is_submitted_again() -> None:
 def test_only_the_phases_may_have_several_processes(tmp_path: Path) -> None:
     shutil.copy(ROOT / "configs/micro.yaml", tmp_path)
     (tmp_path / "wrong.yaml").write_text("extends: micro\ncluster: {samples: {nodes: 2}}\n")
-    with pytest.raises(ConfigError, match=r"cluster: samples asks for 2 nodes .* only priming and equilibrium"):
+    with pytest.raises(ConfigError, match=r"cluster: samples asks for 2 nodes .* only the methods"):
         load(tmp_path / "wrong.yaml", environment=False)
 
 
