@@ -1,6 +1,7 @@
 """Train variants of methods over several seeds on one GPU in minutes, and judge their single steps.
 
-    python workflow/search.py docs/search/phase2.yaml --teacher data/teachers/tiny --out docs/search/phase2.jsonl
+    python workflow/search.py run docs/search/phase2.yaml --teacher data/teachers/tiny --out docs/search/phase2.jsonl
+    python workflow/search.py table docs/search/phase2.jsonl
 
 The methods' own losses are trained, on clips of the procedural world that are made and encoded on the machine (frames
 are not stored as H.264 in between). On a GPU each turn is captured as a CUDA graph, since Python needs longer to start
@@ -325,29 +326,56 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
                 write(run.name, **found, evaluations=run.evaluations, logs=logs)
 
 
-def main() -> None:
-    """Make the data, and start a process for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("plan", type=Path)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path("/tmp/search-data.pt"), help="kept for the next call")
-    parser.add_argument("--workers", type=int, default=4, help="processes that measure, for each seed")
-    arguments = parser.parse_args()
-    plan = yaml.safe_load(arguments.plan.read_text())
-    geometry = load(plan["config"], plan.get("set", [])).settings.geometry
-    if not arguments.data.exists():
-        made = make_data(plan["clips"], arguments.teacher, 4 * arguments.workers, geometry.frames, geometry.height)
-        torch.save(made, arguments.data)
-    context = torch.multiprocessing.get_context("spawn")
-    common = (plan, arguments.data, arguments.teacher, arguments.out, arguments.workers)
-    processes = [context.Process(target=work, args=(seed, *common)) for seed in plan["seeds"]]
+def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
+    """Make the data, and start a process for each seed.
+
+    Raises:
+        SystemExit: a seed failed.
+    """
+    variants = yaml.safe_load(plan.read_text())
+    geometry = load(variants["config"], variants.get("set", [])).settings.geometry
+    if not data.exists():
+        torch.save(make_data(variants["clips"], teacher, 4 * workers, geometry.frames, geometry.height), data)
+    context, common = torch.multiprocessing.get_context("spawn"), (variants, data, teacher, out, workers)
+    processes = [context.Process(target=work, args=(seed, *common)) for seed in variants["seeds"]]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("a seed failed, see above")
+
+
+COLUMNS = ("c2st", "c2st_strong", "frechet", "motion", "single_sprite", "caption_following", "identity")
+
+
+def table(file: Path) -> str:
+    """Markdown: a line for each variant and seed, the best C2ST first."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    columns = [key for key in COLUMNS if any(key in row for row in rows)]
+    lines = ["| variant | seed | from | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for row in sorted(rows, key=lambda row: row["c2st"]):
+        values = (f"{row[key]:.4f}" if key in row else "" for key in columns)
+        lines.append(f"| {row['variant']} | {row['seed']} | {row.get('start', '')} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """`run` trains and judges, `table` prints what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(required=True)
+    runs = actions.add_parser("run", help="train and judge the variants of a plan")
+    runs.add_argument("plan", type=Path)
+    runs.add_argument("--teacher", type=Path, required=True)
+    runs.add_argument("--out", type=Path, required=True, help="JSON lines; more are appended")
+    runs.add_argument("--data", type=Path, default=Path("search-data.pt"), help="encoded clips, for the next call too")
+    runs.add_argument("--workers", type=int, default=4, help="processes that measure, for each seed")
+    runs.set_defaults(run=lambda a: run(a.plan, a.teacher, a.out, a.data, a.workers))
+    tables = actions.add_parser("table", help="print what a run found")
+    tables.add_argument("file", type=Path)
+    tables.set_defaults(run=lambda a: print(table(a.file)))
+    arguments = parser.parse_args()
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""The search of variants runs the methods' own losses, and its table shows what it found."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "workflow"))
+import search  # noqa: E402 - not a package
+
+
+@pytest.mark.slow
+def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    short = {"training": {"steps": 1, "batch_size": 2}}
+    plan = {
+        "config": "configs/micro.yaml",
+        "set": ["priming.training.steps=1"],
+        "seeds": [0],
+        "clips": {"train": 4, "fit": 4, "test": 4},
+        "judge": {"steps": 1, "seeds": 1, "truth": 2},
+        "variants": [
+            {"primed": {"method": "priming"}},
+            {"joint": {"method": "equilibrium", "start": "primed", "set": {**short, "score": {"weight": 1.0}}}},
+        ],
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    data, out = tmp_path / "data.pt", tmp_path / "rows.jsonl"
+    geometry = search.load("configs/micro.yaml").settings.geometry
+    search.torch.save(search.make_data(plan["clips"], teacher, 1, geometry.frames, geometry.height), data)
+    search.work(0, plan, data, teacher, out, 1)
+    rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows.keys() == {"teacher-100nfe", "primed", "joint"}
+    assert rows["joint"]["logs"]["pull_score"] > 0 and rows["joint"]["evaluations"] > 0
+    assert "| joint | 0 |" in search.table(out)
+
+
+def test_the_table_is_that_of_the_page():
+    printed = search.table(ROOT / "docs" / "search" / "phase2-forerunner.jsonl").splitlines()
+    found = {line.split(" | ")[0].removeprefix("| "): line for line in printed}
+    assert "0.6973 | 0.7188 | 0.0038 | 0.9606" in found["v0"]
+    assert len(printed) == 2 + 64
