@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import STAGES
+from conftest import STAGES, build_priming
 from test_dvc import ROOT, TOY, Clone
 from vpae import locks
 from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, is_finished, locked, recover
 from vpae.experiment import load
 from vpae.teacher import folder
+from vpae.training import checkpoint
 
 MICRO = ("--cores", "2", "--config", "experiment=micro", "--", "all")
 
@@ -226,3 +227,33 @@ def test_a_dead_process_keeps_no_lock(tmp_path: Path) -> None:
         process.kill()
     with locked(tmp_path / "stage"):
         pass
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [truncated, flipped, Path.unlink])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "position.json"])
+def test_after_a_damaged_state_the_one_before_is_taken_loudly(
+    tmp_path: Path, capsys: pytest.CaptureFixture, harm: Callable, name: str
+) -> None:
+    phase = build_priming()
+    weights = phase.roles[phase.main].parameters()[0]
+    for step in (1, 2):
+        weights.data.fill_(float(step))
+        checkpoint.save(tmp_path, phase, {"step": step})
+    weights.data.zero_()
+    harm(tmp_path / "step-00000002" / name)
+    assert checkpoint.load_latest(tmp_path, phase)["step"] == 1
+    assert (phase.roles[phase.main].parameters()[0] == 1).all()
+    assert f"step-00000002/{name} is damaged" in capsys.readouterr().err
+    harm(tmp_path / "step-00000001" / name)
+    with pytest.raises(ArtifactError, match="no state in it is whole; delete"):
+        checkpoint.load_latest(tmp_path, phase)

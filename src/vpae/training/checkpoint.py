@@ -1,13 +1,18 @@
 """Resumable states of a phase, by torch.distributed.checkpoint: whole or absent, sharded or not.
 
+A state is on the disk before it gets its name, and names the hash of each of its files, which is checked before it is
+taken up: after a damaged state the one before it is.
+
 A state holds, for every role, the trained parameters and the optimiser's moments, and the EMA. Frozen weights (the
 teacher's) are not in it: they are an input. It can be taken up by another number of processes.
 """
 
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,9 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from vpae.artifacts import ArtifactError, digest, flush_entry, sha256, write_json
 from vpae.training.phase import Phase
 
 KEEP = 2
+POSITION = "position.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -29,20 +36,43 @@ def save(folder: Path, phase: Phase, position: dict) -> None:
     """Write `step-N` beside the older states and delete all but the newest two; every process calls this."""
     final = folder / f"step-{position['step']:08d}"
     temporary = folder / f".{final.name}.tmp"
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    rank, ranks = _place()
+    first = rank == 0
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
     _wait_for_all()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(_state(phase), checkpoint_id=temporary)  # returns in the first process when all have written
+    written = sorted(p for p in temporary.iterdir() if p.is_file())
+    hashes = {}
+    for path in written[rank::ranks]:
+        flush_entry(path)
+        hashes[path.name] = sha256(path)
+    files = {name: value for part in _gathered(hashes) for name, value in part.items()}
     if first:
-        (temporary / "position.json").write_text(json.dumps(position))
+        position = {**position, "files": files}
+        write_json(temporary / POSITION, {**position, "digest": digest(position)})
+        flush_entry(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        flush_entry(folder)
         for old in sorted(folder.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
     _wait_for_all()
+
+
+def _place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gathered(value: Any) -> list:
+    """The values of all processes, in every one of them."""
+    found = [value] * _place()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, value)
+    return found
 
 
 def _wait_for_all() -> None:
@@ -55,12 +85,24 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
 
     Returns:
         the position it was saved with; None where there is no state.
+
+    Raises:
+        ArtifactError: there are states, but all of them are damaged.
     """
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    states = sorted(folder.glob("step-*"), reverse=True)
+    newest = None
+    for found in states:
+        if not (wrong := _damaged(found)):
+            newest = found
+            break
+        if _place()[0] == 0:
+            print(f"vpae: {wrong} is damaged; the state before it is taken, if there is one", file=sys.stderr)
+    if newest is None and states:
+        raise ArtifactError(f"{folder}: no state in it is whole; delete the folder to begin anew")
+    if newest is None:
         return None
     state = _state(phase)
-    saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+    saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     for name in phase.roles:
         # Weights that had got no gradient had no moments to save, but the template above has moments for all.
         place, moments = f"{name}.moments", state[f"{name}.moments"]
@@ -69,7 +111,7 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
         }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=found[-1])
+        dcp.load(state, checkpoint_id=newest)
     for name, role in phase.roles.items():
         set_model_state_dict(role.module, state[f"{name}.model"], options=_TRAINED)
         # The rest of an optimiser's state is settings, grouped by where its weights are.
@@ -78,7 +120,28 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
         set_optimizer_state_dict(role.module, role.optimizer, optimizer, options=_TRAINED)
     if phase.ema is not None:
         set_model_state_dict(phase.ema, state["ema"])
-    return json.loads((found[-1] / "position.json").read_text())
+    return _read_position(newest)
+
+
+def _damaged(state: Path) -> Path | None:
+    """A file of a state that is not as it was written; each process looks at its share, and all come to know it."""
+    try:
+        position = _read_position(state)
+    except (OSError, ValueError):
+        return state / POSITION
+    rank, ranks = _place()
+    mine = sorted(position.get("files", {}).items())[rank::ranks]
+    wrong = [name for name, value in mine if not (state / name).is_file() or sha256(state / name) != value]
+    found = next((name for part in _gathered(wrong) for name in part), None)
+    return state / found if found else None
+
+
+def _read_position(state: Path) -> dict:
+    position = json.loads((state / POSITION).read_text())
+    known = position.pop("digest", None)
+    if known not in (None, digest(position)):
+        raise ValueError(f"{state / POSITION} is not as it was written")
+    return position
 
 
 def _state(phase: Phase) -> dict:
