@@ -6,6 +6,7 @@ order), the file itself, environment variables (`VPAE_SAMPLES__COUNT=64`) and `-
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,12 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     name, at, seed = path.stem.rpartition("@")
     another_seed = f"@{seed}" if at and seed.isdecimal() else ""
     file = path.with_stem(name) if another_seed else path
+    if not re.fullmatch(r"\w[\w.+-]*", file.stem):
+        better = re.sub(r"[^a-zA-Z0-9_.+-]+", "-", file.stem).strip("-.+")
+        raise ConfigError(
+            f"{path}: an experiment's name becomes part of folders and commands, so it has only letters, digits, and "
+            f". _ + -; rename the file, for instance to {better or 'mine'}.yaml"
+        )
     layers = _read_chain(file, ())
     tree: dict = {"methods": dict(DEFAULT_METHODS)}
     for layer in layers.values():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vpae.flow import x0_from_velocity
 from vpae.models.formats import formats
 from vpae.models.still import can_encode_still, encode_still
+from vpae.teacher.folder import variant_of
 
 GEOMETRY = "geometry.json"  # beside model_index.json: frames, height, width and fps a model was made for
 TEXT_TOKENS = 512  # Wan's cross-attention finds the image tokens by counting 512 from the end
@@ -226,7 +227,7 @@ def load_pipeline(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = WanImageToVideoPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype or formats(folder), **components
+            str(folder), torch_dtype=dtype or formats(folder), variant=variant_of(Path(folder)), **components
         )
     pipeline.set_progress_bar_config(disable=True)
     if components.get("transformer", pipeline.transformer) is not None:
@@ -258,4 +259,7 @@ def load_transformer(folder: Path | str, dtype: torch.dtype) -> WanTransformer3D
     """Load only the transformer of a pipeline folder, to train or to convert it."""
     if not (Path(folder) / "transformer" / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no transformer/config.json: it is not a Wan pipeline folder")
-    return WanTransformer3DModel.from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype)
+    variant = variant_of(Path(folder))
+    return WanTransformer3DModel.from_pretrained(
+        str(folder), subfolder="transformer", torch_dtype=dtype, variant=variant
+    )

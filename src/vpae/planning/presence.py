@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vpae.experiment import Source
 from vpae.graph import RESULTS, stage_folder
+from vpae.teacher.folder import faults
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 OTHERS = ("model_index.json", "tokenizer", "image_processor", "scheduler")
@@ -28,6 +29,8 @@ def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:
             f"{source.path}: teacher.path: {teacher.path} lacks {', '.join(lacks)}; correct the key, `dvc pull` what "
             "DVC versions, or download the model in diffusers format into this folder"
         ]
+    if teacher.source == "folder" and (wrong := faults(Path(teacher.path))):
+        return [f"{source.path}: teacher.path: {problem}" for problem in wrong]
     if teacher.source == "hub" and not (stage_folder(source, "teacher", results) / "provenance.json").is_file():
         return [f"{source.path}: teacher.path: {problem}" for problem in _hub(teacher.path, teacher.revision)]
     return []
@@ -39,7 +42,8 @@ def incomplete(folder: Path) -> list[str]:
     for part in PARTS:
         here = folder / part
         indices = list(here.glob("*.safetensors.index.json"))
-        if not (here / "config.json").is_file() or not (indices or list(here.glob("*.safetensors"))):
+        weights = indices or any(list(here.glob(kind)) for kind in ("*.safetensors", "*.bin"))  # `faults` looks closer
+        if not (here / "config.json").is_file() or not weights:
             lacks.append(part)
             continue
         for index in indices:

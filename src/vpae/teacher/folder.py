@@ -1,6 +1,7 @@
 """Teacher folders from elsewhere: whether one is what the stages can load, and its digest. Needs no torch."""
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,8 @@ NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
 COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
 KNOWN = RESULTS / ".hashes.json"  # of large files, by size, date and inode
 LARGE = 100_000_000
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' weights
+SQUARE, ADDED = ("to_q", "to_k", "to_v", "to_out.0"), ("add_k_proj", "add_v_proj")
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
@@ -51,10 +54,10 @@ def _hashes(files: list[Path]) -> list[str]:
 
 
 def checked(folder: Path) -> Path:
-    """The folder, if it is a pipeline's.
+    """The folder, if it is an image-to-video pipeline that can be loaded.
 
     Raises:
-        ArtifactError: naming what it lacks.
+        ArtifactError: naming what it lacks, or why it cannot be taken.
     """
     missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
     if missing:
@@ -62,4 +65,162 @@ def checked(folder: Path) -> Path:
             f"{folder}, named by teacher.path or teacher.start, is not a WanImageToVideoPipeline folder: it lacks "
             f"{', '.join(missing)}; download the model in diffusers format, or run `dvc pull` if DVC versions it"
         )
+    if found := faults(folder):
+        raise ArtifactError("\n".join(found))
     return folder
+
+
+def faults(folder: Path) -> list[str]:
+    """Why a pipeline folder cannot be taken as a teacher, from its configuration and the headers of its weights."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        return [f"{folder}: not a pipeline in diffusers format ({error}); download it again"]
+    if kind := _unsupported(index, config):
+        return [f"{folder}: {kind}; name a Wan2.1 image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"]
+    found = []
+    for network in NETWORKS:
+        try:
+            found += _other_than(config, headers(folder / network)) if network == "transformer" else []
+            headers(folder / network)
+        except ArtifactError as error:
+            found.append(str(error))
+    return [line if line.startswith(str(folder)) else f"{folder}/transformer: {line}" for line in found]
+
+
+def _unsupported(index: dict, config: dict) -> str:
+    """The kind of a model that is not the one this project distils; empty for Wan2.1's image-to-video models."""
+    kind = index.get("_class_name")
+    if any(index.get("transformer_2") or ()):
+        return "it has two experts (transformer_2, as Wan2.2-A14B), of which the second would be ignored"
+    if index.get("expand_timesteps"):
+        return "it gives each token a time of its own (expand_timesteps, as Wan2.2-TI2V-5B)"
+    if config.get("pos_embed_seq_len") is not None:
+        return "it takes a last frame as well (FLF2V: transformer pos_embed_seq_len)"
+    if config.get("in_channels") == 52:
+        return "it takes a control video (Fun-Control: transformer in_channels = 52)"
+    if config.get("in_channels") == 16:
+        return "it takes no first frame (text-to-video: transformer in_channels = 16)"
+    if (channels := (config.get("in_channels"), config.get("out_channels"))) != (36, 16):
+        return f"its transformer has in_channels and out_channels = {channels}, not (36, 16)"
+    if config.get("image_dim") is None or config.get("added_kv_proj_dim") is None:
+        return "its transformer does not look at the image's embedding (image_dim, as in Wan2.2)"
+    return "" if kind == "WanImageToVideoPipeline" else f"it is a {kind}, not a WanImageToVideoPipeline"
+
+
+def _other_than(config: dict, found: dict[str, tuple[int, ...]]) -> list[str]:
+    """How a transformer's weights, by name and shape, differ from what its configuration makes."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = range(config["num_layers"])
+    wanted: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (dim, config["in_channels"], *config["patch_size"]),
+        "proj_out.weight": (config["out_channels"] * math.prod(config["patch_size"]), dim),
+        "condition_embedder.text_embedder.linear_1.weight": (dim, config["text_dim"]),
+        "condition_embedder.time_proj.weight": (6 * dim, dim),
+        "condition_embedder.image_embedder.ff.net.2.weight": (dim, config["image_dim"]),
+    }
+    for n in blocks:
+        wanted |= {f"blocks.{n}.{a}.{w}.weight": (dim, dim) for a in ("attn1", "attn2") for w in SQUARE}
+        wanted |= {f"blocks.{n}.attn2.{w}.weight": (dim, config["added_kv_proj_dim"]) for w in ADDED}
+        wanted[f"blocks.{n}.ffn.net.0.proj.weight"] = (config["ffn_dim"], dim)
+        wanted[f"blocks.{n}.ffn.net.2.weight"] = (dim, config["ffn_dim"])
+    other = [name for name, shape in wanted.items() if found.get(name) != shape]
+    wrong = [f"{name} is {found.get(name, 'missing')}, its config.json makes {wanted[name]}" for name in other]
+    more = {name.split(".")[1] for name in found if name.startswith("blocks.")} - {str(n) for n in blocks}
+    wrong += [f"blocks {', '.join(sorted(more))} are more than config.json's num_layers"] if more else []
+    shown = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return [f"{shown}; download it again"] if wrong else []
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant (fp16, bf16 ...) that diffusers has to be told, because a network is there in no other form.
+
+    Raises:
+        ArtifactError: there are several, and no plain one.
+    """
+    bare = [folder / network for network in NETWORKS if not _plain(folder / network)]
+    found = {variant for network in bare for variant in _variants(network)}
+    if len(found) > 1:
+        raise ArtifactError(f"{folder}: it is there in several variants ({', '.join(sorted(found))}); keep one of them")
+    return found.pop() if found else None
+
+
+def _plain(network: Path) -> list[Path]:
+    """The files of a network's plain weights: those its index names, or its one file."""
+    return [path for stem in STEMS for path in _listed(network, stem, "")]
+
+
+def _variants(network: Path) -> set[str]:
+    names = (p.name.split(".") for p in network.glob("*.safetensors*") if not p.name.startswith("."))
+    # stem.VARIANT.safetensors, stem.VARIANT-00001-of-00002.safetensors, stem.safetensors.index.VARIANT.json
+    kinds = {parts[1].partition("-")[0] for parts in names if len(parts) > 2 and parts[1] != "safetensors"}
+    return kinds
+
+
+def _listed(network: Path, stem: str, variant: str) -> list[Path]:
+    dotted = f".{variant}" if variant else ""
+    index = network / f"{stem}.safetensors.index{dotted}.json"
+    if index.is_file():
+        return [network / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    single = network / f"{stem}{dotted}.safetensors"
+    return [single] if single.is_file() else []
+
+
+def weight_files(network: Path) -> list[Path]:
+    """The files that diffusers would load for a network.
+
+    Raises:
+        ArtifactError: there are none, or only such as are not read here.
+    """
+    for stem in STEMS:
+        for variant in ("", *sorted(_variants(network))):
+            if files := _listed(network, stem, variant):
+                return files
+    if files := sorted(network.glob("*.safetensors")):
+        return files
+    if pickled := sorted([*network.glob("*.bin"), *network.glob("*.pt*")]):
+        raise ArtifactError(
+            f"{pickled[0]}: pickled weights can run any code and are not read; convert them on a machine of which that "
+            "does not matter: load the pipeline in diffusers and `save_pretrained(FOLDER, safe_serialization=True)`"
+        )
+    raise ArtifactError(f"{network}: no weights (*.safetensors); download the model, or `dvc pull` it")
+
+
+def headers(network: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all weights of a network, from the headers of its files, which have to be whole.
+
+    Raises:
+        ArtifactError: naming the file and what is wrong with it.
+    """
+    found = {}
+    for path in weight_files(network):
+        found |= header(path)
+    return found
+
+
+def header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights in one safetensors file, which has to be whole; no weight is read.
+
+    Raises:
+        ArtifactError: it is missing, a Git LFS pointer, cut off, or no safetensors file.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing; download it again, or `dvc pull` what DVC versions")
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise ArtifactError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it came from")
+        length, size = int.from_bytes(start, "little"), path.stat().st_size
+        try:
+            if not 0 < length <= size - 8:
+                raise ValueError(f"it has {size} bytes, and a header of {length}")
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path}: no whole safetensors file ({error}); download it again") from error
+    if size != 8 + length + end:
+        raise ArtifactError(f"{path}: cut off or damaged, {size} of {8 + length + end} bytes; download it again")
+    return shapes

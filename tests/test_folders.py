@@ -1,0 +1,128 @@
+"""Teacher folders as people have them: taken where diffusers can load them, refused by name before any job."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vpae.artifacts import ArtifactError
+from vpae.cli import main
+from vpae.experiment import ConfigError, load
+from vpae.models.wan import load_pipeline, load_transformer
+from vpae.teacher.folder import checked, faults, header, variant_of
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def configured(file: str, **changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def pointer(folder: Path) -> None:
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 65583000000\n")
+
+
+def halved(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def emptied(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "transformer/diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def other_shape(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    name = "blocks.1.attn2.to_q.weight"
+    save_file({**weights, name: weights[name][:, :5].contiguous()}, folder / WEIGHTS)
+
+
+def without_a_block(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    save_file({k: v for k, v in weights.items() if not k.startswith("blocks.3.")}, folder / WEIGHTS)
+
+
+def half_a_text_encoder(folder: Path) -> None:
+    path = folder / "text_encoder/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+EXPERTS = configured("model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+WRONG = {
+    "LFS pointer": (pointer, "Git LFS pointer.*git lfs pull"),
+    "cut in half": (halved, "cut off or damaged"),
+    "empty": (emptied, "no whole safetensors file"),
+    "pickled": (pickled, "pickled weights.*safe_serialization=True"),
+    "text encoder cut off": (half_a_text_encoder, "text_encoder/model.safetensors: cut off"),
+    "other shape": (other_shape, r"blocks\.1\.attn2\.to_q\.weight is \(24, 5\)"),
+    "a block is missing": (without_a_block, r"blocks\.3.*missing"),
+    "FLF2V": (configured("transformer/config.json", pos_embed_seq_len=514), "FLF2V"),
+    "Fun-Control": (configured("transformer/config.json", in_channels=52), "Fun-Control"),
+    "Wan2.2-A14B": (EXPERTS, "two experts"),
+    "Wan2.2-TI2V-5B": (configured("model_index.json", expand_timesteps=True), "Wan2.2-TI2V-5B"),
+    "Wan2.2, one expert": (configured("transformer/config.json", image_dim=None), "image's embedding"),
+    "T2V": (configured("transformer/config.json", in_channels=16, image_dim=None), "text-to-video"),
+    "48 latent channels": (configured("transformer/config.json", out_channels=48), "out_channels"),
+    "another pipeline": (configured("model_index.json", _class_name="WanVACEPipeline"), "WanVACEPipeline"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_folder_that_cannot_be_distilled_is_refused_by_name_before_any_job(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    spoil, said = WRONG[name]
+    shutil.copytree(teacher, tmp_path / "copy")
+    spoil(tmp_path / "copy")
+    with pytest.raises(ArtifactError, match=said):
+        checked(tmp_path / "copy")
+    text = f"extends: {Path('configs/micro').absolute()}\nteacher: {{source: folder, path: {tmp_path / 'copy'}}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["config", "check", "--strict", str(tmp_path / "mine.yaml")]) == 2
+    assert "mine.yaml: teacher.path: " in capsys.readouterr().err
+
+
+def test_a_whole_folder_is_taken(teacher: Path) -> None:
+    assert faults(teacher) == []
+    assert variant_of(teacher) is None
+
+
+def test_what_is_there_as_fp16_only_is_loaded_as_diffusers_loads_it(teacher: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(teacher, copy)
+    (copy / WEIGHTS).rename(copy / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    assert checked(copy) == copy
+    wanted = load_transformer(teacher, torch.float32).state_dict()
+    for found in (load_transformer(copy, torch.float32), load_pipeline(copy, torch.float32).transformer):
+        assert all(torch.equal(value, wanted[key]) for key, value in found.state_dict().items())
+    # Beside the plain weights, a variant is not read.
+    save_file({k: torch.zeros_like(v) for k, v in wanted.items()}, copy / WEIGHTS.replace(".saf", ".bf16.saf"))
+    with pytest.raises(ArtifactError, match="several variants"):
+        variant_of(copy)
+    shutil.copy(teacher / WEIGHTS, copy / WEIGHTS)
+    assert variant_of(copy) is None
+
+
+def test_a_header_says_what_safetensors_says(teacher: Path) -> None:
+    assert header(teacher / WEIGHTS) == {k: tuple(v.shape) for k, v in load_file(teacher / WEIGHTS).items()}
+
+
+@pytest.mark.parametrize("name", ["my exp", "a&b", "a;b", "$(x)", "a,b", "'q'", "-rf", "a{b}"])
+def test_a_name_that_a_shell_would_take_apart_is_refused_when_loaded(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(Path("configs/micro.yaml").read_text())
+    with pytest.raises(ConfigError, match="letters, digits"):
+        load(path)
