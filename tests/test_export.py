@@ -24,6 +24,7 @@ from vpae.export import command
 from vpae.export.card import licence_of, write_card
 from vpae.export.command import export
 from vpae.export.keys import to_diffusers, to_original
+from vpae.export.lora import read_adapter
 from vpae.models.adapters import TARGETS
 from vpae.models.wan import GEOMETRY
 
@@ -374,3 +375,66 @@ def test_the_card_of_a_student_of_the_first_phase_does_not_claim_the_second(stud
     _, text = front_and_text(tmp_path / "README.md")
     assert METHODS["priming"].about in text and "guidance_scale: 5.0" in text
     assert METHODS["equilibrium"].about not in text
+
+
+MODULE, WAN = "blocks.1.attn1.to_q", "blocks.1.self_attn.q"
+RSLORA = json.dumps({"transformer.lora_alpha": 8, "transformer.use_rslora": True})
+PATTERNS = json.dumps({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"attn1.to_q": 2, "to_k": 64}})
+PUBLIC = {
+    "diffusers": (f"transformer.{MODULE}.lora_A.weight", f"transformer.{MODULE}.lora_B.weight", {}, None, 1.0),
+    "rslora": (f"transformer.{MODULE}.lora_A.weight", f"transformer.{MODULE}.lora_B.weight", RSLORA, None, 4.0),
+    "patterns": (f"transformer.{MODULE}.lora_A.weight", f"transformer.{MODULE}.lora_B.weight", PATTERNS, None, 0.5),
+    "comfy": (f"diffusion_model.{WAN}.lora_A.weight", f"diffusion_model.{WAN}.lora_B.weight", {}, None, 1.0),
+    "kohya": (f"diffusion_model.{WAN}.lora_down.weight", f"diffusion_model.{WAN}.lora_up.weight", {}, 2.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_format_of_a_lora_is_read_at_its_true_strength(tmp_path: Path, name: str) -> None:
+    down_key, up_key, said, alpha, scale = PUBLIC[name]
+    down, up = torch.randn(4, 24), torch.randn(24, 4)
+    tensors = {down_key: down, up_key: up}
+    if alpha is not None:
+        tensors[down_key.replace("lora_down.weight", "alpha")] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": said} if said else None)
+    found = read_adapter(tmp_path / "lora.safetensors")
+    applied = found[f"{MODULE}.lora_B.weight"] @ found[f"{MODULE}.lora_A.weight"]
+    assert torch.allclose(applied, scale * up @ down, atol=1e-5)
+
+
+def test_a_peft_adapter_needs_its_configuration_beside_it(tmp_path: Path) -> None:
+    down, up = torch.randn(4, 24), torch.randn(24, 4)
+    names = [f"base_model.model.{MODULE}.lora_{factor}.weight" for factor in "AB"]
+    save_file(dict(zip(names, (down, up), strict=True)), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json"):
+        read_adapter(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 12}))
+    found = read_adapter(tmp_path / "adapter_model.safetensors")
+    assert torch.allclose(found[f"{MODULE}.lora_B.weight"], 3 * up)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (f"transformer.{MODULE}.lora_magnitude_vector", "DoRA"),
+        (f"diffusion_model.{WAN}.dora_scale", "DoRA"),
+        (f"diffusion_model.{WAN}.hada_w1_a", "LoHa"),
+        (f"diffusion_model.{WAN}.diff", "whole difference"),
+        ("lora_unet_blocks_1_self_attn_q.lora_down.weight", "underscores"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused_by_name(tmp_path: Path, key: str, said: str) -> None:
+    save_file({key: torch.ones(4, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ArtifactError, match=said):
+        read_adapter(tmp_path / "lora.safetensors")
+
+
+def test_a_lora_that_is_not_whole_or_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ArtifactError, match="LFS pointer"):
+        read_adapter(path)
+    shapes = {"A": (4, 24), "B": (24, 5)}
+    save_file({f"transformer.{MODULE}.lora_{k}.weight": torch.ones(v) for k, v in shapes.items()}, path)
+    with pytest.raises(ArtifactError, match="do not make a product"):
+        read_adapter(path)

@@ -13,68 +13,122 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpae.artifacts import ArtifactError
-from vpae.export.keys import to_original
+from vpae.export.keys import to_diffusers, to_original
+from vpae.teacher.folder import header
 
 ALPHA = "lora_alpha"  # in the metadata of an adapter's file: alpha of the scale alpha / rank
-FACTOR = re.compile(r"(?:transformer\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.(?:\w+\.)?weight")
+FACTOR = re.compile(
+    r"(?P<prefix>(?:base_model\.model\.|model\.|transformer\.|diffusion_model\.)*)(?P<module>.+)"
+    r"\.(?P<part>lora_[AB](?:\.\w+)?\.weight|lora_(?:down|up)\.weight|alpha)"
+)
+PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
+OTHER_KINDS = {
+    "magnitude_vector": "of a DoRA adapter",
+    "dora_scale": "of a DoRA adapter",
+    "hada_": "of a LoHa adapter",
+    "lokr_": "of a LoKr adapter",
+    "lora_unet_": "under names of which underscores hide the modules",
+    ".diff": "a whole difference of weights",
+}
 PREFIXES = {"lora": "transformer.", "lora-wan": "diffusion_model."}
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:
     """An adapter's factors, `MODULE.lora_A.weight` (rank, in) and `MODULE.lora_B.weight` (out, rank) at scale 1.
 
-    Takes files whose metadata give `lora_alpha`, and diffusers' own LoRA files.
+    Takes the files of this project, diffusers and PEFT (`lora_A`, `lora_B`; alpha and patterns in the metadata or in
+    adapter_config.json beside), and of ComfyUI and kohya (`lora_down`, `lora_up`, `alpha`), under diffusers' or Wan's
+    names. Where a file says nothing of alpha, tools that write `transformer.` or `diffusion_model.` mean scale 1.
 
     Raises:
         FileNotFoundError: no such file.
-        ArtifactError: it is no adapter, or one without its scale.
+        ArtifactError: it is damaged, no adapter of this kind, or one whose scale is unknown.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter; only a student trained as a LoRA has one")
+    header(path)  # refuses what is not whole
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+        settings = _settings(path, file.metadata() or {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    return unscaled(tensors, _alpha(path, metadata), str(path))
+    return unscaled(tensors, settings, str(path))
 
 
-def _alpha(path: Path, metadata: Mapping[str, str]) -> float:
-    if ALPHA in metadata:
-        return float(metadata[ALPHA])
+def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
+    """What is said of an adapter's scale, by the names of PEFT's `LoraConfig`; empty where nothing is."""
     try:
-        return float(json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ArtifactError(
-            f"{path}: its metadata say nothing of {ALPHA}, so that its scale is unknown; write it with the weights"
-        ) from error
+        if ALPHA in metadata:
+            return {ALPHA: float(metadata[ALPHA])}
+        if "lora_adapter_metadata" in metadata:
+            found = json.loads(metadata["lora_adapter_metadata"])
+            return {key.removeprefix("transformer."): value for key, value in found.items()}
+        beside = path.with_name("adapter_config.json")
+        return json.loads(beside.read_text()) if beside.is_file() else {}
+    except ValueError as error:
+        raise ArtifactError(f"{path}: what it says of its scale cannot be read ({error})") from error
 
 
-def unscaled(tensors: Mapping[str, Tensor], alpha: float, name: str = "adapter") -> dict[str, Tensor]:
-    """The factors under diffusers' module names, with alpha / rank multiplied into B.
+def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adapter") -> dict[str, Tensor]:
+    """The factors under diffusers' module names, with their scale multiplied into B.
 
     Args:
-        tensors: keys like `blocks.0.attn1.to_q.lora_A.weight`; an adapter's name may stand before `weight`, and
-            `transformer.` before all.
-        alpha: of the scale alpha / rank.
+        tensors: by the keys of a file.
+        settings: `lora_alpha`, `alpha_pattern` and `use_rslora` as in PEFT's `LoraConfig`; a file's own `alpha` of a
+            module goes before them.
         name: how to call it in errors.
 
     Raises:
-        ArtifactError: a key is not an adapter's, or a factor lacks its partner.
+        ArtifactError: a key is not an adapter's, a factor lacks or does not fit its partner, or the scale is unknown.
     """
+    if settings.get("use_dora"):
+        raise ArtifactError(f"{name}: a DoRA adapter (use_dora), which no low-rank file can hold; merge it first")
     factors: dict[str, dict[str, Tensor]] = {}
+    scale_is_one = False
     for key, tensor in tensors.items():
         match = FACTOR.fullmatch(key)
-        if match is None:
-            raise ArtifactError(f"{name}: {key} is not a weight of a LoRA adapter; name the adapter's file")
-        factors.setdefault(match["module"], {})[match["factor"]] = tensor
+        kind = next((text for part, text in OTHER_KINDS.items() if part in key), "")
+        if match is None or kind:
+            kind = kind or "not a weight of a LoRA adapter"
+            raise ArtifactError(f"{name}: {key} is {kind}; name the file of a LoRA adapter")
+        module = match["module"]
+        if (
+            ".self_attn." in f".{module}."
+            or ".cross_attn." in f".{module}."
+            or ".ffn.0" in module
+            or ".ffn.2" in module
+        ):
+            module = to_diffusers(module)
+        factors.setdefault(module, {})[PARTS[match["part"].partition(".")[0]]] = tensor
+        scale_is_one |= (match["prefix"] or "").endswith(tuple(PREFIXES.values())) or "lora_down" in key
     found = {}
-    for module, pair in factors.items():
-        if set(pair) != {"A", "B"}:
+    for module, parts in factors.items():
+        if not parts.keys() >= {"A", "B"}:
             raise ArtifactError(f"{name}: {module} has only one of its two factors; the file is incomplete")
-        found[f"{module}.lora_A.weight"] = pair["A"].contiguous()
-        found[f"{module}.lora_B.weight"] = (pair["B"] * (alpha / len(pair["A"]))).contiguous()
+        down, up = parts["A"], parts["B"]
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down):
+            shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
+            raise ArtifactError(f"{name}: the factors of {module}, {shapes}, do not make a product of matrices")
+        rank = len(down)
+        alpha = (
+            float(parts["alpha"]) if "alpha" in parts else _alpha_of(module, settings, rank if scale_is_one else None)
+        )
+        if alpha is None:
+            raise ArtifactError(
+                f"{name}: says nothing of {ALPHA}, so that its scale is unknown; keep its adapter_config.json beside it"
+            )
+        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        found[f"{module}.lora_A.weight"] = down.contiguous()
+        found[f"{module}.lora_B.weight"] = (up * scale).contiguous()
     if not found:
         raise ArtifactError(f"{name}: holds no weights")
     return found
+
+
+def _alpha_of(module: str, settings: Mapping, otherwise: float | None) -> float | None:
+    """A module's alpha: PEFT matches a pattern with the end of its name."""
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return float(alpha)
+    return float(settings[ALPHA]) if ALPHA in settings else otherwise
 
 
 def named_for(form: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
