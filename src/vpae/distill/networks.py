@@ -13,7 +13,7 @@ from vpae.config import Training
 from vpae.distill.method import TEACHER
 from vpae.models.adapters import STUDENT, Adapted
 from vpae.models.wan import load_transformer
-from vpae.training.precision import take_exact_inputs
+from vpae.training.precision import fuse_norms, take_exact_inputs
 from vpae.training.sharding import empty_transformer, is_sharded
 
 
@@ -78,4 +78,5 @@ def networks_of(**roles: nn.Module) -> dict[str, WanTransformer3DModel]:
         name, network = ("base", module.base) if isinstance(module, Adapted) else (name, module)
         networks[name] = network
         take_exact_inputs(network)
+        fuse_norms(network)
     return networks

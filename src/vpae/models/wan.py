@@ -146,9 +146,21 @@ def features(
     model: WanTransformer3DModel, xt_BCFHW: Tensor, t_B: Tensor, condition: Condition, taps: Sequence[int]
 ) -> list[Tensor]:
     """Outputs (B, N, D) of the tapped blocks, in the order of `taps`."""
-    with tapped_blocks(model, taps) as found:
+    with tapped_blocks(model, taps) as found, _without_blocks_after(model, max(taps)):
         velocity(model, xt_BCFHW, t_B, condition)
     return [found[i] for i in taps]
+
+
+@contextmanager
+def _without_blocks_after(model: nn.Module, last: int) -> Iterator[None]:
+    """Let a network, or the base of an adapted one, run no block after this one: nothing would see what it makes."""
+    network = getattr(model, "base", model)
+    whole = network.blocks
+    network.blocks = whole[: last + 1]
+    try:
+        yield
+    finally:
+        network.blocks = whole
 
 
 def first_frame_mask(batch: int, frames: int, height: int, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import nn
 
@@ -30,6 +31,23 @@ def compute_exactly(module: nn.Module) -> None:
     if not isinstance(module, Exact):
         module.float()
         module.__class__ = type(f"Exact{type(module).__name__}", (Exact, type(module)), {})
+
+
+class Fused:
+    """Mixed into an RMSNorm's class: torch's one kernel also where input and weight have two number formats."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own: computed in float32, returned in the input's number format."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def fuse_norms(network: WanTransformer3DModel) -> None:
+    """Have all RMSNorms of a network compute in one kernel each, which torch does not do for mixed number formats."""
+    for module in network.modules():
+        if isinstance(module, nn.RMSNorm) and not isinstance(module, Fused):
+            module.__class__ = type(f"Fused{type(module).__name__}", (Fused, type(module)), {})
 
 
 @contextmanager
