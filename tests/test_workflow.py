@@ -178,3 +178,12 @@ def test_a_stage_told_to_end_saves_and_says_so(tmp_path: Path) -> None:
     assert "saved\n" in rest
     assert "exit status 3" in rest
     assert (tmp_path / "results/micro/logs/clips.log").read_text() == "at work\nsaved\n"
+
+
+@pytest.mark.slow
+def test_a_comparison_asks_for_every_method_once_a_seed(clone: Clone) -> None:
+    made = clone.planned("rivals", "--config", "experiment=micro", "seeds='0,1'")
+    assert "results/comparison.json, results/comparison.csv, results/comparison.md" in made
+    for seed in ("", "@1"):
+        for folder in ("micro{}/latents", "micro{}/priming", "micro-dmd2{}/dmd2", "micro-rivals{}/evaluation"):
+            assert made.count(f"results/{folder.format(seed)}") == 1
