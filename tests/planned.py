@@ -4,8 +4,7 @@ from pathlib import Path
 
 from vpae.config import Experiment, Lora
 from vpae.experiment import load
-from vpae.planning.counting import Sequence
-from vpae.planning.network import Network
+from vpae.planning.network import Network, Sequence
 
 ROOT = Path(__file__).parents[1]
 SMALL = Network(layers=8, heads=2, head_dim=32, ffn=160, text_dim=16, image_dim=16, freq_dim=16)

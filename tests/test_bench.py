@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.exc
 import torch._inductor.exc
+from vpae.planning.counting import Sequence
 
 from vpae import artifacts
 from vpae.bench import sampling, training
@@ -20,7 +21,6 @@ from vpae.bench.training import Workbench, _too_large, build_phase
 from vpae.cli import main
 from vpae.config import Training
 from vpae.experiment import load
-from vpae.planning.counting import Sequence
 from vpae.planning.network import Network, pipeline_of
 from vpae.planning.plan import tokens_of
 

@@ -16,12 +16,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
+from vpae.planning.footprint import footprint
 
 from conftest import build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, losses, reference, result
 from planned import SEVERAL, SMALL, TOKENS, several
 from vpae.models.wan import load_pipeline, velocity
-from vpae.planning.footprint import footprint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).parent / "distributed" / "worker.py"

@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from vpae.planning.counting import Sequence, adapter_flops, transformer_flops
+from vpae.planning.footprint import footprint, parameters_of
+from vpae.planning.memory import FP32, Precision, transformer_activations
+from vpae.planning.workload import turn_flops, turns_of
 
 from planned import RANK, ROOT, SMALL, TOKENS, at_tiny_size, on_larger_clips, variant
 from test_workflow import Clone
@@ -19,14 +23,10 @@ from vpae.config import Lora
 from vpae.experiment import ConfigError, Source, load, shipped
 from vpae.models.adapters import TARGETS, SharedBase
 from vpae.planning.command import as_text, parse_bytes
-from vpae.planning.counting import Sequence, adapter_flops, transformer_flops
-from vpae.planning.footprint import footprint, parameters_of
 from vpae.planning.launch import Job, render
-from vpae.planning.memory import FP32, Precision, transformer_activations
 from vpae.planning.network import Network, adapter_parameters, pipeline_of
 from vpae.planning.plan import Cluster, make_plan, tokens_of
 from vpae.planning.presence import incomplete, missing_teacher
-from vpae.planning.workload import turn_flops, turns_of
 
 FULL_SCALE = [path for path in shipped(ROOT / "configs") if path.stem.startswith("wan")]
 CONFIG = ROOT / "configs" / "wan2.1-i2v-14b-480p.yaml"

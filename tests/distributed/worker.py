@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from vpae.planning.workload import turns_of
+
 from conftest import SHIFT, build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, result
 from planned import SEVERAL, SMALL, TOKENS, several
@@ -29,7 +31,6 @@ from vpae.bench.training import build_phase, held_by
 from vpae.distill import run
 from vpae.distill.student import save_ema
 from vpae.models.wan import velocity
-from vpae.planning.workload import turns_of
 from vpae.training.ema import update_ema
 from vpae.training.loop import _update
 from vpae.training.precision import INPUTS

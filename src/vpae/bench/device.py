@@ -20,16 +20,15 @@ from diffusers import AutoencoderKLWan
 from vpae.bench import training
 from vpae.bench.frames import realistic
 from vpae.bench.measure import first_line, free_memory, matmul_peak, seconds_of, synchronise
-from vpae.bench.networks import by_default, random_condition, random_transformer, sampling_dtype
+from vpae.bench.networks import by_default, random_condition, random_transformer
 from vpae.data.video import write_video
 from vpae.experiment import Source, load
 from vpae.models.layout import channels_last
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import fp8_products
-from vpae.planning.counting import transformer_flops
-from vpae.planning.network import Network, build_encoders, pipeline_of, transformer_parameters
-from vpae.planning.plan import tokens_of
-from vpae.planning.workload import turn_flops, turns_of
+from vpae.planning.inference import by_size, network_use
+from vpae.planning.network import Network, build_encoders, pipeline_of, tokens_of
+from vpae.planning.phase import execute
 
 PARTS = ("video", "sampling", "priming", "equilibrium")
 
@@ -125,8 +124,8 @@ def _encoders(source: Source, device: torch.device) -> tuple[AutoencoderKLWan, t
 def sampling(rows: Rows, source: Source, network: Network, backend: str) -> None:
     """One network evaluation: eager, compiled, in fp8."""
     tokens = tokens_of(source.settings, pipeline_of(source))
-    flops = transformer_flops(network, tokens).forward
-    dtype = sampling_dtype(network, transformer_parameters(network)[0], rows.device)
+    flops = network_use(source.settings, network, tokens, 1).operations
+    dtype = by_size(network.build()) if rows.device.type == "cuda" else torch.float32
     model = random_transformer(network, rows.device, dtype).requires_grad_(False).eval()
     take_any_inputs(model)
     rows.add("built", dtype=str(dtype))
@@ -156,18 +155,18 @@ def sampling(rows: Rows, source: Source, network: Network, backend: str) -> None
 def turns(rows: Rows, source: Source, network: Network, backend: str, name: str) -> None:
     """The turns of a phase, compiled and not."""
     tokens = tokens_of(source.settings, pipeline_of(source))
-    bench = training.Workbench(
-        source.settings, training.build_phase(source.settings, name, network, rows.device), network, tokens, rows.device
-    )
+    settings = training.alone(source.settings, name)
+    planned = execute(settings, name, network, tokens, 1)
+    bench = training.Workbench(settings, name, network, tokens, rows.device)
     synchronise(rows.device)
     rows.add("built")
-    listed = {turn.role: turn for turn in turns_of(source.settings, name)}
     for compiled in (True, False):
         bench.compile(compiled, backend)
-        for role in sorted(listed, key=lambda role: role != bench.phase.main):  # the dearest first
-            flops = bench.training.batch_size * turn_flops(source.settings, name, listed[role], network, tokens).model
-            label = f"{role}, {'compiled' if compiled else 'eager'}"
-            rows.time(label, partial(bench.update, role), 1, flops, per_step=listed[role].per_step)
+        for turn in sorted(planned.turns, key=lambda turn: turn != bench.phase.main):  # the dearest first
+            plan = planned.turns[turn]
+            label = f"{turn}, {'compiled' if compiled else 'eager'}"
+            per_step = plan.count / bench.training.steps
+            rows.time(label, partial(bench.update, turn), 1, plan.model, per_step=per_step, planned_bytes=plan.peak)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,14 +5,13 @@ run; it works on fake tensors too, so that the memory of a large model can be co
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # tensors that have no memory of their own
 
@@ -22,13 +21,25 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: bytes of those that are still alive.
-        peak: the most there were at once.
+        peaks: the most there were at once while each label was set.
+        label: what the work that runs now is called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, label: Hashable = None) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now, self.label = 0, label
+        self.peaks: dict[Hashable, int] = {}
         self._counted: dict[int, tuple[weakref.ref, int]] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes there were at once."""
+        return max(self.peaks.values(), default=0)
+
+    def mark(self, label: Hashable) -> None:
+        """What runs from here on has this label."""
+        self.label = label
+        self._note()
 
     def __enter__(self) -> "LiveBytes":
         # FSDP takes and gives back the memory of gathered weights through their storages, which is no operation.
@@ -47,16 +58,24 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "prim":
+            return func(*args)  # questions about a tensor, of which there are very many
         if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented  # what they do with the tensor inside comes by here again
-        given = {id(s) for s in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
+        new = [storage for storage in _storages(result) if id(storage) not in self._counted]
+        if new:
             # A view of, or an operation in place on, what was there before makes no new memory.
-            if id(storage) not in given and id(storage) not in self._counted:
-                self._count(storage)
-        self.peak = max(self.peak, self.now)
+            given = {id(s) for s in _storages((args, kwargs))}
+            for storage in new:
+                if id(storage) not in given and id(storage) not in self._counted:
+                    self._count(storage)
+        self._note()
         return result
+
+    def _note(self) -> None:
+        if self.now > self.peaks.get(self.label, -1):
+            self.peaks[self.label] = self.now
 
     def _recount(self, storage: torch.UntypedStorage) -> None:
         """Take note of another size; a storage that was there before is counted from its first growth on."""
@@ -67,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
             reference, before = self._counted[key]
             self._counted[key] = reference, storage.nbytes()
             self.now += storage.nbytes() - before
-        self.peak = max(self.peak, self.now)
+        self._note()
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -80,6 +99,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield leaf.untyped_storage()
+    if isinstance(tree, Tensor):
+        yield tree.untyped_storage()
+    elif isinstance(tree, (list, tuple)):
+        for branch in tree:
+            yield from _storages(branch)
+    elif isinstance(tree, dict):
+        yield from _storages(list(tree.values()))

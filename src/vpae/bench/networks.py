@@ -13,12 +13,14 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from vpae.config import Experiment
+from vpae.distill import METHODS
+from vpae.distill.method import Method
 from vpae.experiment import Source
 from vpae.graph import stage_folder
-from vpae.models.formats import LARGE, formats
+from vpae.models.adapters import STUDENT
+from vpae.models.formats import formats
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline
-from vpae.planning.counting import Sequence
-from vpae.planning.network import Network, Pipeline, build_encoders
+from vpae.planning.network import Network, Pipeline, Sequence, build_encoders
 
 
 @dataclass
@@ -90,11 +92,6 @@ def _at_rest(parts: Components) -> Components:
     return parts
 
 
-def sampling_dtype(network: Network, parameters: int, device: torch.device) -> torch.dtype:
-    """bfloat16 for large transformers on a GPU, else float32."""
-    return torch.bfloat16 if parameters >= LARGE and device.type == "cuda" else torch.float32
-
-
 def random_condition(
     settings: Experiment, network: Network, tokens: Sequence, batch: int, device: torch.device
 ) -> Condition:
@@ -120,3 +117,27 @@ def random_latents(settings: Experiment, batch: int, device: torch.device) -> Te
     """Latents (B, 16, F, H, W) of the right shape."""
     rng = torch.Generator(device).manual_seed(settings.seed + 1)
     return torch.randn((batch, 16, *settings.geometry.latent_shape), generator=rng, device=device)
+
+
+@dataclass
+class RandomNetworks:
+    """Networks of the teacher's shape with random weights, for any method."""
+
+    network: Network
+    device: torch.device
+    frozen: torch.dtype
+
+    def transformer(self, model: str, trained: bool) -> WanTransformer3DModel:
+        """One of any model: they all have one shape."""
+        return random_transformer(self.network, self.device, torch.float32 if trained else self.frozen)
+
+    def adapter(self, model: str, name: str = STUDENT) -> dict[str, torch.Tensor]:
+        """None: a new adapter's weights are as good."""
+        return {}
+
+
+def build_phase(settings: Experiment, name: str, network: Network, device: torch.device) -> Method:
+    """A phase of the real class on networks with random weights."""
+    bf16 = getattr(settings, name).training.mixed_precision == "bf16"
+    frozen = torch.bfloat16 if bf16 else torch.float32
+    return METHODS[name].build(settings, RandomNetworks(network, device, frozen))

@@ -9,12 +9,12 @@ import torch
 
 from vpae.bench import encoding, sampling, training
 from vpae.bench.measure import free_memory, if_it_fits, matmul_peak
-from vpae.bench.networks import found_components, random_components, sampling_dtype
+from vpae.bench.networks import found_components, random_components
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, Source
 from vpae.graph import RESULTS
-from vpae.planning.network import pipeline_of, transformer_parameters
-from vpae.planning.plan import tokens_of
+from vpae.planning.inference import by_size
+from vpae.planning.network import count, pipeline_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def run(source: Source, options: Options, keep: Callable[[dict], None] = lambda 
     settings, device = source.settings, options.place
     pipeline = pipeline_of(source)
     network, tokens = pipeline.transformer, tokens_of(settings, pipeline)
-    dtype = sampling_dtype(network, transformer_parameters(network)[0], device)
+    dtype = by_size(network.build()) if device.type == "cuda" else torch.float32
     found: dict = {
-        "network": {"parameters": transformer_parameters(network)[0], "tokens": tokens.video, "dtype": str(dtype)},
+        "network": {"parameters": count(network.build()), "tokens": tokens.video, "dtype": str(dtype)},
         "matmul_flops_per_second": matmul_peak(device, dtype),
         "unfinished": list(options.parts),
     }

@@ -16,8 +16,8 @@ from vpae.bench.networks import Components, random_condition
 from vpae.config import Experiment
 from vpae.data.video import write_video
 from vpae.models.wan import decode_latents, encode_condition, predict_x0, take_any_inputs
-from vpae.planning.counting import Sequence, transformer_flops
-from vpae.planning.network import Network
+from vpae.planning.inference import network_use
+from vpae.planning.network import Network, Sequence
 from vpae.sampling import euler
 
 EAGER, COMPILED = "eager", "compiled"
@@ -48,7 +48,7 @@ class Bench:
         self.settings, self.parts, self.network, self.tokens = settings, parts, network, tokens
         self.device, self.repeats = device, repeats
         self.dtype = parts.transformer.dtype
-        self.flops = transformer_flops(network, tokens).forward
+        self.flops = network_use(settings, network, tokens, 1).operations
         self.peak = matmul_peak(device, self.dtype)
         take_any_inputs(parts.transformer)
 

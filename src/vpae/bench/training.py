@@ -1,52 +1,39 @@
 """What a training step of each phase takes: seconds, tokens per second, utilisation, memory; and two comparisons.
 
-The phases are the real ones, on networks of the teacher's shape with random weights: neither teacher nor latents need
-be there. One process; what several do together is for `vpae plan`.
+The phases and their updates are the real ones, on networks of the teacher's shape with random weights: neither teacher
+nor latents need be there. One process; what several do together is for `vpae plan`.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
-from diffusers import WanTransformer3DModel
 from pydantic import ValidationError
 
 from vpae.bench.measure import free_memory, held_bytes, if_it_fits, matmul_peak, peak_of, seconds_of
-from vpae.bench.networks import random_condition, random_latents, random_transformer
+from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.config import Experiment
-from vpae.distill import METHODS
-from vpae.distill.method import Method
-from vpae.models.adapters import STUDENT
-from vpae.planning.counting import Sequence
-from vpae.planning.footprint import footprint, with_switches
-from vpae.planning.network import Network
-from vpae.planning.workload import turn_flops, turns_of
+from vpae.planning.network import Network, Sequence
+from vpae.planning.phase import Execution, Process, execute
+from vpae.planning.remedies import with_switches
 from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
-from vpae.training.randomness import generator_for
-from vpae.training.sharding import clip_gradients, run_again
+from vpae.training.loop import _update
+from vpae.training.sharding import spread
 
 
-@dataclass
 class Workbench:
-    """One phase on one device, and a batch of random latents for it."""
+    """One phase on one device, and a batch of random latents for it, of which each update is made."""
 
-    settings: Experiment
-    phase: Method
-    network: Network
-    tokens: Sequence
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self.training = getattr(self.settings, self.phase.name).training
+    def __init__(self, settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device):
+        self.training = getattr(settings, name).training.model_copy(update={"accumulate": 1})
+        self.seed, self.device = settings.seed, device
+        self.accelerator = Process(1, self.training.mixed_precision, device)
+        self.phase = build_phase(settings, name, network, device)
+        spread(self.phase, self.training, self.accelerator)
         size = self.training.batch_size
-        condition = random_condition(self.settings, self.network, self.tokens, size, self.device)
-        self.batch = random_latents(self.settings, size, self.device), condition
-        if self.training.sharding.activation_checkpointing:
-            for network in self.phase.networks.values():
-                network.enable_gradient_checkpointing(run_again)
-        self.compile(self.training.compile)
+        condition = random_condition(settings, network, tokens, size, device)
+        self.batch = random_latents(settings, size, device), condition
 
     def compile(self, wanted: bool, backend: str = "inductor") -> None:
         """Have the networks' blocks compiled, or not."""
@@ -57,85 +44,53 @@ class Workbench:
                 run_eagerly(network)
 
     def update(self, turn: str) -> None:
-        """One optimiser step of one role, as the training loop makes it, of one micro-batch."""
-        role = self.phase.roles[turn]
-        for name, other in self.phase.roles.items():
-            other.require_gradients(name == turn)
-        rng = generator_for(self.device, self.settings.seed, "bench", turn)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.mixed_precision == "bf16"):
-            loss, _ = self.phase.loss(turn, self.batch, rng, 0)
-        loss.backward()
-        clip_gradients(role.parameters(), role.settings.max_grad_norm)
-        role.optimizer.step()
-        for other in self.phase.roles.values():
-            other.optimizer.zero_grad(set_to_none=True)
-            other.require_gradients(True)
-        if turn == self.phase.main:
-            update_ema(self.phase.ema, role.module, self.training.ema_decay)
+        """One optimiser step of one role, of one micro-batch, and the EMA's that belongs to it."""
+        phase = self.phase
+        _update(phase, turn, 0, lambda drawn: self.batch, 0, self.training, self.seed, 0, self.accelerator)
+        if turn == phase.main and phase.ema is not None:
+            update_ema(phase.ema, phase.roles[turn].module, self.training.ema_decay)
 
-
-def held_by(phase: Method) -> int:
-    """Bytes of all networks and optimisers of a phase in this process."""
-    modules = [phase.ema, *phase.networks.values(), *(role.module for role in phase.roles.values())]
-    return held_bytes(modules, [role.optimizer for role in phase.roles.values()])
-
-
-@dataclass
-class RandomNetworks:
-    """Networks of the teacher's shape with random weights, for any method."""
-
-    network: Network
-    device: torch.device
-    frozen: torch.dtype
-
-    def transformer(self, model: str, trained: bool) -> WanTransformer3DModel:
-        """One of any model: they all have one shape."""
-        return random_transformer(self.network, self.device, torch.float32 if trained else self.frozen)
-
-    def adapter(self, model: str, name: str = STUDENT) -> dict[str, torch.Tensor]:
-        """None: a new adapter's weights are as good."""
-        return {}
-
-
-def build_phase(settings: Experiment, name: str, network: Network, device: torch.device) -> Method:
-    """A phase of the real class on networks with random weights."""
-    bf16 = getattr(settings, name).training.mixed_precision == "bf16"
-    frozen = torch.bfloat16 if bf16 else torch.float32
-    return METHODS[name].build(settings, RandomNetworks(network, device, frozen))
+    @property
+    def held(self) -> int:
+        """Bytes of all networks and optimisers."""
+        roles = self.phase.roles.values()
+        modules = [*self.phase.networks.values(), *(role.module for role in roles)]
+        ema = [] if self.phase.ema is None else [self.phase.ema]
+        return held_bytes([*modules, *ema], [role.optimizer for role in roles])
 
 
 def measure_phase(
     settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device, repeats: int
 ) -> dict:
     """Seconds and memory of each turn of a phase, and of a whole step made of them."""
-    if reason := _too_large(settings, name, network, tokens, device):
+    settings = alone(settings, name)
+    planned = execute(settings, name, network, tokens, 1)
+    if reason := _too_large(planned, device):
         return {"skipped": reason}
-    found = if_it_fits(lambda: _measure(settings, name, network, tokens, device, repeats), device)
+    found = if_it_fits(lambda: _measure(settings, name, network, tokens, device, repeats, planned), device)
     free_memory(device)
     return found
 
 
-def _measure(settings, name, network, tokens, device, repeats) -> dict:
-    bench = Workbench(settings, build_phase(settings, name, network, device), network, tokens, device)
+def _measure(settings, name, network, tokens, device, repeats, planned: Execution) -> dict:
+    bench = Workbench(settings, name, network, tokens, device)
     training = bench.training
     peak_rate = matmul_peak(device, torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32)
     turns = {}
-    for turn in turns_of(settings, name):
-        bench.update(turn.role)  # makes the optimiser's state, and warms up
-        runs = [seconds_of(partial(bench.update, turn.role), device) for _ in range(repeats)]
-        flops = training.batch_size * turn_flops(settings, name, turn, network, tokens).model
-        turns[turn.role] = {
-            "per_step": turn.per_step,
+    for turn, plan in planned.turns.items():
+        bench.update(turn)  # makes the optimiser's state, and warms up
+        runs = [seconds_of(partial(bench.update, turn), device) for _ in range(repeats)]
+        turns[turn] = {
+            "per_step": plan.count / training.steps,
             "seconds": median(runs),
-            "model_flops": flops,
-            "utilisation": flops / median(runs) / peak_rate,
+            "model_flops": plan.model,
+            "utilisation": plan.model / median(runs) / peak_rate,
+            "planned_bytes": plan.peak,
         }
-    held = held_by(bench.phase)
-    for role, row in turns.items():
-        row["peak_bytes"] = peak_of(partial(bench.update, role), device, held)
+    for turn, row in turns.items():
+        row["peak_bytes"] = peak_of(partial(bench.update, turn), device, bench.held)
     seconds = sum(row["per_step"] * row["seconds"] for row in turns.values())
     flops = sum(row["per_step"] * row["model_flops"] for row in turns.values())
-    planned = footprint(_alone(settings, name), name, network, tokens, 1, fused_norm=device.type == "cuda").total
     return {
         "turns": turns,
         "batch_size": training.batch_size,
@@ -144,26 +99,25 @@ def _measure(settings, name, network, tokens, device, repeats) -> dict:
         "model_flops_per_step": flops,
         "utilisation": flops / seconds / peak_rate,
         "matmul_flops_per_second": peak_rate,
-        "held_bytes": held,
+        "held_bytes": bench.held,
         "peak_bytes": max(row["peak_bytes"] for row in turns.values()),
-        "planned_bytes": planned,
+        "planned_bytes": planned.peak,
     }
 
 
-def _alone(settings: Experiment, name: str) -> Experiment:
+def alone(settings: Experiment, name: str) -> Experiment:
     """The settings with which a phase is measured: without accumulation, of which every micro-batch takes the same."""
     return with_switches(settings, name, {"accumulate": 1})
 
 
-def _too_large(settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device) -> str:
+def _too_large(planned: Execution, device: torch.device) -> str:
     """Why a phase is not measured on this GPU; empty if it is."""
     if device.type != "cuda":
         return ""
-    needed = footprint(_alone(settings, name), name, network, tokens, 1).total
     there = torch.cuda.get_device_properties(device).total_memory
-    if needed <= there:
+    if planned.peak <= there:
         return ""
-    return f"needs about {needed / 1e9:.0f} GB, and the GPU has {there / 1e9:.0f} GB; see `vpae plan`"
+    return f"needs about {planned.peak / 1e9:.0f} GB, and the GPU has {there / 1e9:.0f} GB; see `vpae plan`"
 
 
 def compare_discriminators(
@@ -186,7 +140,8 @@ def _compare(settings, name, key, values, network, tokens, device, repeats) -> d
         variants[value] = settings.model_copy(update={name: section.model_copy(update={key: value})})
         try:
             type(section).model_validate({**section.model_dump(), key: value})
-            reasons[value] = _too_large(variants[value], name, network, tokens, device)
+            planned = execute(alone(variants[value], name), name, network, tokens, 1)
+            reasons[value] = _too_large(planned, device)
         except ValidationError as error:
             reasons[value] = error.errors()[0]["msg"].removeprefix("Value error, ")
     if any(reasons.values()):

@@ -13,13 +13,10 @@ from vpae.graph import stage_folder, upstream
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 PART_NAMES = {
-    "weights": "weights of all roles",
-    "gradients": "gradients (float32)",
-    "optimizer": "optimiser (Adam's two averages)",
+    "weights": "weights of all networks",
+    "optimizer": "optimisers (Adam's two averages)",
     "ema": "EMA",
-    "activations": "activations",
-    "working_weights": "weights gathered or cast to compute",
-    "never_together": "gradients come as activations go",
+    "step": "activations, gradients, gathered weights",
     "overhead": "driver, libraries, fragmentation",
     "total": "total",
 }
@@ -29,7 +26,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     """The arguments of `vpae plan`."""
     plan = commands.add_parser("plan", help="what an experiment needs: parameters, FLOPs, memory, GPU-hours, disk")
     experiment_arguments(plan)
-    plan.add_argument("--gpus", type=int, default=8, help="GPUs of the whole job")
+    plan.add_argument("--gpus", type=int, help="GPUs of a phase's whole job; default: what `cluster` asks for")
     plan.add_argument("--gpu-memory", default="80GB", help="memory of each, as 80GB or 141GiB")
     plan.add_argument("--interconnect", type=float, metavar="GB/S", help="of each GPU; else traffic takes no time")
     plan.add_argument("--peak-tflops", type=float, default=989.0, help="of each GPU, dense bf16 (989: H100, H200 SXM)")
@@ -77,7 +74,7 @@ def parse_bytes(text: str, option: str) -> float:
 def _plan(arguments: argparse.Namespace) -> None:
     from vpae.planning.plan import Cluster, make_plan
 
-    if arguments.gpus < 1:
+    if arguments.gpus is not None and arguments.gpus < 1:
         raise ConfigError(f"--gpus {arguments.gpus}: at least one")
     for option, value in (("--utilisation", arguments.utilisation), ("--peak-tflops", arguments.peak_tflops)):
         if value <= 0:
@@ -117,30 +114,29 @@ def _launch(arguments: argparse.Namespace) -> None:
 
 
 def as_text(plan: dict) -> str:
-    """The plan for people; the phase that needs most memory comes first."""
+    """The plan for people; the stage that needs most memory comes first."""
     cluster = plan["cluster"]
     memory = cluster["gpu_memory_bytes"]
-    lines = [f"{plan['experiment']} on {cluster['gpus']} GPUs of {_bytes(memory)}", "", "parameters"]
-    lines += [f"  {role:20} {_count(n):>10}" for role, n in plan["parameters"].items()]
+    lines = [f"{plan['experiment']} on GPUs of {_bytes(memory)}"]
+    for name, roles in plan["parameters"].items():
+        lines += ["", f"parameters: {name}", *(f"  {role:20} {_count(n):>10}" for role, n in roles.items())]
     text, image = plan["condition_tokens"]["text"], plan["condition_tokens"]["image"]
     lines += [
         "",
         f"tokens of a clip       {plan['tokens']:,} (and {text} of text, {image} of the image)",
         f"one network evaluation {_flops(plan['flops_per_nfe'])}",
     ]
-    order = sorted(plan["stages"], key=lambda name: name != plan["binding_stage"])
-    for name in order:
+    for name in sorted(plan["stages"], key=lambda name: name != plan["binding_stage"]):
         lines += ["", *_stage_lines(name, plan["stages"][name], memory)]
-    samples, disk = plan["samples"], plan["disk_bytes"]
     lines += [
         "",
-        f"samples: {samples['network_evaluations']:,} network evaluations, {samples['gpu_hours']:,.1f} GPU-hours",
-        f"GPU-hours in all: {plan['gpu_hours']:,.1f} (without encoding, decoding and evaluation)",
+        f"GPU-hours in all: {plan['gpu_hours']:,.1f} (without the teacher's training, VBench, and writing videos)",
         "",
         "disk, at most",
-        *(f"  {name.replace('_', ' '):20} {_bytes(n):>10}" for name, n in disk.items()),
+        *(f"  {name.replace('_', ' '):20} {_bytes(n):>10}" for name, n in plan["disk_bytes"].items()),
         "",
-        f"assumed: {plan['assumptions']['utilisation']:.0%} of {cluster['peak_flops'] / 1e12:,.0f} TFLOP/s per GPU; "
+        f"assumed: {plan['assumptions']['utilisation']:.0%} of {cluster['peak_flops'] / 1e12:,.0f} TFLOP/s per GPU, "
+        f"{plan['assumptions']['float32_share']:.0%} in float32; "
         + (
             "traffic and computing fully overlap"
             if cluster["interconnect_bytes_per_second"]
@@ -154,21 +150,30 @@ def as_text(plan: dict) -> str:
 
 def _stage_lines(name: str, stage: dict, memory: float) -> list[str]:
     verdict = "fits" if stage["fits"] else f"does NOT fit in {_bytes(memory)}"
-    lines = [f"{name}: {verdict}; bytes per GPU"]
+    number = f"{stage['gpus']} GPUs" if stage["gpus"] > 1 else "one GPU a job"
+    lines = [f"{name}, {number}: {verdict}; bytes per GPU"]
     parts = {part: n for part, n in stage["bytes_per_gpu"].items() if n}
-    lines += [f"  {PART_NAMES[part]:36} {_bytes(n):>10}" for part, n in parts.items()]
+    lines += [f"  {PART_NAMES[part]:40} {_bytes(n):>10}" for part, n in parts.items()]
     for remedy in stage["remedies"]:
         change = f"--gpus {remedy['gpus']}" if "gpus" in remedy else " ".join(f"--set '{s}'" for s in remedy["set"])
         lines.append(f"  would fit with {change}: {_bytes(remedy['total'])}")
     if not stage["fits"] and not stage["remedies"]:
         lines.append("  no switch makes it fit: larger GPUs, fewer frames, or a smaller model")
-    moved = stage["traffic_bytes_per_gpu_and_step"]
+    lines += [f"  {complaint}" for complaint in stage["complaints"]]
+    if "steps" not in stage:
+        return [*lines, f"  {stage['gpu_hours']:,.1f} GPU-hours; memory of a node {_bytes(stage['host_bytes'])}"]
     lines += [
-        f"  {stage['steps']:,} steps of {stage['clips_per_step']} clips, {_flops(stage['flops_per_step'])} each",
-        f"  {stage['seconds_per_step']:,.1f} s a step, {stage['gpu_hours']:,.1f} GPU-hours"
-        + (f"; {_bytes(moved)} to each GPU a step" if moved else ""),
+        f"  {turn:12} {row['per_step']:g} a step, {_flops(row['model_flops'])}, "
+        f"{_flops(row['flops'] - row['model_flops'])} recomputed, {_bytes(row['peak_bytes'])}"
+        for turn, row in stage["turns"].items()
     ]
-    return lines
+    moved = stage["traffic_bytes_per_gpu_and_step"]
+    return [
+        *lines,
+        f"  {stage['steps']:,} steps of {stage['clips_per_step']} clips, {_flops(stage['flops_per_step'])} each",
+        f"  {stage['seconds_per_step']:,.1f} s a step, {stage['gpu_hours']:,.1f} GPU-hours; memory of a node "
+        f"{_bytes(stage['host_bytes'])}" + (f"; {_bytes(moved)} to each GPU a step" if moved else ""),
+    ]
 
 
 def _bytes(n: float) -> str:

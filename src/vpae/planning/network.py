@@ -5,15 +5,16 @@ Shapes come from the teacher's own files where they are, else from `teacher.arch
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from vpae.config import Experiment, Head, Lora, TinyEncoders
+from vpae.config import Experiment, TinyEncoders
 from vpae.experiment import ConfigError, Source
+from vpae.models.wan import SHORT_TEXT_TOKENS, TEXT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ class Network:
                 image_dim=self.image_dim,
                 added_kv_proj_dim=self.width,
             )
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """How many tokens of each kind one clip has."""
+
+    video: int
+    text: int
+    image: int
 
 
 # UMT5-XXL's encoder, CLIP ViT-H/14's vision half and Wan2.1's VAE, as the released image-to-video pipelines have them.
@@ -135,6 +145,16 @@ def pipeline_of(source: Source) -> Pipeline:
             f"{found.transformer.layers} layers of width {found.transformer.width}; correct one of the two"
         )
     return found
+
+
+def tokens_of(settings: Experiment, pipeline: Pipeline) -> Sequence:
+    """Tokens of one clip: Wan2.1 has 32,760 at 81 x 832 x 480 and 75,600 at 81 x 1280 x 720.
+
+    Captions are padded to 32 tokens if all are shorter, as the procedural world's are.
+    """
+    video = prod(settings.geometry.latent_shape) // prod(pipeline.transformer.patch)
+    text = SHORT_TEXT_TOKENS if settings.clips.source == "world" else TEXT_TOKENS
+    return Sequence(video, text, pipeline.image_tokens)
 
 
 def cached_snapshot(hub_id: str, revision: str) -> Path | None:
@@ -229,41 +249,6 @@ def build_encoders(
         return {name: build[name]() for name in parts}
 
 
-def build_head(config: Head, network: Network, taps: int, device: torch.device | str = "meta") -> nn.Module:
-    """The discriminator's head for a backbone of this shape."""
-    from vpae.models.heads import SemanticHead
-
-    with torch.device(device):
-        return SemanticHead(config, network.width, taps, network.text_dim, network.image_dim)
-
-
-@cache
-def transformer_parameters(network: Network) -> tuple[int, int]:
-    """Parameters of the whole transformer and of one block, counted on the real model."""
-    model = network.build()
-    return count(model), count(model.blocks[0])
-
-
-@cache
-def head_parameters(config: Head, network: Network, taps: int) -> int:
-    """Parameters of the discriminator's head."""
-    return count(build_head(config, network, taps))
-
-
-@cache
-def adapter_parameters(network: Network, lora: Lora) -> int:
-    """Parameters of a low-rank adapter, counted on the real model with the real adapter."""
-    from vpae.models.adapters import SharedBase
-
-    with torch.device("meta"):
-        return count(SharedBase(network.build()).add("planned", lora))
-
-
 def count(module: nn.Module) -> int:
     """Parameters of a module."""
     return sum(p.numel() for p in module.parameters())
-
-
-def as_dict(pipeline: Pipeline) -> dict:
-    """JSON-able shapes."""
-    return asdict(pipeline)

@@ -1,26 +1,24 @@
 """The plan of an experiment on a cluster: all figures as one JSON-able dict."""
 
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
 
-from vpae.config import Experiment, Geometry
+from vpae.config import Experiment, Geometry, Needs
 from vpae.experiment import ConfigError, Source
-from vpae.models.wan import SHORT_TEXT_TOKENS, TEXT_TOKENS
-from vpae.planning.counting import Sequence, sequence_of, transformer_flops
-from vpae.planning.footprint import (
-    ADAM_BYTES,
-    Footprint,
-    footprint,
-    parameters_of,
-    remedies,
-    smallest_cluster,
-)
-from vpae.planning.memory import BF16, FP32
-from vpae.planning.network import Network, Pipeline, build_encoders, count, pipeline_of
+from vpae.planning.inference import Use, uses
+from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count, pipeline_of, tokens_of
+from vpae.planning.phase import Execution, execute
 from vpae.planning.presence import missing
-from vpae.planning.workload import PHASES, adapter_of, step_flops, turns_of, warmup_flops
+from vpae.planning.remedies import remedies
 from vpae.training.checkpoint import KEEP
 
 H200_PEAK = 989e12  # dense bf16 operations per second of an H100 or H200 SXM [vendor's figure]
+FLOAT32_SHARE = 0.1  # of that peak, in float32 networks [measured: Wan2.1's VAE decodes at 96e12 on an H200]
+HOST_BYTES = {"gpu": 5e9, "cpu": 1.5e9}  # of a process that has loaded nothing yet [assumption]
+FP32, BF16 = 4, 2
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Cluster:
     """What the experiment is to run on, and what is assumed of it.
 
     Attributes:
-        gpus: how many.
+        gpus: how many a phase has; none: as many as the experiment's `cluster` section asks for.
         memory: bytes of each.
         interconnect: bytes per second that each GPU sends and receives at once between nodes; none: not counted.
         peak: operations per second of each GPU in matrix products.
@@ -36,12 +34,16 @@ class Cluster:
         overhead: bytes on each GPU for driver, libraries and fragmentation [assumption].
     """
 
-    gpus: int
+    gpus: int | None
     memory: float
     interconnect: float | None = None
     peak: float = H200_PEAK
     utilisation: float = 0.4
     overhead: float = 4e9
+
+    def seconds(self, operations: float, float32: float = 0.0) -> float:
+        """Of one GPU, for operations of large networks and of float32 ones."""
+        return operations / (self.peak * self.utilisation) + float32 / (self.peak * FLOAT32_SHARE)
 
 
 def make_plan(source: Source, cluster: Cluster) -> dict:
@@ -50,16 +52,22 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
     Raises:
         ConfigError: the networks' shapes are unknown, or processes cannot be shared out as configured.
     """
-    settings = source.settings
-    pipeline = pipeline_of(source)
-    network = pipeline.transformer
-    tokens = tokens_of(settings, pipeline)
-    for phase in PHASES:
-        _check_division(source, phase, network, tokens, cluster.gpus)
-    stages = {phase: _stage(settings, phase, network, tokens, cluster) for phase in PHASES}
-    binding = max(PHASES, key=lambda phase: stages[phase]["bytes_per_gpu"]["total"])
-    forward = transformer_flops(network, tokens).forward
-    samples = _samples(settings, forward, cluster)
+    settings, pipeline = source.settings, pipeline_of(source)
+    network, tokens = pipeline.transformer, tokens_of(source.settings, pipeline)
+    methods = sorted(settings.methods, key=lambda name: len(settings.chain(name)))
+    for phase in methods:
+        _check_division(source, phase, network, tokens, gpus_of(settings, phase, cluster))
+    work = {phase: (_phase, settings, phase, network, tokens, cluster) for phase in methods}
+    found = _at_once({**work, "uses": (uses, settings, pipeline, tokens)})
+    stages, used = {phase: found[phase] for phase in methods}, found["uses"]
+    stages |= {
+        "latents": _latents(settings, used, cluster),
+        "samples": _samples(settings, used, cluster),
+        "evaluation": _evaluation(settings, used, cluster),
+    }
+    for name, stage in stages.items():
+        stage["complaints"] = complaints(name, stage, getattr(settings.cluster, name))
+    binding = max(stages, key=lambda name: stages[name]["bytes_per_gpu"]["total"])
     return {
         "experiment": source.name,
         "cluster": {
@@ -68,45 +76,36 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
             "interconnect_bytes_per_second": cluster.interconnect,
             "peak_flops": cluster.peak,
         },
-        "assumptions": {"utilisation": cluster.utilisation, "overhead_bytes": cluster.overhead},
-        "parameters": parameters(settings, pipeline),
+        "assumptions": {
+            "utilisation": cluster.utilisation,
+            "float32_share": FLOAT32_SHARE,
+            "overhead_bytes": cluster.overhead,
+        },
+        "parameters": {phase: stages[phase]["parameters"] for phase in methods}
+        | {"pipeline": {"transformer": count(network.build())} | _encoder_parameters(pipeline)},
         "tokens": tokens.video,
         "condition_tokens": {"text": tokens.text, "image": tokens.image},
-        "flops_per_nfe": forward,
-        "flops_per_step": {phase: stages[phase]["flops_per_step"] for phase in PHASES},
-        "steps": {phase: stages[phase]["steps"] for phase in PHASES},
-        "bytes_per_gpu": stages[binding]["bytes_per_gpu"],
+        "flops_per_nfe": used["network_alone"].operations,
         "binding_stage": binding,
-        "fits": all(stages[phase]["fits"] for phase in PHASES),
-        "gpu_hours": sum(stages[phase]["gpu_hours"] for phase in PHASES) + samples["gpu_hours"],
+        "fits": all(stage["fits"] for stage in stages.values()),
+        "gpu_hours": sum(stage["gpu_hours"] for stage in stages.values()),
         "stages": stages,
-        "samples": samples,
-        "disk_bytes": disk(settings, pipeline, tokens),
+        "disk_bytes": disk(settings, pipeline, tokens, stages),
         "missing": missing(source),
     }
 
 
-def tokens_of(settings: Experiment, pipeline: Pipeline) -> Sequence:
-    """Tokens of one clip; captions are padded to 32 tokens if all are shorter, as the procedural world's are."""
-    text = SHORT_TEXT_TOKENS if settings.clips.source == "world" else TEXT_TOKENS
-    return sequence_of(settings.geometry, pipeline.transformer, text, pipeline.image_tokens)
+def _at_once(work: dict[str, tuple]) -> dict[str, Any]:
+    """Results of independent calls (function, arguments ...), each in a process of its own."""
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        begun = {name: pool.submit(*call) for name, call in work.items()}
+        return {name: result.result() for name, result in begun.items()}
 
 
-def parameters(settings: Experiment, pipeline: Pipeline) -> dict[str, int]:
-    """Parameters by role. `generator` and `ema` are what is trained: an adapter's where the student is one."""
-    network = pipeline.transformer
-    priming, equilibrium = (parameters_of(settings, phase, network) for phase in PHASES)
-    fake = "fake_lora" if adapter_of(settings, "priming", "fake") else "fake_copy"
-    found = {
-        "generator": priming.held["generator"],
-        "ema": priming.held["ema"],
-        "teacher": priming.held["teacher"],
-        fake: priming.held["fake"],
-        "head": equilibrium.held["head"],
-    }
-    if "backbone" in equilibrium.held:
-        found["discriminator_copy"] = equilibrium.held["backbone"]
-    return found | {name: count(module) for name, module in build_encoders(pipeline).items()}
+def gpus_of(settings: Experiment, phase: str, cluster: Cluster) -> int:
+    """How many processes a phase has."""
+    needs: Needs = getattr(settings.cluster, phase)
+    return cluster.gpus or max(1, needs.nodes * needs.gpus)
 
 
 def _check_division(source: Source, phase: str, network: Network, tokens: Sequence, gpus: int) -> None:
@@ -117,108 +116,158 @@ def _check_division(source: Source, phase: str, network: Network, tokens: Sequen
             raise ConfigError(f"{key} does not divide the {number} {what}; choose another")
 
 
-def _stage(settings: Experiment, phase: str, network: Network, tokens: Sequence, cluster: Cluster) -> dict:
-    training = getattr(settings, phase).training
-    taken = footprint(settings, phase, network, tokens, cluster.gpus, cluster.overhead)
-    groups = max(1, cluster.gpus // training.sharding.context_parallel)  # of GPUs that share a clip
-    clips = training.batch_size * training.accumulate * groups
-    step, first = (f(settings, phase, network, tokens) for f in (step_flops, warmup_flops))
-    compute = clips * step.executed / (cluster.gpus * cluster.peak * cluster.utilisation)
-    moved = step_traffic(settings, phase, network, tokens, cluster.gpus)
-    traffic = moved / cluster.interconnect if cluster.interconnect else 0.0
-    seconds = max(compute, traffic)
-    once = clips * first.executed / (cluster.gpus * cluster.peak * cluster.utilisation)
+def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence, cluster: Cluster) -> dict:
+    training, gpus = getattr(settings, phase).training, gpus_of(settings, phase, cluster)
+    found = execute(settings, phase, network, tokens, gpus)
+    room, steps = cluster.memory - cluster.overhead, training.steps
+    groups = max(1, gpus // training.sharding.context_parallel)  # of GPUs that share a clip
+
+    def per_step(value: Callable) -> float:
+        return sum(turn.count * value(turn) for turn in found.turns.values()) / steps
+
+    def traffic(received: float) -> float:
+        return received / cluster.interconnect if cluster.interconnect else 0.0
+
+    seconds = per_step(lambda turn: max(cluster.seconds(turn.executed), traffic(turn.received)))
     return {
-        "bytes_per_gpu": {**taken.parts, "total": taken.total},
-        "fits": taken.total <= cluster.memory,
-        "remedies": _remedies(settings, phase, network, tokens, cluster, taken),
-        "steps": training.steps,
-        "clips_per_step": clips,
-        "flops_per_step": clips * step.executed,
-        "model_flops_per_step": clips * step.model,
-        "traffic_bytes_per_gpu_and_step": moved,
-        "compute_seconds_per_step": compute,
-        "traffic_seconds_per_step": traffic,
+        "gpus": gpus,
+        "parameters": found.parameters,
+        "bytes_per_gpu": _bytes_per_gpu(found, cluster.overhead),
+        "fits": found.peak <= room,
+        "remedies": []
+        if found.peak <= room
+        else [
+            {**remedy, "total": remedy["total"] + cluster.overhead}
+            for remedy in remedies(settings, phase, network, tokens, gpus, room)
+        ],
+        "host_bytes": _host_bytes(settings, phase, found, gpus),
+        "turns": {
+            name: {
+                "per_step": turn.count / steps,
+                "model_flops": turn.model,
+                "flops": turn.executed,
+                "peak_bytes": turn.peak,
+            }
+            for name, turn in found.turns.items()
+        },
+        "steps": steps,
+        "clips_per_step": training.batch_size * training.accumulate * groups,
+        "flops_per_step": gpus * per_step(lambda turn: turn.executed),
+        "model_flops_per_step": gpus * per_step(lambda turn: turn.model),
+        "traffic_bytes_per_gpu_and_step": per_step(lambda turn: turn.received),
         "seconds_per_step": seconds,
-        "gpu_hours": (training.steps * seconds + once) * cluster.gpus / 3600,
+        "gpu_hours": steps * seconds * gpus / 3600,
     }
 
 
-def _remedies(settings, phase, network, tokens, cluster: Cluster, taken: Footprint) -> list[dict]:
-    if taken.total <= cluster.memory:
-        return []
-    found = [
-        {"set": list(switches), "total": total}
-        for switches, total in remedies(
-            settings, phase, network, tokens, cluster.gpus, cluster.memory, cluster.overhead
+def _bytes_per_gpu(found: Execution, overhead: float) -> dict[str, float]:
+    held = found.held
+    return {**held, "step": found.peak - sum(held.values()), "overhead": overhead, "total": found.peak + overhead}
+
+
+def _host_bytes(settings: Experiment, phase: str, found: Execution, gpus: int) -> float:
+    """Bytes of memory of a node at most: the first process makes all networks whole before it shards them."""
+    needs: Needs = getattr(settings.cluster, phase)
+    full = getattr(settings, phase).training.sharding.strategy == "full" and gpus > 1
+    here = max(1, needs.gpus)
+    networks = found.held["weights"] + found.held["ema"]
+    if not needs.gpus:
+        return here * (HOST_BYTES["cpu"] + found.peak)
+    return here * HOST_BYTES["gpu"] + networks * (gpus if full else here)
+
+
+# The stages around the phases: one GPU a job, and networks that are not trained.
+
+
+def _latents(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> dict:
+    """VAE and encoders are loaded together; each clip is encoded twice, with all its frames and with the first."""
+    clips, batch = settings.clips.train + settings.clips.held_out, settings.latents.batch_size
+    float32 = clips * sum(used[name].operations for name in ("encode", "condition", "image")) / batch
+    seconds = cluster.seconds(clips * used["text"].operations, float32)
+    return _stage(settings, "latents", used, ("encode", "image", "text"), ("condition",), seconds, cluster)
+
+
+def _samples(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> dict:
+    """One row's transformer and the VAE at a time."""
+    config = settings.samples
+    evaluations = config.count * sum(row.nfe for row in config.rows.values())
+    decoded = config.decode * (len(config.rows) + 1)  # and the clips themselves
+    operations = evaluations * used["network"].operations / config.batch_size
+    seconds = cluster.seconds(operations, decoded * used["decode"].operations)
+    found = _stage(settings, "samples", used, ("network", "decode"), (), seconds, cluster)
+    return {"network_evaluations": evaluations, **found}
+
+
+def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> dict:
+    """The latency of each row, for which a whole pipeline is loaded; VBench's networks are not counted."""
+    from vpae.evaluation.stage import LATENCY_PASSES
+
+    config, seconds = settings.evaluation, 0.0
+    for row in settings.samples.rows.values():
+        whole = config.latency_warmup + config.latency_repeats
+        alone = config.latency_warmup + config.latency_repeats * (1 if row.nfe >= 50 else 5)
+        around = sum(used[name].operations for name in ("condition", "image")) / settings.latents.batch_size
+        seconds += LATENCY_PASSES * (
+            cluster.seconds((alone + whole) * row.nfe * used["network_alone"].operations)
+            + cluster.seconds(whole * 2 * used["text"].operations, whole * (around + used["decode"].operations))
         )
-    ]
-    gpus = smallest_cluster(settings, phase, network, tokens, cluster.memory, cluster.overhead)
-    if gpus is not None and gpus > cluster.gpus:
-        found.append({"gpus": gpus, "total": footprint(settings, phase, network, tokens, gpus, cluster.overhead).total})
-    return found
+    networks = ("network_alone", "decode", "text", "image")
+    return _stage(settings, "evaluation", used, networks, ("condition",), seconds, cluster)
 
 
-def step_traffic(settings: Experiment, phase: str, network: Network, tokens: Sequence, gpus: int) -> float:
-    """Bytes that each GPU receives in one step: gathered weights, reduced gradients, tokens of shared clips."""
-    training = getattr(settings, phase).training
-    sharding = training.sharding
-    if gpus == 1:
-        return 0.0
-    bf16 = training.mixed_precision == "bf16"
-    s, others = BF16 if bf16 else FP32, (gpus - 1) / gpus
-    sizes = parameters_of(settings, phase, network)
-    size = sharding.context_parallel
-    exchanged = 4 * s * network.layers * tokens.video / size * network.width * (size - 1) / size * training.batch_size
-    total = 0.0
-    for turn in turns_of(settings, phase):
-        micro = update = 0.0
-        for run in turn.passes:
-            if run.role == "head":
-                continue
-            directions = run.forwards * (1 if run.gradient == "none" else 2)
-            micro += directions * exchanged
-            if sharding.strategy == "full":
-                micro += directions * s * sizes.transformer * others
-        trained = FP32 * sum(sizes.trained.get(r, 0) for r in {p.role for p in turn.passes if p.gradient in TRAINS})
-        reduced = trained * others * (1 if sharding.strategy == "full" else 2)
-        if sharding.strategy == "full" and sharding.reduce_every_micro_batch:
-            micro += reduced
-        else:
-            update += reduced
-        total += turn.per_step * (training.accumulate * micro + update)
-    return total
-
-
-TRAINS = ("adapter", "weights")
-
-
-def _samples(settings: Experiment, forward: float, cluster: Cluster) -> dict:
-    """Network time of the stage `samples`; encoding and decoding are not counted."""
-    evaluations = settings.samples.count * sum(row.nfe for row in settings.samples.rows.values())
+def _stage(
+    settings: Experiment,
+    name: str,
+    used: dict[str, Use],
+    loaded: tuple[str, ...],
+    others: tuple[str, ...],
+    seconds: float,
+    cluster: Cluster,
+) -> dict:
+    """A stage that has some networks loaded and uses them one after the other; `others` are further uses of them."""
+    needs: Needs = getattr(settings.cluster, name)
+    weights = sum(used[use].weights for use in loaded)
+    work = max(used[use].peak for use in (*loaded, *others))
+    overhead = cluster.overhead if needs.gpus else 0.0
+    total = weights + work + overhead
+    # A network is read into the node's memory before it goes to the GPU; on a CPU it stays there.
+    host = HOST_BYTES["gpu"] + max(used[use].weights for use in loaded) if needs.gpus else HOST_BYTES["cpu"] + total
     return {
-        "network_evaluations": evaluations,
-        "gpu_hours": evaluations * forward / (cluster.peak * cluster.utilisation) / 3600,
+        "gpus": 1,
+        "bytes_per_gpu": {"weights": weights, "step": work, "overhead": overhead, "total": total},
+        "fits": total <= cluster.memory or not needs.gpus,
+        "remedies": [],
+        "host_bytes": host,
+        "gpu_hours": seconds / 3600,
     }
 
 
-def disk(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str, float]:
+def complaints(name: str, stage: dict, needs: Needs) -> list[str]:
+    """What a stage needs and does not ask the cluster for, with the key to change."""
+    asked, wanted = needs.memory_gb * 1e9, stage["host_bytes"]
+    if wanted <= asked:
+        return []
+    return [f"cluster.{name}.memory_gb = {needs.memory_gb}, but a node needs about {wanted / 1e9:.0f} GB; raise it"]
+
+
+def _encoder_parameters(pipeline: Pipeline) -> dict[str, int]:
+    return {name: count(module) for name, module in build_encoders(pipeline).items()}
+
+
+def disk(settings: Experiment, pipeline: Pipeline, tokens: Sequence, stages: dict[str, dict]) -> dict[str, float]:
     """Bytes on disk: latents at most (captions of full length, first frames uncompressed), one teacher, the states."""
     clips = settings.clips.train + settings.clips.held_out
     network = pipeline.transformer
+    transformer = count(network.build())
     found = {"latents": clips * clip_bytes(settings.geometry, network, tokens, settings.latents.dtype)}
-    found["teacher"] = FP32 * (count_encoders(pipeline) + parameters_of(settings, "priming", network).transformer)
-    for phase in PHASES:
-        sizes = parameters_of(settings, phase, network)
-        state = (FP32 + ADAM_BYTES) * sum(sizes.trained.values()) + FP32 * sizes.held["ema"]
+    found["teacher"] = FP32 * (transformer + sum(_encoder_parameters(pipeline).values()))
+    for phase in settings.methods:
+        held, gpus = stages[phase]["bytes_per_gpu"], stages[phase]["gpus"]
+        shards = gpus if getattr(settings, phase).training.sharding.strategy == "full" else 1
+        state = shards * (1.5 * held["optimizer"] + held["ema"])  # two averages and a weight for each that is trained
         found[f"{phase}_states"] = (KEEP + 1) * state  # the next one is written before the oldest goes
-        found[f"{phase}_student"] = FP32 * sizes.transformer
+        found[f"{phase}_student"] = FP32 * transformer
     return found
-
-
-def count_encoders(pipeline: Pipeline) -> int:
-    """Parameters of VAE, text and image encoder."""
-    return sum(count(module) for module in build_encoders(pipeline).values())
 
 
 def clip_bytes(geometry: Geometry, network: Network, tokens: Sequence, dtype: str) -> int:

@@ -63,7 +63,7 @@ def empty_transformer(config: dict) -> WanTransformer3DModel:
     return model
 
 
-def spread(phase: Phase, training: Training, accelerator: Accelerator) -> None:
+def spread(phase: Phase, training: Training, accelerator: Accelerator, empty: bool = False) -> None:
     """Apply the plan to all networks of a phase; call it once, before training.
 
     Args:
@@ -71,6 +71,7 @@ def spread(phase: Phase, training: Training, accelerator: Accelerator) -> None:
             process has the weights on the CPU, the others have `empty_transformer`s.
         training: has the plan's settings and the precision.
         accelerator: device and processes.
+        empty: leave shards without memory, on the meta device.
 
     Raises:
         ValueError: processes, heads or strategy do not allow this much context parallelism.
@@ -92,7 +93,10 @@ def spread(phase: Phase, training: Training, accelerator: Accelerator) -> None:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=("shard",))
         dtype = torch.bfloat16 if training.mixed_precision == "bf16" else None
         for network in networks.values():
-            _distribute(network, mesh, dtype, accelerator.device)
+            if empty:
+                shard(network, mesh, dtype)
+            else:
+                _distribute(network, mesh, dtype, accelerator.device)
         for role in phase.roles.values():
             role.reset_optimizer()
 

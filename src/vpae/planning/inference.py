@@ -1,0 +1,104 @@
+"""What one use of each network of a pipeline takes, by running it on fake tensors.
+
+Number formats are those of `models.formats`, which every stage follows.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vpae.bench.networks import random_condition, random_latents, random_transformer
+from vpae.config import Experiment
+from vpae.models.formats import LARGE, RESIZABLE
+from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
+from vpae.planning.meter import Meter
+from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a network.
+
+    Attributes:
+        operations: of matrix products and convolutions.
+        weights: bytes that the network holds.
+        peak: most bytes besides, its results included.
+    """
+
+    operations: float
+    weights: float
+    peak: float
+
+
+@torch.no_grad()
+def measure(module: nn.Module, work: Callable[[nn.Module], object]) -> Use:
+    """Run a network that stands on the meta device on fake tensors."""
+    with warnings.catch_warnings(), FakeTensorMode(), Meter() as meter:
+        warnings.simplefilter("ignore")
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
+            for name, table in part._buffers.items():
+                if table is not None:
+                    part._buffers[name] = torch.empty(table.shape, dtype=table.dtype)
+        weights = meter.now
+        meter.peaks.clear()
+        result = work(module.eval())  # noqa: F841, a result is alive as long as its work is looked at
+        return Use(float(meter.counts["model"]), float(weights), float(meter.peak - weights))
+
+
+def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str, Use]:
+    """One network evaluation of a batch of samples, of one video alone, and what the encoders and the VAE do."""
+    g, batch, side = settings.geometry, settings.latents.batch_size, pipeline.image_encoder["image_size"]
+
+    def encoder(name: str, work: Callable[[nn.Module], object]) -> Use:
+        module = build_encoders(pipeline, parts=(name,))[name]
+        return measure(module.to(by_size(module)) if name in RESIZABLE else module, work)
+
+    def video(count: int, frames: int) -> Tensor:
+        return torch.empty(count, 3, frames, g.height, g.width)
+
+    def ids() -> Tensor:
+        return torch.ones(1, TEXT_TOKENS, dtype=torch.long)
+
+    def pixels() -> Tensor:
+        return torch.empty(batch, 3, side, side)
+
+    return {
+        "network": network_use(settings, pipeline.transformer, tokens, settings.samples.batch_size),
+        "network_alone": network_use(settings, pipeline.transformer, tokens, 1),
+        "text": encoder("text_encoder", lambda model: model(input_ids=ids(), attention_mask=ids())),
+        "image": encoder("image_encoder", lambda model: model(pixel_values=pixels(), output_hidden_states=True)),
+        "encode": encoder("vae", lambda vae: encode_video(vae, video(batch, g.frames))),
+        "condition": encoder("vae", lambda vae: encode_condition(vae, video(batch, 1)[:, :, 0], g.frames)),
+        "decode": encoder("vae", lambda vae: decode_latents(vae, random_latents(settings, 1, CPU))),
+    }
+
+
+def by_size(module: nn.Module) -> torch.dtype:
+    """The number format of a transformer or text encoder."""
+    return torch.bfloat16 if count(module) >= LARGE else torch.float32
+
+
+def network_use(settings: Experiment, network: Network, tokens: Sequence, batch: int) -> Use:
+    """One network evaluation of several videos: of two and three blocks, which make the line for all."""
+
+    def predict(model: nn.Module) -> Tensor:
+        take_any_inputs(model)
+        condition = random_condition(settings, network, tokens, batch, CPU)
+        return predict_x0(model, random_latents(settings, batch, CPU), torch.ones(batch), condition)
+
+    dtype = by_size(network.build())
+
+    def of(layers: int) -> Use:
+        return measure(random_transformer(replace(network, layers=layers), torch.device("meta"), dtype), predict)
+
+    two, three = of(2), of(3)
+    return Use(*(a + (network.layers - 2) * (b - a) for a, b in zip(astuple(two), astuple(three), strict=True)))

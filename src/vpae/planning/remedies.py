@@ -1,0 +1,94 @@
+"""What would make a phase fit: switches of its settings, and more GPUs, each tried by running the phase."""
+
+from collections.abc import Callable
+
+from vpae.config import Experiment, Lora
+from vpae.planning.network import Network, Sequence
+from vpae.planning.phase import execute
+
+MOST_GPUS = 4096
+
+
+def remedies(
+    settings: Experiment, phase: str, network: Network, tokens: Sequence, gpus: int, room: float
+) -> list[dict]:
+    """Sets of switches, and numbers of GPUs, with which a phase needs no more bytes than there is room for."""
+
+    def peak(values: dict, gpus: int = gpus) -> float:
+        return execute(with_switches(settings, phase, values), phase, network, tokens, gpus).peak
+
+    found = []
+    if (values := _enough(switches(settings, phase, network, gpus), peak, room)) is not None:
+        found.append({"set": [text for key in values for text in _words(settings, phase, key, values[key])]})
+        found[-1]["total"] = peak(values)
+    if getattr(settings, phase).training.sharding.strategy == "full" and (more := _more_gpus(peak, gpus, room)):
+        found.append({"gpus": more[0], "total": more[1]})
+    return found
+
+
+def switches(settings: Experiment, phase: str, network: Network, gpus: int) -> list[dict]:
+    """What could be switched on for a phase, the gentlest first."""
+    config = getattr(settings, phase)
+    training, sharding = config.training, config.training.sharding
+    found: list[dict] = []
+    if sharding.strategy == "none" and gpus > 1:
+        found.append({"strategy": "full"})
+    if not sharding.activation_checkpointing:
+        found.append({"activation_checkpointing": True})
+    if training.accumulate > 1 and not sharding.reduce_every_micro_batch and gpus > 1:
+        found.append({"reduce_every_micro_batch": True})
+    if training.batch_size > 1:
+        found.append({"batch_size": 1})
+    for size in (2, 4, 8):
+        if size > sharding.context_parallel and gpus % size == 0 and network.heads % size == 0:
+            found.append({"context_parallel": size})
+    if config.student_lora is None:
+        found.append({"student_lora": Lora()})
+    return found
+
+
+def with_switches(settings: Experiment, phase: str, values: dict) -> Experiment:
+    """The same experiment with some switches of one phase set."""
+    config = getattr(settings, phase)
+    of = lambda section: {key: value for key, value in values.items() if key in type(section).model_fields}  # noqa: E731
+    sharding = config.training.sharding.model_copy(update=of(config.training.sharding))
+    training = config.training.model_copy(update={**of(config.training), "sharding": sharding})
+    return settings.model_copy(update={phase: config.model_copy(update={**of(config), "training": training})})
+
+
+def _enough(available: list[dict], peak: Callable[[dict], float], room: float) -> dict | None:
+    """As few switches as will do: one after the other, and then without those that are not needed."""
+    values: dict = {}
+    for switch in available:
+        values |= switch
+        if peak(values) <= room:
+            break
+    else:
+        return None
+    for key in list(values)[:-1]:
+        fewer = {k: v for k, v in values.items() if k != key}
+        if peak(fewer) <= room:
+            values = fewer
+    return values
+
+
+def _more_gpus(peak: Callable[..., float], gpus: int, room: float) -> tuple[int, float] | None:
+    """The smallest number of GPUs in whole nodes of eight, doubled, that suffices; of shards, each has its part."""
+    few, many = peak({}, gpus), peak({}, MOST_GPUS)
+    if many > room:
+        return None
+    shared = (few - many) / (1 / gpus - 1 / MOST_GPUS)
+    enough = 8
+    while enough <= gpus or many + shared / enough > room:
+        enough *= 2
+    total = peak({}, enough)
+    return (enough, total) if total <= room else None
+
+
+def _words(settings: Experiment, phase: str, key: str, value: object) -> list[str]:
+    """What to give `--set`; an adapter is the same in all methods, of which one starts from the other."""
+    if isinstance(value, Lora):
+        text = f"student_lora={{rank: {value.rank}, alpha: {value.alpha:g}}}"
+        return [f"{method}.{text}" for method in settings.methods]
+    place = "training" if key == "batch_size" else "training.sharding"
+    return [f"{phase}.{place}.{key}={str(value).lower()}"]
