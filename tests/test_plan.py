@@ -1,36 +1,41 @@
-"""What `vpae plan` says is held against what torch counts: parameters, operations, bytes; and scripts that run."""
+"""What `vpae plan` says is held against what real phases take: operations, bytes; and an H200's. Scripts that run."""
 
 import json
 import os
+import resource
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from vpae.planning.counting import Sequence, adapter_flops, transformer_flops
-from vpae.planning.footprint import footprint, parameters_of
-from vpae.planning.memory import FP32, Precision, transformer_activations
-from vpae.planning.workload import turn_flops, turns_of
 
-from planned import RANK, ROOT, SMALL, TOKENS, at_tiny_size, on_larger_clips, variant
+from planned import ROOT, SMALL, TOKENS, at_tiny_size, on_larger_clips, variant
 from test_workflow import Clone
 from vpae.bench.live_bytes import LiveBytes
-from vpae.bench.training import Workbench, build_phase, held_by
+from vpae.bench.networks import random_condition, random_latents
+from vpae.bench.training import Workbench
 from vpae.cli import main
 from vpae.config import Lora
 from vpae.experiment import ConfigError, Source, load, shipped
 from vpae.models.adapters import TARGETS, SharedBase
+from vpae.models.wan import velocity
 from vpae.planning.command import as_text, parse_bytes
+from vpae.planning.inference import network_use
 from vpae.planning.launch import Job, render
-from vpae.planning.network import Network, adapter_parameters, pipeline_of
-from vpae.planning.plan import Cluster, make_plan, tokens_of
+from vpae.planning.meter import Meter
+from vpae.planning.network import Network, Sequence, count, pipeline_of, tokens_of
+from vpae.planning.phase import execute
+from vpae.planning.plan import Cluster, make_plan
 from vpae.planning.presence import incomplete, missing_teacher
 
 FULL_SCALE = [path for path in shipped(ROOT / "configs") if path.stem.startswith("wan")]
 CONFIG = ROOT / "configs" / "wan2.1-i2v-14b-480p.yaml"
+LORA = ROOT / "configs" / "wan2.1-i2v-14b-480p-lora.yaml"
 I2V_14B = Network()
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -38,47 +43,60 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def inputs_of(network: Network, latents: tuple[int, int, int], device: str, gradient: bool = False) -> dict:
-    """What a transformer is called with."""
-    return {
-        "hidden_states": torch.randn(1, network.in_channels, *latents, device=device, requires_grad=gradient),
-        "timestep": torch.full((1,), 500.0, device=device),
-        "encoder_hidden_states": torch.randn(1, 512, network.text_dim, device=device),
-        "encoder_hidden_states_image": torch.randn(1, 257, network.image_dim, device=device),
-        "return_dict": False,
-    }
-
-
-def adapted(network: Network, device: str) -> tuple[SharedBase, torch.nn.Module]:
-    with torch.device(device):
-        base = SharedBase(network.build(device))
-        return base, base.add("student", Lora(rank=RANK, alpha=RANK))
-
-
 # Parameters and tokens
 
 
-def test_the_plan_of_the_full_experiment_has_the_known_numbers(capsys: pytest.CaptureFixture) -> None:
-    arguments = ["plan", "--config", str(CONFIG), "--gpus", "16", "--gpu-memory", "80GB", "--json"]
-    assert main(arguments) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["parameters"]["generator"] == plan["parameters"]["teacher"] == plan["parameters"]["ema"]
-    assert plan["parameters"]["teacher"] == 16_394_878_784
-    assert plan["parameters"]["fake_lora"] == pytest.approx(359.1e6, rel=1e-3)
-    assert plan["parameters"]["text_encoder"] == pytest.approx(5.68e9, rel=1e-2)
-    assert plan["parameters"]["vae"] == pytest.approx(127e6, rel=1e-2)
-    assert plan["parameters"]["image_encoder"] == pytest.approx(631e6, rel=1e-2)
-    assert plan["parameters"]["head"] > 0
-    assert plan["tokens"] == 32_760
-    assert plan["flops_per_nfe"] == pytest.approx(1.7e15, rel=0.02)
-    assert plan["gpu_hours"] > 100
-    for stage in plan["stages"].values():
+@pytest.fixture(scope="module")
+def full() -> dict:
+    """The plan of the paper's experiment, on what its file asks for; and the processor's seconds that it took."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        plan = make_plan(load(CONFIG, environment=False), Cluster(None, 80e9))
+        after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after, strict=True))
+    return {**plan, "processor_seconds": seconds}
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_full_experiment_has_the_known_numbers(full: dict) -> None:
+    priming, equilibrium = full["parameters"]["priming"], full["parameters"]["equilibrium"]
+    assert priming["generator"] == priming["ema"] == equilibrium["teacher"] == 16_394_878_784
+    assert priming["fake"] == pytest.approx(359.1e6, rel=1e-3)
+    pipeline = full["parameters"]["pipeline"]
+    assert pipeline["transformer"] == 16_394_878_784
+    assert pipeline["text_encoder"] == pytest.approx(5.68e9, rel=1e-2)
+    assert pipeline["vae"] == pytest.approx(127e6, rel=1e-2)
+    assert pipeline["image_encoder"] == pytest.approx(631e6, rel=1e-2)
+    assert equilibrium["head"] > 0
+    assert full["tokens"] == 32_760
+    assert full["flops_per_nfe"] == pytest.approx(1.7e15, rel=0.02)
+    assert full["gpu_hours"] > 100
+    for stage in full["stages"].values():
         parts = dict(stage["bytes_per_gpu"])
         assert parts.pop("total") == pytest.approx(sum(parts.values()))
-        assert min(parts[name] for name in ("weights", "gradients", "optimizer", "ema", "activations")) > 0
-    totals = {name: stage["bytes_per_gpu"]["total"] for name, stage in plan["stages"].items()}
-    assert plan["bytes_per_gpu"]["total"] == max(totals.values()) == totals[plan["binding_stage"]]
-    assert "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers" in plan["missing"][-1]
+        assert min(parts.values()) > 0
+        assert stage["gpu_hours"] > 0
+    totals = {name: stage["bytes_per_gpu"]["total"] for name, stage in full["stages"].items()}
+    assert max(totals.values()) == totals[full["binding_stage"]]
+    assert "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers" in full["missing"][-1]
+
+
+@pytest.mark.slow
+def test_the_plan_covers_every_stage_that_asks_for_a_gpu(full: dict) -> None:
+    cluster = load(CONFIG, environment=False).settings.cluster
+    methods = load(CONFIG, environment=False).settings.methods
+    others = [name for name in ("latents", "samples", "evaluation") if getattr(cluster, name).gpus]
+    assert set(full["stages"]) == {*methods, *others}
+    assert full["stages"]["priming"]["gpus"] == 16
+    for name, stage in full["stages"].items():
+        assert stage["fits"] and not stage["complaints"], name
+        assert 0 < stage["host_bytes"] <= getattr(cluster, name).memory_gb * 1e9
+
+
+@pytest.mark.slow
+def test_a_plan_of_14b_takes_less_than_a_minute_of_two_cores(full: dict) -> None:
+    assert full["processor_seconds"] < 100  # in three processes, of which none takes half of it
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("wan2.1-i2v-14b-480p", 32_760), ("wan2.1-i2v-14b-720p", 75_600)])
@@ -92,190 +110,246 @@ def test_adapters_of_known_ranks_have_the_known_sizes() -> None:
     d, f = I2V_14B.width, I2V_14B.ffn
     expected = 40 * 64 * (10 * 2 * d + 2 * (d + f))
     assert len(TARGETS) == 8  # of which q, k, v, out are there twice: self- and cross-attention
-    assert adapter_parameters(I2V_14B, Lora(rank=64)) == expected
-    assert adapter_parameters(I2V_14B, Lora(rank=128)) == 2 * expected
+    for rank in (64, 128):
+        with torch.device("meta"):
+            assert count(SharedBase(I2V_14B.build()).add("student", Lora(rank=rank))) == rank / 64 * expected
 
 
-@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
-@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "wan2.1-i2v-14b-480p-lora"])
-def test_all_roles_of_the_14b_phases_are_built_on_the_meta_device(name: str, phase: str) -> None:
-    settings = load(ROOT / "configs" / f"{name}.yaml", environment=False).settings
-    with torch.device("meta"):  # for the adapters
-        built = build_phase(settings, phase, I2V_14B, torch.device("meta"))
-    roles = {"generator": built.generator, "ema": built.ema}
-    roles |= {"fake": built.shared.fake} if phase == "priming" else {"head": built.head}
-    parts = [*roles.values(), *built.networks.values()]
-    assert all(p.is_meta for part in parts for p in part.parameters())
-    planned = parameters_of(settings, phase, I2V_14B)
-    assert {role: sum(p.numel() for p in part.parameters()) for role, part in roles.items()} == {
-        role: planned.held[role] for role in roles
-    }
-    adapters = sum(planned.held[r] for r in ("generator", "ema") if settings.priming.student_lora)
-    adapters += planned.held.get("fake", 0)
-    whole = sum(p.numel() for network in built.networks.values() for p in network.parameters())
-    assert whole == (1 if settings.priming.student_lora else 3) * 16_394_878_784 + adapters
+# What is counted
 
 
-# Operations
-
-
-@pytest.mark.parametrize(
-    ("network", "latents"), [(SMALL, (5, 32, 32)), (I2V_14B, (21, 60, 104))], ids=["small", "14B at 480p"]
-)
-def test_operations_of_a_network_evaluation_are_what_torch_counts(network: Network, latents: tuple) -> None:
-    model = network.build("meta")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs_of(network, latents, "meta"))
-    tokens = Sequence(latents[0] * latents[1] * latents[2] // 4, 512, 257)
-    assert transformer_flops(network, tokens).forward == pytest.approx(counter.get_total_flops(), rel=0.01)
+def evaluation(network: Network, latents: tuple[int, int, int], gradient: str) -> tuple[nn.Module, tuple]:
+    """A network on a CPU, and what `velocity` wants."""
+    geometry = {"frames": 4 * latents[0] - 3, "height": 8 * latents[1], "width": 8 * latents[2]}
+    settings = load(ROOT / "configs" / "micro.yaml", [f"geometry={geometry}"], environment=False).settings
+    model: nn.Module = network.build("cpu").requires_grad_(gradient == "weights")
+    if gradient == "adapter":
+        model = SharedBase(model).add("student", Lora(rank=4, alpha=4))
+    x = random_latents(settings, 1, CPU).requires_grad_(gradient == "input")
+    condition = random_condition(settings, network, Sequence(0, 512, 257), 1, CPU)
+    return model, (x, torch.full((1,), 0.5), condition)
 
 
 @pytest.mark.parametrize("gradient", ["weights", "adapter", "input"])
-def test_operations_of_a_backward_pass_are_what_torch_counts(gradient: str) -> None:
-    latents, tokens = (5, 64, 64), Sequence(5 * 32 * 32, 512, 257)
-    if gradient == "adapter":
-        base, model = adapted(SMALL, "meta")
-        assert base.transformer is model.base
-    else:
-        model = SMALL.build("meta").requires_grad_(gradient == "weights")
-    with sdpa_kernel(SDPBackend.MATH):
-        output = model(**inputs_of(SMALL, latents, "meta", gradient == "input"))[0]
-        with FlopCounterMode(display=False) as counter:
-            output.sum().backward()
-    expected = transformer_flops(SMALL, tokens).backward(gradient)
-    if gradient == "adapter":
-        expected += adapter_flops(SMALL, tokens, Lora(rank=RANK)).backward("weights")
-    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
-
-
-@pytest.mark.parametrize("name", ["micro", "lora", "copies"])
-@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_of_a_step_are_what_the_phases_do(name: str, phase: str, checkpointing: bool) -> None:
-    settings = variant(name, phase, activation_checkpointing=checkpointing)
-    tokens = Sequence(5 * 4 * 4, 32, 5)
-    bench = Workbench(
-        settings, build_phase(settings, phase, SMALL, torch.device("cpu")), SMALL, tokens, torch.device("cpu")
-    )
-    for turn in turns_of(settings, phase):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            bench.update(turn.role)
-        planned = turn_flops(settings, phase, turn, SMALL, tokens)
-        assert (planned.recomputed > 0) == checkpointing or turn.role == "head"
-        assert planned.executed == pytest.approx(counter.get_total_flops(), rel=0.08), turn.role
-
-
-# Memory
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("gradient", ["weights", "adapter", "input"])
-def test_activations_are_what_is_alive(gradient: str, checkpointing: bool) -> None:
-    latents, tokens = (5, 32, 32), Sequence(5 * 16 * 16, 512, 257)
-    if gradient == "adapter":
-        base, model = adapted(SMALL, "cpu")
-        assert base.transformer is model.base
-    else:
-        model = SMALL.build("cpu").requires_grad_(gradient == "weights")
-    if checkpointing:
-        getattr(model, "base", model).enable_gradient_checkpointing()
-    inputs = inputs_of(SMALL, latents, "cpu", gradient == "input")
+def test_operations_and_bytes_are_those_that_torch_counts(gradient: str) -> None:
+    model, inputs = evaluation(SMALL, (5, 16, 16), gradient)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        velocity(model, *inputs).sum().backward()
+    model.zero_grad()
+    with Meter() as meter:
+        velocity(model, *inputs).sum().backward()
+    # Fused attention always has the gradients of keys and values, the counted one only where they are wanted.
+    assert meter.counts["model"] == pytest.approx(counter.get_total_flops(), rel=1e-6 if gradient == "weights" else 0.1)
+    assert meter.counts["recomputed"] == 0
     with LiveBytes() as live:
-        model(**inputs)[0].square().sum().backward()
-    needed = transformer_activations(SMALL, tokens, gradient, Precision(FP32, False), checkpointing, RANK)
-    assert max(needed.held + needed.working, needed.transient) == pytest.approx(live.peak, rel=0.15)
+        velocity(model, *inputs).sum().backward()
+    assert live.peak == pytest.approx(meter.peak, rel=0.05) > 0
 
 
-def test_what_a_pass_without_gradients_needs_is_what_is_alive() -> None:
-    model = SMALL.build("cpu")
-    inputs = inputs_of(SMALL, (5, 32, 32), "cpu")
-    with torch.no_grad(), LiveBytes() as live:
-        model(**inputs)
-    needed = transformer_activations(SMALL, Sequence(5 * 16 * 16, 512, 257), "none", Precision(FP32, False), False)
-    assert needed.transient == pytest.approx(live.peak, rel=0.15)
+def test_what_is_computed_again_is_the_forward_pass_of_the_blocks() -> None:
+    """Checkpointing runs each block once more, but for what comes after the last tensor that it needs."""
+    model, inputs = evaluation(SMALL, (5, 16, 16), "weights")
+    counts = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with Meter() as forward:
+            loss = velocity(model, *inputs).sum()
+        with Meter() as backward:
+            loss.backward()
+        counts.append((forward.counts, backward.counts))
+    (forward, backward), (forward_again, backward_again) = counts
+    assert forward == forward_again and backward["model"] == backward_again["model"]
+    assert 0.8 * forward["model"] < backward_again["recomputed"] < forward["model"]
+
+
+def test_a_network_evaluation_of_14b_has_the_known_operations() -> None:
+    """By hand: N tokens, width D, F of feed-forward, S of text and image: 2 (N (6 D^2 + 2 D F) + 2 N^2 D + ...)."""
+    settings = load(CONFIG, environment=False).settings
+    tokens, d, f = Sequence(32_760, 512, 257), 5120, 13824
+    n, context = tokens.video, tokens.text + tokens.image
+    block = n * (6 * d * d + 2 * d * f) + 2 * n * n * d + 2 * n * context * d + 2 * context * d * d
+    ends = n * d * 4 * 52
+    found = network_use(settings, I2V_14B, tokens, 1)
+    assert found.operations == pytest.approx(2 * (40 * block + ends), rel=1e-3)
+    assert found.weights == pytest.approx(2 * 16_394_878_784, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", ["micro", "lora", "copies"])
 @pytest.mark.parametrize("phase", ["priming", "equilibrium"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-def test_the_memory_of_a_phase_is_what_the_phase_takes(name: str, phase: str, checkpointing: bool) -> None:
+def test_a_phase_takes_the_operations_and_bytes_that_are_planned(name: str, phase: str, checkpointing: bool) -> None:
+    """Planned from three and four blocks without memory, held against eight of real ones."""
     settings = on_larger_clips(variant(name, phase, activation_checkpointing=checkpointing))
-    device = torch.device("cpu")
-    bench = Workbench(settings, build_phase(settings, phase, SMALL, device), SMALL, TOKENS, device)
-    peaks = []
-    for turn in turns_of(settings, phase):
-        bench.update(turn.role)
-    for turn in turns_of(settings, phase):
+    planned = execute(settings, phase, SMALL, TOKENS, 1, gpu=False)
+    bench = Workbench(settings, phase, SMALL, TOKENS, CPU)
+    for turn in planned.turns:
+        bench.update(turn)
+    for turn, plan in planned.turns.items():
         with LiveBytes() as live:
-            bench.update(turn.role)
-        peaks.append(held_by(bench.phase) + live.peak)
-    planned = footprint(settings, phase, SMALL, TOKENS, 1, fused_norm=False)
-    assert planned.total == pytest.approx(max(peaks), rel=0.15)
+            bench.update(turn)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            bench.update(turn)
+        assert plan.peak == pytest.approx(bench.held + live.peak, rel=0.03), turn
+        assert plan.executed == pytest.approx(counter.get_total_flops(), rel=0.01), turn
+        assert (plan.recomputed > 0) == checkpointing or turn == "head"
+
+
+def test_more_micro_batches_take_as_many_times_the_operations() -> None:
+    one, five = (execute(variant("micro", "priming", n), "priming", SMALL, TOKENS, 1) for n in (1, 5))
+    for turn, plan in five.turns.items():
+        assert plan.executed == pytest.approx(5 * one.turns[turn].executed)
+        assert plan.peak > one.turns[turn].peak  # gradients are there while the next micro-batch runs
+
+
+def test_turns_are_counted_as_a_run_makes_them() -> None:
+    settings = variant("micro", "equilibrium")
+    changed = settings.equilibrium.model_copy(
+        update={"discriminator_warmup_steps": 3, "discriminator_steps_per_generator_step": 2}
+    )
+    planned = execute(settings.model_copy(update={"equilibrium": changed}), "equilibrium", SMALL, TOKENS, 1)
+    steps = changed.training.steps
+    assert {name: turn.count for name, turn in planned.turns.items()} == {"head": 2 * steps + 3, "generator": steps}
+
+
+def test_features_between_and_after_the_last_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same network run whole."""
+    settings = variant("micro", "equilibrium", activation_checkpointing=True)
+    head = settings.equilibrium.head.model_copy(update={"taps": (1, 4)})
+    changed = settings.equilibrium.model_copy(update={"head": head})
+    settings = settings.model_copy(update={"equilibrium": changed})
+    short = execute(settings, "equilibrium", SMALL, TOKENS, 1)
+    monkeypatch.setattr("vpae.planning.phase.FEWEST", 100)
+    whole = execute(settings, "equilibrium", SMALL, TOKENS, 1)
+    for turn, plan in whole.turns.items():
+        assert short.turns[turn].executed == pytest.approx(plan.executed, rel=1e-6)
+        assert short.turns[turn].peak == pytest.approx(plan.peak, rel=0.01)
+    assert short.parameters == whole.parameters
+
+
+# Measured on an H200 with the networks of `LORA` and random weights: one clip, one process, torch 2.11.
+# (phase, turn): (model operations, peak bytes, whether the generator's optimiser had its averages already).
+H200 = {
+    ("equilibrium", "head"): (8.5231e15, 57.774e9, False),
+    ("equilibrium", "generator"): (10.2892e15, 106.058e9, True),
+    ("priming", "fake"): (6.0226e15, 81.392e9, False),
+    ("priming", "generator"): (9.3954e15, 84.256e9, True),
+}
+AVERAGES = 2 * 4 * 359_137_280
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
+def test_what_is_planned_at_14b_is_what_an_h200_took(phase: str) -> None:
+    once = [f"{phase}.training.accumulate=1"]
+    planned = execute(load(LORA, once, environment=False).settings, phase, I2V_14B, Sequence(32_760, 512, 257), 1)
+    for turn, plan in planned.turns.items():
+        operations, peak, steady = H200[phase, turn]
+        assert plan.model == pytest.approx(operations, rel=0.01), turn
+        assert plan.peak == pytest.approx(peak, rel=0.05), turn
+        assert plan.peak == pytest.approx(peak + (0 if steady else AVERAGES), rel=0.02), turn
 
 
 # Advice
 
 
-def plan_of(gpus: int, *overrides: str, memory: float = 80e9, config: Path = CONFIG) -> dict:
-    return make_plan(load(config, overrides, environment=False), Cluster(gpus, memory))
+def wide(tmp_path: Path, *overrides: str) -> Source:
+    """Few wide blocks: planned in seconds, with weights and activations that matter."""
+    shape = "teacher.transformer={heads: 8, head_dim: 64, layers: 5}"
+    clips = "geometry={frames: 33, height: 256, width: 256}"
+    return load(ROOT / "configs" / "micro.yaml", [shape, clips, *overrides], environment=False)
 
 
-def test_what_would_make_it_fit_makes_it_fit() -> None:
-    nothing = "training.sharding={strategy: none, reduce_every_micro_batch: false}"
-    whole = [f"{phase}.{nothing}" for phase in ("priming", "equilibrium")]
-    plan = plan_of(8, *whole)
+def plan_of(tmp_path: Path, gpus: int | None, *overrides: str, memory: float = 80e9, **cluster) -> dict:
+    return make_plan(wide(tmp_path, *overrides), Cluster(gpus, memory, overhead=0.0, **cluster))
+
+
+PHASES = ("priming", "equilibrium")
+
+
+def test_what_would_make_it_fit_makes_it_fit(tmp_path: Path) -> None:
+    full = [f"{phase}.training.sharding.strategy=full" for phase in PHASES]
+    largest = max(stage["bytes_per_gpu"]["total"] for stage in plan_of(tmp_path, 2, *full)["stages"].values())
+    plan = plan_of(tmp_path, 2, *full, memory=0.9 * largest)
     assert not plan["fits"]
-    for phase, stage in plan["stages"].items():
-        assert stage["remedies"]
+    lacking = {name: stage for name, stage in plan["stages"].items() if not stage["fits"]}
+    for phase, stage in lacking.items():
+        assert {"set", "gpus"} >= {key for remedy in stage["remedies"] for key in remedy} - {"total"}
+        assert any("set" in remedy for remedy in stage["remedies"])
         for remedy in stage["remedies"]:
-            again = plan_of(remedy.get("gpus", 8), *whole, *remedy.get("set", []))["stages"][phase]
-            assert again["fits"]
-            assert again["bytes_per_gpu"]["total"] == pytest.approx(remedy["total"])
+            again = plan_of(tmp_path, remedy.get("gpus", 2), *full, *remedy.get("set", []), memory=0.9 * largest)
+            assert again["stages"][phase]["fits"]
+            assert again["stages"][phase]["bytes_per_gpu"]["total"] == pytest.approx(remedy["total"])
+    assert "would fit with --set" in as_text(plan)
 
 
-def test_more_gpus_take_less_memory_each_and_the_same_hours_for_the_same_clips() -> None:
+def test_more_gpus_take_less_memory_each_and_the_same_hours_for_the_same_clips(tmp_path: Path) -> None:
     # Twice the GPUs see twice the clips a step; half the accumulation brings that back.
-    few, many = plan_of(16), plan_of(32, "priming.training.accumulate=4", "equilibrium.training.accumulate=4")
-    assert many["bytes_per_gpu"]["total"] < few["bytes_per_gpu"]["total"]
-    assert many["flops_per_step"] == few["flops_per_step"]
-    assert many["gpu_hours"] == pytest.approx(few["gpu_hours"])
+    full = [f"{phase}.training.sharding.strategy=full" for phase in PHASES]
+    few, many = (
+        plan_of(tmp_path, gpus, *full, *(f"{phase}.training.accumulate={8 // gpus}" for phase in PHASES))["stages"]
+        for gpus in (2, 4)
+    )
+    for phase in PHASES:
+        assert many[phase]["bytes_per_gpu"]["total"] < few[phase]["bytes_per_gpu"]["total"]
+        assert many[phase]["flops_per_step"] == pytest.approx(few[phase]["flops_per_step"])
+        assert many[phase]["gpu_hours"] == pytest.approx(few[phase]["gpu_hours"])
+        assert many[phase]["clips_per_step"] == few[phase]["clips_per_step"]
 
 
-def test_a_slow_interconnect_takes_time() -> None:
-    source = load(CONFIG, environment=False)
+def test_a_slow_interconnect_takes_time(tmp_path: Path) -> None:
+    full = [f"{phase}.training.sharding.strategy=full" for phase in PHASES]
     seconds = [
-        make_plan(source, Cluster(16, 80e9, interconnect))["stages"]["priming"]["seconds_per_step"]
-        for interconnect in (None, 1e12, 1e9)
+        plan_of(tmp_path, 2, *full, interconnect=speed)["stages"]["priming"]["seconds_per_step"]
+        for speed in (None, 1e15, 1e9)
     ]
     assert seconds[0] == seconds[1] < seconds[2]
 
 
-def test_the_shipped_experiments_fit_the_clusters_their_comments_name() -> None:
-    for name, gpus in (("i2v-14b-480p", 16), ("i2v-14b-720p", 32), ("i2v-14b-480p-lora", 8), ("fun-1.3b-480p", 8)):
-        plan = plan_of(gpus, config=ROOT / "configs" / f"wan2.1-{name}.yaml")
-        assert plan["fits"], (name, plan["bytes_per_gpu"])
-        assert {stage["clips_per_step"] for stage in plan["stages"].values()} == {64}
+def test_traffic_is_that_of_shards_and_of_shared_clips() -> None:
+    """In one micro-batch each GPU of n gets the others' (n - 1) / n of all weights, for each direction of a pass."""
+    n = 4
+    whole, shards = (
+        execute(on_larger_clips(variant("micro", "equilibrium", strategy=s)), "equilibrium", SMALL, TOKENS, n)
+        for s in ("none", "full")
+    )
+    size = 4 * count(SMALL.build()) * (n - 1) / n
+    # Without shards only the gradients travel, in an all-reduce: there and back.
+    assert whole.turns["generator"].received == pytest.approx(2 * size, rel=0.01)
+    # Generator forward and backward, teacher forward, EMA forward and backward; and the gradients, once.
+    assert shards.turns["generator"].received == pytest.approx(6 * size, rel=0.05)
 
 
-@pytest.mark.parametrize("path", FULL_SCALE, ids=lambda path: path.stem)
-def test_gradients_are_reduced_in_every_micro_batch_only_where_whole_ones_do_not_fit(path: Path) -> None:
-    gpus = 8 if "lora" in path.stem or "1.3b" in path.stem else 32 if "720p" in path.stem else 16
-    for phase in ("priming", "equilibrium"):
-        config = getattr(load(path, environment=False).settings, phase).training
-        plan = plan_of(gpus, f"{phase}.training.sharding.reduce_every_micro_batch=false", config=path)
-        assert config.sharding.reduce_every_micro_batch != plan["stages"][phase]["fits"]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [("i2v-14b-480p-lora", 8), ("i2v-14b-720p", 32), ("fun-1.3b-480p", 8)],
+    ids=lambda value: str(value),
+)
+def test_the_shipped_experiments_fit_the_clusters_they_ask_for(name: str, gpus: int) -> None:
+    plan = make_plan(load(ROOT / "configs" / f"wan2.1-{name}.yaml", environment=False), Cluster(None, 80e9))
+    assert plan["fits"], {stage: found["bytes_per_gpu"] for stage, found in plan["stages"].items()}
+    assert not [complaint for stage in plan["stages"].values() for complaint in stage["complaints"]]
+    for phase in PHASES:
+        assert plan["stages"][phase]["gpus"] == gpus
+        assert plan["stages"][phase]["clips_per_step"] == 64
 
 
-def test_what_no_switch_makes_fit_is_said() -> None:
-    plan = plan_of(1, "priming.training.sharding.context_parallel=1", memory=1e9)
+def test_too_little_memory_of_a_node_is_said(tmp_path: Path) -> None:
+    asks = "cluster.samples={gpus: 1, memory_gb: 4}"
+    [complaint] = plan_of(tmp_path, 1, asks)["stages"]["samples"]["complaints"]
+    assert "cluster.samples.memory_gb = 4" in complaint
+
+
+def test_what_no_switch_makes_fit_is_said(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, 1, memory=1e6)
     assert not plan["fits"]
-    for stage in plan["stages"].values():
-        assert all("gpus" in remedy for remedy in stage["remedies"])
-    text = as_text(plan_of(1, memory=1e8))
-    assert "does NOT fit in 100.0 MB" in text and "no switch makes it fit" in text
+    assert not plan["stages"]["priming"]["remedies"]
+    assert "no switch makes it fit" in as_text(plan) and "does NOT fit in 1.0 MB" in as_text(plan)
 
 
-@pytest.mark.parametrize("path", list(shipped(ROOT / "configs")), ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in shipped(ROOT / "configs") if path not in FULL_SCALE], ids=str)
 def test_every_shipped_experiment_can_be_planned(path: Path, capsys: pytest.CaptureFixture) -> None:
     teacher = load(path, environment=False).settings.teacher
     known = teacher.source != "folder" or teacher.architecture or (ROOT / teacher.path / "model_index.json").is_file()
@@ -376,11 +450,11 @@ def test_the_settings_of_full_scale_train_at_tiny_width(path: Path, phase: str) 
     source = load(path, environment=False)
     layers = pipeline_of(source).transformer.layers
     network = Network(layers=layers, heads=2, head_dim=12, ffn=32, text_dim=16, image_dim=16, freq_dim=16)
-    settings, device = at_tiny_size(source.settings, phase), torch.device("cpu")
-    bench = Workbench(settings, build_phase(settings, phase, network, device), network, Sequence(80, 512, 5), device)
+    settings = at_tiny_size(source.settings, phase)
+    bench = Workbench(settings, phase, network, Sequence(80, 512, 5), CPU)
     before = {name: [p.clone() for p in role.parameters()] for name, role in bench.phase.roles.items()}
-    for turn in turns_of(settings, phase):
-        bench.update(turn.role)
+    for turn in bench.phase.roles:
+        bench.update(turn)
     for name, role in bench.phase.roles.items():
         assert all(torch.isfinite(p).all() for p in role.parameters())
         assert any(not torch.equal(p, q) for p, q in zip(role.parameters(), before[name], strict=True)), name
