@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._dynamo.exc
 import torch._inductor.exc
-from vpae.planning.counting import Sequence
 
 from vpae import artifacts
 from vpae.bench import sampling, training
@@ -17,12 +16,12 @@ from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.measure import held_bytes, matmul_peak
 from vpae.bench.networks import Components, random_components, random_transformer
 from vpae.bench.run import Options
-from vpae.bench.training import Workbench, _too_large, build_phase
+from vpae.bench.training import Workbench, _too_large
 from vpae.cli import main
-from vpae.config import Training
 from vpae.experiment import load
-from vpae.planning.network import Network, pipeline_of
-from vpae.planning.plan import tokens_of
+from vpae.planning.network import Network, Sequence, pipeline_of, tokens_of
+from vpae.planning.phase import Execution, Turn
+from vpae.training import loop
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "configs" / "micro.yaml"
@@ -212,7 +211,7 @@ def test_a_step_is_the_sum_of_its_turns(phase: str, measured: dict) -> None:
     )
     assert found["peak_bytes"] == max(row["peak_bytes"] for row in found["turns"].values()) > found["held_bytes"] > 0
     assert 0 < found["utilisation"] < 1.5
-    assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.25)  # few tokens: see test_plan
+    assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.05)
 
 
 def test_a_trained_copy_as_discriminator_costs_time_and_memory(measured: dict) -> None:
@@ -316,56 +315,45 @@ def test_random_weights_keep_norms_and_time_in_float32() -> None:
     assert torch.equal(model.rope.freqs_cos, network.build("cpu").rope.freqs_cos)
 
 
-def test_updates_do_what_the_training_loop_does(tmp_path: Path, accelerator) -> None:
-    """The same losses move the same weights: what is timed is what trains."""
-    from vpae.training import loop
-
-    settings = load(MICRO, environment=False).settings
+@pytest.mark.parametrize("name", ["priming", "equilibrium"])
+def test_what_is_timed_is_the_update_of_the_training_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    update = training._update
+    monkeypatch.setattr(training, "_update", lambda *given: called.append(given[1]) or update(*given))
     network = Network(layers=4, heads=2, head_dim=12, ffn=96, text_dim=16, image_dim=16, freq_dim=16)
-    tokens = Sequence(8, 32, 5)
-
-    def phase():
-        torch.manual_seed(0)
-        return build_phase(settings, "priming", network, CPU)
-
-    bench = Workbench(settings, phase(), network, tokens, CPU)
-    bench.update("fake")
-    bench.update("generator")
-    assert all(p.grad is None for role in bench.phase.roles.values() for p in role.parameters())
-    trained = phase()
-    trained.turns = lambda step: ["fake", "generator"]
-    loop.train(trained, lambda drawn: bench.batch, Training(steps=1, ema_decay=0.5), 0, tmp_path, accelerator)
-    for name, role in trained.roles.items():
-        start = dict(phase().roles[name].module.named_parameters())
-        for (key, a), b in zip(
-            role.module.named_parameters(), bench.phase.roles[name].module.parameters(), strict=True
-        ):
-            if ".attn2." in key and ("_q" in key or "_k" in key):
-                continue  # with random weights captions are attended to evenly: these gradients may vanish by chance
-            # Other noise, so other weights; but the same ones moved, and as far: Adam's first step is a full one.
-            assert torch.equal(a, start[key]) == torch.equal(b, start[key]), key
+    bench = Workbench(load(MICRO, environment=False).settings, name, network, Sequence(8, 32, 5), CPU)
+    before = {turn: [p.clone() for p in role.parameters()] for turn, role in bench.phase.roles.items()}
+    for turn in bench.phase.roles:
+        bench.update(turn)
+    assert called == list(bench.phase.roles) and update is loop._update
+    for turn, role in bench.phase.roles.items():
+        assert all(p.grad is None for p in role.parameters())
+        assert any(not torch.equal(p, q) for p, q in zip(role.parameters(), before[turn], strict=True))
 
 
 def test_the_peak_of_matrix_products_is_a_speed() -> None:
     assert 1e8 < matmul_peak(CPU, torch.float32) < 1e15
 
 
+def planned(peak: float) -> Execution:
+    return Execution({}, {}, {"generator": Turn(1, 1.0, 0.0, 0.0, peak)})
+
+
 def test_what_does_not_fit_a_gpu_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Properties", (), {"total_memory": 80 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    settings = load(ROOT / "configs" / "wan2.1-i2v-14b-480p.yaml", environment=False).settings
-    reason = _too_large(settings, "equilibrium", Network(), Sequence(32760, 512, 257), torch.device("cuda"))
-    assert "80 GB" in reason
-    assert _too_large(settings, "equilibrium", Network(), Sequence(32760, 512, 257), CPU) == ""
+    assert "about 106 GB, and the GPU has 80 GB" in _too_large(planned(106e9), torch.device("cuda"))
+    assert _too_large(planned(79e9), torch.device("cuda")) == _too_large(planned(106e9), CPU) == ""
 
 
 def test_neither_of_two_is_measured_where_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "measure_phase", lambda *arguments: pytest.fail("minutes for nothing"))
-    monkeypatch.setattr(training, "_too_large", lambda settings, *rest: settings.priming.fake_form * 2)
+    monkeypatch.setattr(training, "execute", lambda *arguments: planned(1e9))
+    monkeypatch.setattr(training, "_too_large", lambda *rest: "too large")
     source = load(ROOT / "configs" / "wan2.1-i2v-14b-480p-lora.yaml", environment=False)
     arguments = (source.settings, Network(), Sequence(32760, 512, 257), CPU, 1)
     found = training.compare_fakes(*arguments)
-    assert found["lora"]["skipped"] == "loralora" and found["copy"]["skipped"] == "copycopy"
+    assert found["lora"]["skipped"] == found["copy"]["skipped"] == "too large"
     monkeypatch.setattr(training, "_too_large", lambda *rest: "")
     found = training.compare_discriminators(*arguments)
     assert "student_lora avoids" in found["copy"]["skipped"] and "other" in found["ema"]["skipped"]
@@ -377,6 +365,7 @@ def test_a_phase_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(training, "build_phase", exhausted)
+    monkeypatch.setattr(training, "execute", lambda *arguments: planned(1e9))
     settings = load(MICRO, environment=False).settings
     found = training.measure_phase(settings, "priming", Network(), Sequence(80, 32, 5), CPU, 1)
     assert found == {"skipped": "out of memory: CUDA out of memory."}

@@ -20,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from vpae.planning.workload import turns_of
 
 from conftest import SHIFT, build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, result
 from planned import SEVERAL, SMALL, TOKENS, several
 from vpae.bench.live_bytes import LiveBytes
-from vpae.bench.networks import random_condition, random_latents
-from vpae.bench.training import build_phase, held_by
+from vpae.bench.networks import build_phase, random_condition, random_latents
+from vpae.bench.training import held_by
 from vpae.distill import run
 from vpae.distill.student import save_ema
 from vpae.models.wan import velocity
@@ -194,10 +193,10 @@ def _peak(name: str, accelerator: Accelerator) -> int:
     condition = random_condition(settings, SMALL, TOKENS, 1, accelerator.device)
     peaks = {}
     for _ in range(2):  # the first time optimisers make their state
-        for turn in turns_of(settings, phase_name):
+        for turn in phase.roles:
             with LiveBytes() as live:
-                _update(phase, turn.role, 0, lambda drawn: (latents, condition), 0, training, 0, 0, accelerator)
-            peaks[turn.role] = live.peak
+                _update(phase, turn, 0, lambda drawn: (latents, condition), 0, training, 0, 0, accelerator)
+            peaks[turn] = live.peak
     return held_by(phase) + max(peaks.values())
 
 

@@ -19,6 +19,7 @@ from vpae.planning.remedies import with_switches
 from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
 from vpae.training.loop import _update
+from vpae.training.phase import Phase
 from vpae.training.sharding import spread
 
 
@@ -50,13 +51,12 @@ class Workbench:
         if turn == phase.main and phase.ema is not None:
             update_ema(phase.ema, phase.roles[turn].module, self.training.ema_decay)
 
-    @property
-    def held(self) -> int:
-        """Bytes of all networks and optimisers."""
-        roles = self.phase.roles.values()
-        modules = [*self.phase.networks.values(), *(role.module for role in roles)]
-        ema = [] if self.phase.ema is None else [self.phase.ema]
-        return held_bytes([*modules, *ema], [role.optimizer for role in roles])
+
+def held_by(phase: Phase) -> int:
+    """Bytes of all networks and optimisers of a phase in this process."""
+    roles, ema = phase.roles.values(), [] if phase.ema is None else [phase.ema]
+    modules = [*ema, *phase.networks.values(), *(role.module for role in roles)]
+    return held_bytes(modules, [role.optimizer for role in roles])
 
 
 def measure_phase(
@@ -88,7 +88,7 @@ def _measure(settings, name, network, tokens, device, repeats, planned: Executio
             "planned_bytes": plan.peak,
         }
     for turn, row in turns.items():
-        row["peak_bytes"] = peak_of(partial(bench.update, turn), device, bench.held)
+        row["peak_bytes"] = peak_of(partial(bench.update, turn), device, held_by(bench.phase))
     seconds = sum(row["per_step"] * row["seconds"] for row in turns.values())
     flops = sum(row["per_step"] * row["model_flops"] for row in turns.values())
     return {
@@ -99,7 +99,7 @@ def _measure(settings, name, network, tokens, device, repeats, planned: Executio
         "model_flops_per_step": flops,
         "utilisation": flops / seconds / peak_rate,
         "matmul_flops_per_second": peak_rate,
-        "held_bytes": bench.held,
+        "held_bytes": held_by(bench.phase),
         "peak_bytes": max(row["peak_bytes"] for row in turns.values()),
         "planned_bytes": planned.peak,
     }

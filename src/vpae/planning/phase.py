@@ -168,7 +168,7 @@ def _gather(found: Figures, accumulate: int) -> Execution:
 
 def _figures(settings: Experiment, name: str, network: Network, tokens: Sequence, processes: int, gpu: bool) -> Figures:
     """Build a phase, spread it, and make one update of each role, in its middle step."""
-    training = getattr(settings, name).training
+    training = getattr(settings, name).training.model_copy(update={"compile": False})
     accelerator = Process(processes, training.mixed_precision)
     found: Figures = {}
     with _job(processes), warnings.catch_warnings():
@@ -291,7 +291,8 @@ def _make_state(optimizer: torch.optim.Optimizer, at_once: bool) -> None:
 def _held(phase) -> dict[str, float]:
     """Bytes that are always there: weights, averages of optimisers, EMA."""
     ema = _bytes([] if phase.ema is None else phase.ema.parameters())
-    weights = [p for part in (*phase.networks.values(), *parts_of(phase).values()) for p in part.parameters()]
+    parts = [*phase.networks.values(), *parts_of(phase).values()]
+    weights = [t for part in parts for t in (*part.parameters(), *part.buffers())]
     states = [v for role in phase.roles.values() for s in role.optimizer.state.values() for v in s.values()]
     return {"weights": _bytes(weights) - ema, "optimizer": _bytes(states), "ema": ema}
 
