@@ -138,8 +138,9 @@ def test_operations_and_bytes_are_those_that_torch_counts(gradient: str) -> None
     model.zero_grad()
     with Meter() as meter:
         velocity(model, *inputs).sum().backward()
-    # Fused attention always has the gradients of keys and values, the counted one only where they are wanted.
-    assert meter.counts["model"] == pytest.approx(counter.get_total_flops(), rel=1e-6 if gradient == "weights" else 0.1)
+    # Fused attention always computes the gradients of keys and values; those of text and image lead nowhere here.
+    needless = 8 * 2 * 2 * (5 * 8 * 8) * (512 + 257) * SMALL.width if gradient == "input" else 0
+    assert meter.counts["model"] == counter.get_total_flops() + needless
     assert meter.counts["recomputed"] == 0
     with LiveBytes() as live:
         velocity(model, *inputs).sum().backward()
