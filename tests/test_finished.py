@@ -168,10 +168,10 @@ def test_a_teacher_from_elsewhere_is_known_by_its_content(
     before = folder.external_inputs(settings)
     new_dates(copy)
     assert folder.external_inputs(settings) == before
-    for name in ("transformer/diffusion_pytorch_model.safetensors", "model_index.json"):
-        file = copy / name
+    weights, index = copy / "transformer/diffusion_pytorch_model.safetensors", copy / "model_index.json"
+    for file, harm in ((weights, lambda c: c[:-2] + bytes([c[-2] ^ 1]) + c[-1:]), (index, lambda c: c + b" ")):
         original = file.read_bytes()
-        file.write_bytes(original[:-2] + bytes([original[-2] ^ 1]) + original[-1:])
+        file.write_bytes(harm(original))
         assert folder.external_inputs(settings) != before
         file.write_bytes(original)
     assert folder.external_inputs(settings) == before
