@@ -88,7 +88,25 @@ class Place:
         return list((self.results / "own" / ".state").glob(f"{self.stage}-*"))
 
 
-@pytest.fixture(params=[name for name, stage in TABLE.items() if stage.divisible])
+def test_every_stage_that_can_be_cut_is_tried() -> None:
+    assert {name for name, stage in TABLE.items() if stage.divisible} == {*MAKERS, "evaluation"}
+
+
+def test_parts_of_the_evaluation_measure_and_the_rest_finds_it_done(tmp_path: Path, teacher: Path, whole: Path) -> None:
+    """Of all rows' videos, whoever measures them; another job, and the stage, have nothing left to measure."""
+    source = experiment(tmp_path, teacher, evaluation={"vbench": {"backbones": "tiny", "dimensions": ["i2v_subject"]}})
+    (tmp_path / "results" / "own").mkdir(parents=True)
+    for before in STAGES_IN_ORDER:
+        (tmp_path / "results" / "own" / before).symlink_to(whole / before)
+    counts = []
+    for number, of in ((2, 2), (1, 2), (1, 1)):
+        run_part(source, "evaluation", Part(number, of), tmp_path / "results")
+        files = (tmp_path / "results").rglob("*.jsonl")
+        counts.append(sum(len(path.read_bytes().splitlines()) for path in files if path.parent.name == "records"))
+    assert counts == [4, 9, 9]  # of three rows with three videos
+
+
+@pytest.fixture(params=list(MAKERS))
 def place(request: pytest.FixtureRequest, tmp_path: Path, teacher: Path, whole: Path) -> Place:
     return Place(tmp_path, teacher, whole, request.param)
 

@@ -66,8 +66,9 @@ STAGES: dict[str, Stage] = {
         "vpae.evaluation.stage",
         lambda s: ("clips", "latents", *_models(s), "samples"),
         ("evaluation",),
-        unused=("evaluation.vbench.weights", "evaluation.vbench.shards"),
+        unused=("evaluation.vbench.weights",),
         shift=True,
+        divisible=True,
     ),
     "report": Stage("vpae.report.page", lambda s: stages_of(s)[:-1], ("report",)),
 }

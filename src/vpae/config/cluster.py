@@ -12,6 +12,7 @@ class Jobs(Section):
     clips: Positive = Field(1, description="Jobs that check or render clips; 1: the stage's own job does it all.")
     latents: Positive = Field(1, description="Jobs that encode shards; several shards a job, best some hours' work.")
     samples: Positive = Field(1, description="Jobs that draw and decode batches of videos, of all rows together.")
+    evaluation: Positive = Field(1, description="Jobs that measure videos by VBench-I2V, of all rows together.")
 
 
 class Needs(Section):

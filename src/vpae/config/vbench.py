@@ -6,7 +6,7 @@ from pydantic import Field
 
 from vbench_i2v.settings import DimensionName as VBenchDimension
 from vbench_i2v.settings import Folder, Measure
-from vpae.config.section import Positive, Section
+from vpae.config.section import Section
 
 __all__ = ["VBench", "VBenchDimension", "VBenchFolder", "VBenchRows"]
 
@@ -24,7 +24,6 @@ class VBenchRows(VBench):
     """VBench-I2V of an experiment's own rows, each video against the first frame that it was made from."""
 
     videos_per_row: int = Field(0, ge=0, description="Of each row's decoded videos the first so many; 0: all of them.")
-    shards: Positive = Field(8, description="Jobs per dimension in the workflow; the result does not depend on it.")
 
 
 class VBenchFolder(VBench, Folder):

@@ -21,6 +21,7 @@ from vpae.evaluation.statistics import bootstrap, jackknife
 from vpae.evaluation.vbench import rows as vbench
 from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
+from vpae.parts import Part
 from vpae.placement import COMPILED_FROM, compiling_pays
 from vpae.progress import track
 from vpae.sampling import animate, draw, load_vae, model_folder
@@ -39,7 +40,7 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Score every row of the samples stage; returns the number of rows and scored videos."""
     rows = ["real", *settings.samples.rows]
-    suite = [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
+    suite = _suite(inputs)
     scores: dict[str, dict] = {row: {"frechet": value} for row, value in _distances(rows, settings, inputs).items()}
     records = _measured(rows, suite[: settings.samples.decode], inputs)
     for row in rows:
@@ -92,6 +93,17 @@ def _write(out: Path, scores: dict[str, dict], records: list[dict], scored: int,
     nfe = {name: row.nfe for name, row in settings.samples.rows.items()}
     write_json(out / "scores.json", {"rows": scores, "nfe": nfe, "videos": scored, "decoded": settings.samples.decode})
     (out / "table.md").write_text(table(scores, nfe))
+
+
+def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
+    """A job's share of measuring videos by VBench-I2V; all else is quick, and done by `run`."""
+    if settings.evaluation.vbench.backbones != "off":
+        vbench.measure_part(settings, inputs, _suite(inputs), state, part)
+
+
+def _suite(inputs: dict[str, Path]) -> list[dict]:
+    """What was animated."""
+    return [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
 
 
 def _features(folder: Path) -> np.ndarray:

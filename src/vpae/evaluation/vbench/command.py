@@ -5,8 +5,7 @@ from pathlib import Path
 
 from vbench_i2v import command as benchmark
 from vpae.config import VBenchFolder
-from vpae.experiment import ConfigError, load
-from vpae.graph import RESULTS
+from vpae.experiment import ConfigError
 
 TINY_STATE = "tiny"  # folder for what the tiny backbones keep
 
@@ -15,8 +14,6 @@ def add_commands(evaluation: argparse.ArgumentParser) -> None:
     """Add the words to the parser of the stage."""
     words = evaluation.add_subparsers(metavar="WORD", title="VBench-I2V for any folder (instead of the stage)")
     run = benchmark.add_words(words)
-    run.add_argument("--experiment", type=Path, help="an experiment's YAML file: its samples, for its evaluation stage")
-    run.add_argument("--results", type=Path, default=RESULTS, help="folder of all results, with --experiment")
     run.add_argument("--backbones", choices=("official", "tiny"))
     run.add_argument("--teacher", help="pipeline folder whose image encoder the tiny backbones use")
     run.set_defaults(run=_run)
@@ -36,12 +33,6 @@ def add_commands(evaluation: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    part = benchmark.part_of(arguments)
-    if arguments.experiment:
-        from vpae.evaluation.vbench.rows import run_part
-
-        print(run_part(load(arguments.experiment), arguments.results, arguments.dimensions or (), part))
-        return
     settings = benchmark.folder_settings(arguments, VBenchFolder)
     from vbench_i2v.folder import score_folder
     from vpae.evaluation.vbench.processes import until_asked
@@ -56,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ConfigError("--teacher: is required with --backbones tiny: a pipeline folder")
         nets = networks(Path(settings.teacher).expanduser(), Path(settings.out).expanduser() / TINY_STATE)
     with Interruption.watch() as request:
-        print(score_folder(settings, nets, part, lambda work: until_asked(work, request)))
+        print(score_folder(settings, nets, benchmark.part_of(arguments), lambda work: until_asked(work, request)))
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -3,9 +3,9 @@
 Measured are the decoded videos of the held-out clips, each against the first frame that it was made from.
 """
 
-import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +15,15 @@ from vbench_i2v import camera, networks, results, runner, scores, weights
 from vbench_i2v.base import Item
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import Clip, Plan, Prompt
-from vpae.artifacts import identity, write_json
+from vpae.artifacts import write_json
 from vpae.config import Experiment, VBench
 from vpae.data.latents import LatentDataset
 from vpae.evaluation.vbench import processes, tiny
-from vpae.experiment import ConfigError, Source
-from vpae.graph import stage_folder
 from vpae.parts import Part
 
 FILE, FOLDER = "vbench.json", "vbench"
 NOTE = "tiny backbones, not comparable with published scores"
 REAL = "real"
-
-
-def shared_folder(samples: Path) -> Path:
-    """Where the jobs of a workflow put the records of the official backbones: beside the samples that they measure."""
-    return samples.parent / FOLDER
 
 
 def make_plans(
@@ -104,17 +97,7 @@ def measure(
         Interruption: asked to end; what was measured is kept.
     """
     config = settings.evaluation.vbench
-    work = state / FOLDER if config.backbones == "tiny" else shared_folder(inputs["samples"])
-    plans = make_plans(settings, inputs, suite, work / "first_frames")
-    nets, why = _networks(config, inputs["teacher"], work)
-    clips = [clip for plan in plans.values() for clip in plan.clips]
-    records = work / "records"
-    if config.backbones == "tiny":
-        tiny.load(nets, networks.wanted(config))  # once, for all processes
-        processes.share(clips, nets, records, processes.how_many(clips))
-    outcome = processes.run(
-        clips, nets, records, allow_damaged=config.allow_incomplete, allow_absent=True, not_computed=why
-    )
+    plans, nets, outcome, records = _measured(settings, inputs, suite, state)
     rows, of_videos = {}, {}
     for row, plan in plans.items():
         gathered = runner.gather(plan.clips, nets, records)
@@ -139,10 +122,39 @@ def measure(
     return content
 
 
-def _networks(config: VBench, teacher: Path, work: Path) -> tuple[runner.Networks, dict[str, str]]:
+def _measured(
+    settings: Experiment, inputs: Mapping[str, Path], suite: Sequence[dict], state: Path, part: Part | None = None
+) -> tuple[dict[str, Plan], runner.Networks, runner.Outcome, Path]:
+    """Measure what no record is there for: the plans, the networks, what came of it, and the folder of records."""
+    config = settings.evaluation.vbench
+    # What the official networks find is dear, and outlives the stage: beside the samples that they measure.
+    work = (state if config.backbones == "tiny" else inputs["samples"].parent) / FOLDER
+    plans = make_plans(settings, inputs, suite, work / "first_frames")
+    clips = [clip for plan in plans.values() for clip in plan.clips]
+    records, why = work / "records", {}
     if config.backbones == "tiny":
-        return tiny.networks(teacher, work), {}
-    return networks.official_networks(config, allow_incomplete=True)
+        nets = tiny.networks(inputs["teacher"], work)
+        tiny.load(nets, networks.wanted(config))  # once, for all processes
+        if part is None:
+            processes.share(clips, nets, records, processes.how_many(clips))
+    else:
+        nets, why = networks.official_networks(config, allow_incomplete=True)
+    outcome = processes.run(clips, nets, records, part, config.allow_incomplete, allow_absent=True, not_computed=why)
+    return plans, nets, outcome, records
+
+
+def measure_part(
+    settings: Experiment, inputs: Mapping[str, Path], suite: Sequence[dict], state: Path, part: Part
+) -> None:
+    """One job's share of the videos; `measure` gathers all records.
+
+    Raises:
+        VBenchError: a video cannot be used.
+        Interruption: asked to end; what was measured is kept.
+    """
+    *_, outcome, records = _measured(settings, inputs, suite, state, part)
+    absent = "".join(f"\n{name}: not computed: {reason}" for name, reason in outcome.not_computed.items())
+    print(f"{records}: {outcome.computed} new records, {outcome.found} were there{absent}", file=sys.stderr)
 
 
 def rank_correlations(
@@ -197,34 +209,6 @@ def external_inputs(config: VBench) -> dict[str, str]:
         return {}
     why = weights.absent(networks.weights_root(config), networks.wanted(config))
     return {"vbench_weights": ", ".join(name for name in networks.wanted(config) if name not in why) or "none"}
-
-
-def run_part(source: Source, folder: Path, dimensions: Collection[str], part: Part | None) -> str:
-    """One job of a workflow: some dimensions of a part of an experiment's samples; the stage gathers all records.
-
-    Raises:
-        ArtifactError, VBenchError: the samples are missing, or a video cannot be used.
-    """
-    inputs = {name: stage_folder(source, name, folder) for name in ("samples", "latents", "teacher")}
-    for path in inputs.values():
-        identity(path)  # refuses what is unfinished
-    evaluation = source.settings.evaluation
-    config = evaluation.vbench.model_copy(update={"dimensions": tuple(dimensions) or evaluation.vbench.dimensions})
-    settings = source.settings.model_copy(update={"evaluation": evaluation.model_copy(update={"vbench": config})})
-    suite = [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
-    if config.backbones != "official":
-        raise ConfigError(
-            f"{source.path}: evaluation.vbench.backbones is {config.backbones}; jobs of their own are for the official "
-            "ones, the stage measures with others by itself"
-        )
-    work = shared_folder(inputs["samples"])
-    plans = make_plans(settings, inputs, suite, work / "first_frames")
-    nets, why = _networks(config, inputs["teacher"], work)
-    clips = [clip for plan in plans.values() for clip in plan.clips]
-    records = work / "records"
-    outcome = processes.run(clips, nets, records, part, config.allow_incomplete, True, not_computed=why)
-    absent = "".join(f"\n{name}: not computed: {reason}" for name, reason in outcome.not_computed.items())
-    return f"{records}: {outcome.computed} new records, {outcome.found} were there{absent}"
 
 
 def table(content: Mapping) -> str:
