@@ -8,7 +8,6 @@ min_version("9.27")
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/stages.smk"
-include: "workflow/rules/vbench.smk"
 include: "workflow/rules/comparison.smk"
 
 

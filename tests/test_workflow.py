@@ -157,11 +157,11 @@ def test_a_missing_teacher_is_named_with_the_remedy(clone: Clone) -> None:
 
 
 def test_official_networks_are_shared_out_over_jobs(clone: Clone) -> None:
-    vbench = {"backbones": "official", "shards": 2, "dimensions": ["dynamic_degree", "imaging_quality"]}
-    clone.edit("official", lambda tree: tree.update(extends="micro", evaluation={"vbench": vbench}))
+    vbench = {"backbones": "official", "dimensions": ["dynamic_degree", "imaging_quality"]}
+    jobs = {"evaluation": 2}
+    clone.edit("official", lambda tree: tree.update(extends="micro", evaluation={"vbench": vbench}, jobs=jobs))
     planned = clone.planned("--config", "experiment=official")
-    parts = [f".parts/vbench/{name}/{part}-of-2" for name in vbench["dimensions"] for part in (1, 2)]
-    own = folders("official", "evaluation", "report", *parts)
+    own = folders("official", "evaluation", "report", *(f".parts/evaluation/{part}-of-2" for part in (1, 2)))
     assert planned == sorted(own + folders("micro", *STAGES[:-2]))
 
 

@@ -10,7 +10,7 @@ set -euo pipefail
 stage=$1 experiment=$2
 
 make_it() { # [--forcerun STAGE]
-    snakemake "$@" --allowed-rules "$stage" "${stage}_part" vbench -- "results/$experiment/$stage"
+    snakemake "$@" --allowed-rules "$stage" "${stage}_part" -- "results/$experiment/$stage"
 }
 is_true() {
     vpae verify "$stage" --config "configs/$experiment.yaml"

@@ -5,10 +5,8 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 from vpae.artifacts import ArtifactError
-from vpae.config import VBenchDimension
 from vpae.experiment import ConfigError, load
 from vpae.graph import STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
@@ -99,8 +97,6 @@ def upstream_folders(name, stage):
 
 def parts_of(stage):
     """Input function: the marks of the jobs that share a stage's work; none where its own job does it all."""
-    if stage == "evaluation":
-        return vbench_parts
 
     def marks(wildcards):
         if stage not in DIVISIBLE:
@@ -110,20 +106,6 @@ def parts_of(stage):
         return [f"{folder}/{number}-of-{jobs}" for number in range(1, jobs + 1)] if jobs > 1 else []
 
     return marks
-
-
-def vbench_parts(wildcards):
-    """Input function: the marks of all jobs that measure an experiment's samples."""
-    vbench = experiment(wildcards.experiment).settings.evaluation.vbench
-    if vbench.backbones != "official":
-        return []
-    return expand(
-        "results/{experiment}/.parts/vbench/{dimension}/{part}-of-{parts}",
-        experiment=wildcards.experiment,
-        dimension=vbench.dimensions or get_args(VBenchDimension),
-        part=range(1, vbench.shards + 1),
-        parts=vbench.shards,
-    )
 
 
 def files_read_by(stage):
