@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from vpae.evaluation import latents
 from vpae.evaluation.frechet import FEATURES, RandomFeatures, frechet
 from vpae.evaluation.latency import summary, time_runs
 from vpae.evaluation.stage import METRICS, table
 from vpae.evaluation.statistics import bootstrap, jackknife
+from vpae.experiment import load
 
 
 def test_frechet_of_gaussians_in_closed_form():
@@ -79,5 +81,16 @@ def test_the_table_shows_every_row_and_leaves_unmeasured_cells_empty():
     text = table({"real": {"frechet": value}, "vpae-1nfe": {m: value for m in METRICS}}, {"vpae-1nfe": 1})
     lines = text.splitlines()
     assert len(lines) == 4
-    assert "| real |  | 0.500 ± 0.150 |  |" in lines[2]
+    assert "| real |  |  | 0.500 ± 0.150 |  |" in lines[2]
+    assert "c2st" not in table({"real": {"frechet": value}}, {})  # what no row has needs no column
     assert lines[3].startswith("| vpae-1nfe | 1 |") and lines[3].count("|") == lines[0].count("|")
+
+
+def test_a_still_copy_of_reality_has_no_motion_and_reality_s_own_is_one():
+    rng = torch.Generator().manual_seed(0)
+    real = torch.randn(64, 16, 3, 4, 4, generator=rng)
+    settings = load("configs/micro.yaml").settings
+    assert latents._motion(real, real, settings)["mean"] == pytest.approx(1)
+    assert latents._motion(real[:, :, :1].expand_as(real), real, settings)["mean"] == 0
+    half = latents._motion(0.5 * real, real, settings)
+    assert half["low"] <= half["mean"] == pytest.approx(0.5) <= half["high"]

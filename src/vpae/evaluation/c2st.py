@@ -62,13 +62,21 @@ class Classifier(nn.Module):
 
 
 def accuracy(fit: Pairs, test: Pairs, steps: int, seed: int) -> float:
-    """Train a classifier on `fit` and return its accuracy on `test`, in [0, 1].
+    """Train a classifier on `fit` and return its accuracy on `test`, in [0, 1]; see `right`."""
+    return float(right(fit, test, steps, seed).mean())
+
+
+def right(fit: Pairs, test: Pairs, steps: int, seed: int) -> Tensor:
+    """Train a classifier on `fit`, and say how often it is right about the two videos of each clip of `test`.
 
     Args:
         fit: clips to train on.
         test: other clips.
         steps: training steps of 128 real and 128 generated videos.
         seed: of the weights and the order of the clips.
+
+    Returns:
+        0, 1/2 or 1 for each clip of `test`, (N,) on the CPU.
     """
     device = fit.real.device
     rng = torch.Generator().manual_seed(seed)
@@ -89,8 +97,8 @@ def accuracy(fit: Pairs, test: Pairs, steps: int, seed: int) -> float:
         optimizer.step()
     with torch.no_grad():
         batches = zip(*(x.split(2 * BATCH) for x in (test.real, test.generated, test.condition)), strict=True)
-        right = sum(int((network(x, c) > 0).sum() + (network(y, c) < 0).sum()) for x, y, c in batches)
-    return right / (2 * len(test.real))
+        found = [((network(x, c) > 0).float() + (network(y, c) < 0).float()) / 2 for x, y, c in batches]
+    return torch.cat(found).cpu()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -7,17 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
 
 from vpae.artifacts import write_json
 from vpae.config import Experiment, Sampler
 from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.video import read_frames
-from vpae.evaluation import latency, truth
-from vpae.evaluation.frechet import RandomFeatures, frechet
-from vpae.evaluation.statistics import bootstrap, jackknife
+from vpae.evaluation import latency, latents, truth
+from vpae.evaluation.statistics import bootstrap
 from vpae.evaluation.vbench import rows as vbench
 from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
@@ -26,10 +23,9 @@ from vpae.placement import COMPILED_FROM, compiling_pays
 from vpae.progress import track
 from vpae.sampling import animate, draw, load_vae, model_folder
 
-JACKKNIFE_GROUPS = 20
 LATENCY_PASSES = 3
 SHARED = ("vae", "text_encoder", "image_encoder")  # a student's are the teacher's own
-METRICS = ("frechet", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
+METRICS = ("c2st", "frechet", "motion", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
@@ -41,7 +37,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     """Score every row of the samples stage; returns the number of rows and scored videos."""
     rows = ["real", *settings.samples.rows]
     suite = _suite(inputs)
-    scores: dict[str, dict] = {row: {"frechet": value} for row, value in _distances(rows, settings, inputs).items()}
+    scores: dict[str, dict] = latents.measure(settings, inputs)
     records = _measured(rows, suite[: settings.samples.decode], inputs)
     for row in rows:
         scores[row] |= _means([record for record in records if record["row"] == row], settings)
@@ -52,17 +48,6 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         scores[row] |= timing
     _write(out, scores, records, len(suite), settings)
     return {"rows": len(rows), "videos_scored": len(records)}
-
-
-def _distances(rows: list[str], settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Frechet distance of each row's latents from those of the held-out clips, with its interval.
-
-    For the clips themselves it is that of training clips: the distance of two samples of reality, the floor.
-    """
-    features = {row: _features(inputs["samples"] / row) for row in rows}
-    reference = features["real"]
-    features["real"] = RandomFeatures()(_training_latents(inputs["latents"], len(reference))).numpy()
-    return {row: _frechet_interval(features[row], reference, settings) for row in rows}
 
 
 def _measured(rows: list[str], suite: list[dict], inputs: dict[str, Path]) -> list[dict]:
@@ -104,20 +89,6 @@ def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part)
 def _suite(inputs: dict[str, Path]) -> list[dict]:
     """What was animated."""
     return [json.loads(line) for line in (inputs["samples"] / "suite.jsonl").read_text().splitlines()]
-
-
-def _features(folder: Path) -> np.ndarray:
-    return RandomFeatures()(load_file(folder / "latents.safetensors")["x0"]).numpy()
-
-
-def _training_latents(folder: Path, count: int) -> Tensor:
-    dataset = LatentDataset(folder, "train")
-    return torch.stack([dataset.tensors(i)["x0"].float() for i in range(min(count, len(dataset)))])
-
-
-def _frechet_interval(generated: np.ndarray, reference: np.ndarray, settings: Experiment) -> dict[str, float]:
-    n = min(len(generated), len(reference))
-    return jackknife(n, lambda i: frechet(generated[i], reference[i]), JACKKNIFE_GROUPS, settings.seed)
 
 
 @torch.no_grad()
@@ -172,10 +143,11 @@ def _timed_together(settings: Experiment, inputs: dict[str, Path]) -> list[list[
 
 def table(scores: dict[str, dict], nfe: dict[str, int]) -> str:
     """The scores as a Markdown table, with half-widths of the 95% intervals."""
-    head = ["row", "NFE", *METRICS]
+    present = [metric for metric in METRICS if any(metric in metrics for metrics in scores.values())]
+    head = ["row", "NFE", *present]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row, metrics in scores.items():
-        cells = [_cell(metrics.get(metric), metric) for metric in METRICS]
+        cells = [_cell(metrics.get(metric), metric) for metric in present]
         lines.append("| " + " | ".join([row, str(nfe.get(row, "")), *cells]) + " |")
     return "\n".join(lines) + "\n"
 

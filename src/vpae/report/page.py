@@ -34,6 +34,12 @@ class Metric:
 
 
 METRICS = {
+    "c2st": Metric(
+        "Told apart",
+        "½",
+        "C2ST: how often a small network is right that a video's latents are real, or that they are generated, given "
+        "the first frame; ½ is the goal. The first row has real clips on both sides.",
+    ),
     "frechet": Metric(
         "Fréchet distance",
         "↓",
@@ -41,6 +47,7 @@ METRICS = {
         "first row holds training clips against held-out ones: the floor. Small samples raise this distance. "
         "Its interval is a jackknife's.",
     ),
+    "motion": Metric("Motion", "1", "mean change between latent frames, in units of the held-out clips'; 1 is theirs."),
     "single_sprite": Metric(
         "Single sprite", "↑", "share of frames with one whole sprite of the right colour, no ghost."
     ),

@@ -1,0 +1,106 @@
+"""What is measured on latents, without decoding: Frechet distance, motion, and whether a classifier tells them apart.
+
+For the row `real`, which is the reference of all others, training clips stand in the generated ones' place: what two
+samples of reality give is the floor.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vpae.config import Experiment, Sampler
+from vpae.data.latents import LatentDataset
+from vpae.evaluation import c2st
+from vpae.evaluation.frechet import RandomFeatures, frechet
+from vpae.evaluation.statistics import bootstrap, jackknife
+from vpae.models.wan import load_sampler
+from vpae.progress import track
+from vpae.sampling import draw, model_folder
+from vpae.training.randomness import derived_seed
+
+REAL = "real"
+JACKKNIFE_GROUPS = 20
+
+
+def measure(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> metric -> mean, low and high."""
+    drawn = {row: load_file(inputs["samples"] / row / "latents.safetensors")["x0"].float() for row in _rows(settings)}
+    reference = drawn[REAL]
+    drawn[REAL] = _clips(LatentDataset(inputs["latents"], "train"), len(reference))[0]
+    scores = {
+        row: {"frechet": _distance(x, reference, settings), "motion": _motion(x, reference, settings)}
+        for row, x in drawn.items()
+    }
+    if settings.evaluation.c2st.clips:
+        for row, found in _told_apart(drawn, reference, settings, inputs).items():
+            scores[row]["c2st"] = found
+    return scores
+
+
+def _rows(settings: Experiment) -> list[str]:
+    return [REAL, *settings.samples.rows]
+
+
+def _distance(x: Tensor, reference: Tensor, settings: Experiment) -> dict[str, float]:
+    """Frechet distance of random features from the held-out clips'."""
+    n, (a, b) = min(len(x), len(reference)), (RandomFeatures()(v).numpy() for v in (x, reference))
+    return jackknife(n, lambda i: frechet(a[i], b[i]), JACKKNIFE_GROUPS, settings.seed)
+
+
+def _motion(x: Tensor, reference: Tensor, settings: Experiment) -> dict[str, float]:
+    """Mean change between latent frames, in units of the held-out clips'."""
+    n = min(len(x), len(reference))
+    moves, real = (v[:n].diff(dim=2).abs().mean(dim=(1, 2, 3, 4)).numpy() for v in (x, reference))
+    return bootstrap(n, lambda i: moves[i].sum() / real[i].sum(), settings.evaluation.bootstrap, settings.seed)
+
+
+def _clips(dataset: LatentDataset, count: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Latents and the condition's latents of some clips."""
+    clips = [dataset.tensors(i) for i in range(start, min(start + count, len(dataset)))]
+    return torch.stack([c["x0"].float() for c in clips]), torch.stack([c["condition"].float() for c in clips])
+
+
+@torch.no_grad()
+def _redrawn(row: Sampler, dataset: LatentDataset, count: int, settings: Experiment, inputs: dict[str, Path]) -> Tensor:
+    """The latents that a row's model makes of training clips' first frames."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_sampler(model_folder(inputs, row.model)).to(device).eval()
+    made = []
+    for numbers in torch.arange(count).split(settings.samples.batch_size):
+        x, condition = dataset.batch(numbers.tolist(), device)
+        seeds = [derived_seed(settings.seed, "c2st", i) % 2**31 for i in numbers.tolist()]
+        made.append(draw(model, row, settings.teacher.shift, condition, tuple(x.shape[1:]), seeds).float().cpu())
+    return torch.cat(made)
+
+
+def _told_apart(
+    drawn: dict[str, Tensor], reference: Tensor, settings: Experiment, inputs: dict[str, Path]
+) -> dict[str, dict[str, float]]:
+    """C2ST of each row that is not too dear: 0.5 where a classifier cannot tell it from real clips."""
+    config, train = settings.evaluation.c2st, LatentDataset(inputs["latents"], "train")
+    count = min(config.clips, len(train))
+    real, condition = _clips(train, count)
+    _, held_out = _clips(LatentDataset(inputs["latents"], "held_out"), len(reference))
+    rows = {name: row for name, row in settings.samples.rows.items() if row.nfe <= config.most_nfe}
+    found = {}
+    for name in track([REAL, *rows], len(rows) + 1, "c2st"):
+        if name == REAL:
+            # Reality against reality: halves, of which the classifier is shown no first frames.
+            fit, test = (_halves(x) for x in (real, reference))
+        else:
+            fit = c2st.Pairs(real, _redrawn(rows[name], train, count, settings, inputs), condition)
+            test = c2st.Pairs(reference, drawn[name], held_out)
+        seeds = [derived_seed(settings.seed, "c2st", "classifier", i) for i in range(config.seeds)]
+        right = np.mean([c2st.right(fit, test, config.steps, seed % 2**31).numpy() for seed in seeds], axis=0)
+        found[name] = bootstrap(
+            len(right), lambda i, r=right: r[i].mean(), settings.evaluation.bootstrap, settings.seed
+        )
+    return found
+
+
+def _halves(x: Tensor) -> c2st.Pairs:
+    one, other = x[: len(x) // 2], x[len(x) // 2 :][: len(x) // 2]
+    return c2st.Pairs(one, other, torch.zeros_like(one))
