@@ -20,7 +20,7 @@ class Recorder:
     """Stands for the latents: a batch is the numbers of its clips."""
 
     def __init__(self, *_: object):
-        self.empty_text_LD = None
+        self.entries = [SimpleNamespace(key=f"clip-{number}") for number in range(CLIPS)]
 
     def __len__(self) -> int:
         return CLIPS
@@ -59,6 +59,12 @@ def test_each_clip_is_seen_once_an_epoch_and_the_order_does_not_depend_on_the_ra
         assert sorted(found[epoch * CLIPS : (epoch + 1) * CLIPS]) == list(range(CLIPS))
     assert found == stream(1, 25, 1)
     assert found[:CLIPS] != found[CLIPS : 2 * CLIPS]
+
+
+def test_a_micro_batch_is_known_by_the_keys_of_its_clips(accelerator) -> None:
+    batches = run.batches_of(Path(), Training(batch_size=3), 0, "priming", accelerator)
+    for drawn in (0, 3, 7):  # of 10 clips: 3 begins in one pass and ends in the next
+        assert batches.keys(drawn) == [f"clip-{clip}" for clip in batches(drawn).tolist()]
 
 
 def test_processes_that_share_a_clip_count_as_one() -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
@@ -206,14 +206,14 @@ def test_rmsprop_resumes_bit_for_bit_with_its_averages(tmp_path, accelerator):
 
 
 class Line(Phase):
-    """A line fitted to noise; `poison` spoils the loss from some step on."""
+    """A line fitted to noise; `poison` holds the steps whose loss is spoilt, with `with_`."""
 
     name, main = "line", "line"
 
-    def __init__(self, optimizer: Optimizer, poison: int = 100, scale: float = 1.0):
+    def __init__(self, optimizer: Optimizer, poison: Container[int] = (), with_: float = float("nan")):
         self.module = nn.Linear(3, 1)
         nn.init.ones_(self.module.weight), nn.init.zeros_(self.module.bias)
-        self.roles, self.poison, self.scale = {"line": Role(self.module, optimizer)}, poison, scale
+        self.roles, self.poison, self.with_ = {"line": Role(self.module, optimizer)}, poison, with_
         self.ema = make_ema(self.module)
         self.rates: list[float] = []
 
@@ -222,7 +222,7 @@ class Line(Phase):
 
     def loss(self, turn, batch, rng, step):
         self.rates.append(self.roles["line"].optimizer.param_groups[0]["lr"])
-        spoiled = torch.tensor(float("nan") if step >= self.poison else self.scale)
+        spoiled = torch.tensor(self.with_ if step in self.poison else 1.0)
         loss = (self.module(batch) - torch.randn(batch.shape[0], 1, generator=rng)).square().mean()
         return spoiled * loss, {"number": batch[0, 0]}
 
@@ -292,14 +292,57 @@ def test_gradients_are_clipped_to_their_limit_and_logged_as_they_were(limit, fac
     torch.testing.assert_close(phase.first_moment(), 0.1 * factor * gradient, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("poison", "scale", "kind"), [(1, 1.0, "nan"), (100, float("inf"), "inf|nan")])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(poison, scale, kind, tmp_path, accelerator):
-    phase = Line(Optimizer(), poison, scale)
-    step = 2 if scale == 1 else 1
-    with pytest.raises(FloatingPointError, match=rf"line: the gradient of line is ({kind}) at step {step}; .*metrics"):
-        run_line(phase, tmp_path, accelerator, steps=3, checkpoint_every=1)
-    assert all(p.isfinite().all() for p in phase.module.parameters())
-    assert states(tmp_path) == [f"step-{k:08d}" for k in range(1, step)]
+def all_of(phase: Line) -> dict[str, Tensor]:
+    """Weights, averages and EMA."""
+    weights = dict(phase.module.named_parameters()) | {f"ema.{k}": v for k, v in phase.ema.named_parameters()}
+    moments = phase.roles["line"].optimizer.state_dict()["state"]
+    return weights | {f"{i}.{k}": v for i, slots in moments.items() for k, v in slots.items()}
+
+
+@pytest.mark.parametrize("with_", [float("nan"), float("inf")])
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_moves_nothing(with_, tmp_path, accelerator, capsys):
+    whole, spoilt = Line(Optimizer()), Line(Optimizer(), {1}, with_)
+    run_line(whole, tmp_path / "whole", accelerator, steps=1, ema_decay=0.5)
+    run_line(spoilt, tmp_path / "spoilt", accelerator, steps=2, ema_decay=0.5)
+    assert_equal(all_of(spoilt), all_of(whole))
+    assert "line, step 2: the gradient of line is " in capsys.readouterr().err
+    lines = run_line(spoilt, tmp_path / "spoilt", accelerator, steps=3, ema_decay=0.5)
+    assert [line.get("number") for line in lines] == [0, None, 2] and not torch.equal(*ema_and_weights(spoilt))
+    assert [line.get("skipped") for line in lines] == [None, 1, 1]
+    assert not any("loss" in key for key in lines[1])
+
+
+def ema_and_weights(phase: Line) -> tuple[Tensor, Tensor]:
+    return phase.ema.weight, phase.module.weight
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_so_many_skipped_updates_in_a_row_end_the_run_and_name_the_clips(limit, tmp_path, accelerator):
+    """Two, one that is made, and then no more: the count survives a stop, and starts anew after each one made."""
+    phase = Line(Optimizer(), {*range(1, limit), *range(limit + 1, 99)})
+    training = Training(steps=99, accumulate=2, checkpoint_every=1, stop_after_skipped=limit)
+    arguments = (training, 0, tmp_path, accelerator, None, lambda drawn: [f"clip-{drawn}"])
+    with pytest.raises(Crash):
+        train(at(phase, 2 * limit - 1, 0, crash), numbered, *arguments)
+    last = 2 * limit  # steps count from 1 in messages
+    clips = f"clip-{2 * last}, clip-{2 * last + 1}"
+    with pytest.raises(FloatingPointError, match=rf"line, step {last + 1}: .* nan .*; clips: {clips}\..*metrics"):
+        train(Line(Optimizer(), phase.poison), numbered, *arguments)
+    assert states(tmp_path)[-1] == f"step-{last:08d}"
+
+
+def test_a_finite_loss_is_no_reason_to_name_its_clip(tmp_path, accelerator):
+    phase, drawn = Line(Optimizer()), []
+
+    def second(turn, batch, rng, step, whole=phase.loss):
+        drawn.append(batch)
+        loss, values = whole(turn, batch, rng, step)
+        return loss * (float("inf") if len(drawn) == 2 else 1), values
+
+    phase.loss = second
+    training = Training(steps=1, accumulate=3, stop_after_skipped=1)
+    with pytest.raises(FloatingPointError, match=r"clips: clip-1\."):
+        train(phase, numbered, training, 0, tmp_path, accelerator, None, lambda drawn: [f"clip-{drawn}"])
 
 
 def test_metrics_are_logged_every_so_often_and_at_the_end(tmp_path, accelerator):

@@ -39,10 +39,11 @@ def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
 
 
 def _without_shares(settings: dict) -> dict:
-    """A stage's settings without how a phase is shared out among processes: others may take up where these stopped."""
+    """A stage's settings without those that do not change a run: how it is shared out among processes, when it ends."""
     found = dict(settings)
     for phase in METHODS.keys() & found.keys():
-        training = {k: v for k, v in found[phase]["training"].items() if k not in ("accumulate", "sharding")}
+        other = ("accumulate", "sharding", "stop_after_skipped")
+        training = {k: v for k, v in found[phase]["training"].items() if k not in other}
         found[phase] = {**found[phase], "training": training}
     return found
 

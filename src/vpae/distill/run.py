@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,19 +40,29 @@ def accelerator_for(training: Training) -> Accelerator:
     return accelerator
 
 
-def batches_of(
-    latents: Path, training: Training, seed: int, name: str, accelerator: Accelerator
-) -> Callable[[int], tuple[Tensor, Condition]]:
+class Batches:
     """Number of a micro-batch -> this process's latents and condition; every pass is shuffled anew."""
-    dataset = LatentDataset(latents, "train")
-    order = Shuffled(len(dataset), seed, name)
-    size, (rank, ranks) = training.batch_size, data_rank(training.sharding, accelerator)
 
-    def batch(drawn: int) -> tuple[Tensor, Condition]:
-        first = (drawn * ranks + rank) * size
-        return dataset.batch([order(first + i) for i in range(size)], accelerator.device)
+    def __init__(self, dataset: LatentDataset, training: Training, seed: int, name: str, accelerator: Accelerator):
+        self.dataset, self.device, self.size = dataset, accelerator.device, training.batch_size
+        self.order, self.share = Shuffled(len(dataset), seed, name), data_rank(training.sharding, accelerator)
 
-    return batch
+    def numbers(self, drawn: int) -> list[int]:
+        """The clips' places in the split."""
+        rank, ranks = self.share
+        return [self.order((drawn * ranks + rank) * self.size + i) for i in range(self.size)]
+
+    def __call__(self, drawn: int) -> tuple[Tensor, Condition]:
+        return self.dataset.batch(self.numbers(drawn), self.device)
+
+    def keys(self, drawn: int) -> list[str]:
+        """The clips' keys."""
+        return [self.dataset.entries[number].key for number in self.numbers(drawn)]
+
+
+def batches_of(latents: Path, training: Training, seed: int, name: str, accelerator: Accelerator) -> Batches:
+    """What a method trains on."""
+    return Batches(LatentDataset(latents, "train"), training, seed, name, accelerator)
 
 
 def watch_of(phase: Method, latents: Path, seed: int, accelerator: Accelerator) -> Watch:
@@ -95,7 +104,7 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     phase = at_start(settings, name, inputs, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
     watch = watch_of(phase, inputs["latents"], settings.seed, accelerator)
-    metrics = train(phase, batches, training, settings.seed, state, accelerator, watch)
+    metrics = train(phase, batches, training, settings.seed, state, accelerator, watch, batches.keys)
     phase.save(out)
     counts = {
         "steps": training.steps,

@@ -9,7 +9,7 @@ twice as often.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from vpae.training.monitor import Watch
 from vpae.training.phase import Batch, Phase
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import generator_for
+from vpae.training.skipping import Skipped
 
 
 def progress_at(step: int, training: Training) -> float:
@@ -50,6 +51,7 @@ def train(
     state: Path,
     accelerator: Accelerator,
     watch: Watch | None = None,
+    keys: Callable[[int], Sequence[str]] | None = None,
 ) -> Path:
     """Run a phase to its end, from the last saved state if there is one.
 
@@ -61,12 +63,14 @@ def train(
         state: folder for resumable states and metrics.jsonl; outside every declared output.
         accelerator: device, precision and processes.
         watch: looks for collapse.
+        keys: number of a micro-batch -> the keys of this process's clips in it, for messages.
 
     Returns:
         the path of metrics.jsonl.
 
     Raises:
         Collapse: the videos collapse; the last state before is kept.
+        FloatingPointError: `stop_after_skipped` updates of a role in a row had a gradient that is not finite.
         Interruption: a signal asked for an end; the state is saved.
         ConfigError: the state was saved by processes that made their updates of another number of micro-batches.
     """
@@ -77,6 +81,7 @@ def train(
     per_update = training.accumulate * ranks
     if position:
         _require_the_same(per_update, position.get("micro_batches_per_update", per_update), ranks, phase.name, state)
+    skipped = Skipped(training.stop_after_skipped, keys, position and position.get("skipped"))
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
@@ -86,13 +91,18 @@ def train(
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
             logs: dict[str, Tensor] = {}
+            moved = {}
             for number, turn in enumerate(phase.turns(step)):
-                turn_logs, drawn = _update(phase, turn, number, batches, drawn, training, seed, step, accelerator)
-                logs.update(turn_logs)
-            if phase.ema is not None:
+                found = _update(phase, turn, number, batches, drawn, training, seed, step, accelerator, skipped)
+                drawn += training.accumulate
+                moved[turn] = moved.get(turn, False) or bool(found)
+                logs.update(found)
+            if phase.ema is not None and moved.get(phase.main, True):
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
-            values = _averaged(logs, accelerator)
+            values = _averaged(logs, accelerator) if logs else {}
+            if skipped.total:
+                values["skipped"] = skipped.total
             if watch and watch.wants(done):
                 values |= watch.look(done, phase.name)
             if accelerator.is_main_process and (done % training.log_every == 0 or done == training.steps):
@@ -103,7 +113,7 @@ def train(
             wanted = _anywhere(interruption.requested, accelerator)
             if done % training.checkpoint_every == 0 or done == training.steps or wanted:
                 position = {"step": done, "drawn": drawn * ranks, "micro_batches_per_update": per_update}
-                checkpoint.save(state, phase, position)
+                checkpoint.save(state, phase, {**position, "skipped": skipped.state})
             if wanted and done < training.steps:
                 raise Interruption(f"{phase.name}: stopped by a signal after step {done}; the state is in {state}")
     if progress:
@@ -121,41 +131,44 @@ def _update(
     seed: int,
     step: int,
     accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], int]:
-    """One optimiser step of one role; returns its logs and the number of micro-batches drawn so far."""
+    skipped: Skipped,
+) -> dict[str, Tensor]:
+    """One optimiser step of one role; returns its logs, none if it was skipped because a gradient is not finite."""
     role = phase.roles[turn]
     rank, ranks = sharding.data_rank(training.sharding, accelerator)
     for name, other in phase.roles.items():
         other.require_gradients(name == turn)
     logs: dict[str, Tensor] = {}
+    losses: dict[int, Tensor] = {}
     for micro in range(training.accumulate):
         last = micro == training.accumulate - 1
         sharding.reduce_gradients_in_backward(phase, last or training.sharding.reduce_every_micro_batch)
         place = micro * ranks + rank  # among the micro-batches of all processes
         rng = generator_for(accelerator.device, seed, phase.name, step, number, place, 0)  # 0 keeps earlier runs' noise
         with accelerator.autocast():
-            loss, values = phase.loss(turn, batches(drawn), rng, step)
+            loss, values = phase.loss(turn, batches(drawn + micro), rng, step)
         (loss / training.accumulate).backward()
-        drawn += 1
+        losses[drawn + micro] = loss.detach()
         for key, value in {f"{turn}_loss": loss, **values}.items():
             logs[key] = logs.get(key, 0) + value.detach().float() / training.accumulate
     parameters = role.parameters()
     sharding.average_whole_gradients(parameters, accelerator)
     norm = sharding.clip_gradients(parameters, role.settings.max_grad_norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"{phase.name}: the gradient of {turn} is {norm.item()} at step {step + 1}; lower "
-            f"{phase.name}'s learning_rate or look at the last lines of its metrics.jsonl"
-        )
-    logs[f"{turn}_grad_norm"] = norm
-    for group in role.optimizer.param_groups:
-        group["lr"] = learning_rate(role.settings, step, training.schedule_steps or training.steps)
-    role.optimizer.step()
+    finite = bool(torch.isfinite(norm))  # alike in all processes, because the norm is that of all
+    logs = {**logs, f"{turn}_grad_norm": norm} if finite else {}
+    if finite:
+        for group in role.optimizer.param_groups:
+            group["lr"] = learning_rate(role.settings, step, training.schedule_steps or training.steps)
+        role.optimizer.step()
     for other in phase.roles.values():
         other.optimizer.zero_grad(set_to_none=True)
         other.require_gradients(True)
     sharding.release_gathered(phase)
-    return logs, drawn
+    if finite:
+        skipped.made(turn)
+    else:
+        skipped.note(f"{phase.name}, step {step + 1}", turn, norm, losses, accelerator)
+    return logs
 
 
 def _averaged(logs: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
