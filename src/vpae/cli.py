@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--num-frames", type=int, help="default: what the model was distilled at")
     sample.add_argument("--out", type=Path, required=True, help="the mp4 to write")
+    sample.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge a LoRA; may be repeated"
+    )
     sample.add_argument("--frames", type=Path, help="also write the exact uint8 frames (T, H, W, 3) as .npy")
     _placement_arguments(sample)
     sample.set_defaults(run=_sample)
@@ -165,6 +168,7 @@ def _sample(arguments: argparse.Namespace) -> None:
             arguments.vae_dtype,
             arguments.channels_last,
         ),
+        loras=arguments.lora,
     )
     print(arguments.out)
 

@@ -93,6 +93,8 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
     if stage == TEACHER and settings.teacher.source != "train":
         # The sizes of a network that is not trained here change nothing.
         unused += ("teacher.vae", "teacher.encoders", "teacher.transformer")
+    if stage == TEACHER and not settings.teacher.loras:
+        unused += ("teacher.loras",)  # teachers from before there was this key stay what they are
     for key in unused:
         *sections, name = key.split(".")
         place = values

@@ -3,7 +3,7 @@
 The means are diffusers' own, and torchao's for int8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 from vpae.experiment import ConfigError
 from vpae.models.formats import LARGE, formats
 from vpae.models.layout import channels_last
+from vpae.models.loras import merge_loras, read_loras
 from vpae.models.wan import load_pipeline
 
 OFFLOADS = {
@@ -94,7 +95,12 @@ def compiling_pays(transformer: nn.Module, device: torch.device | str, evaluatio
 
 
 def load_placed(
-    model: Path, placement: Placement, device: torch.device | str, backend: str = "inductor", evaluations: int = 1
+    model: Path,
+    placement: Placement,
+    device: torch.device | str,
+    backend: str = "inductor",
+    evaluations: int = 1,
+    loras: Sequence[str] = (),
 ) -> WanImageToVideoPipeline:
     """Load a pipeline folder and bring it onto a device.
 
@@ -104,16 +110,20 @@ def load_placed(
         device: where the networks compute.
         backend: of torch.compile.
         evaluations: how often the transformer will be run.
+        loras: each FILE or FILE:STRENGTH, to be merged into the transformer.
 
     Raises:
         FileNotFoundError: the folder is not a pipeline.
         ConfigError: int8 or products in float8 are wanted, and torchao is not installed, or the device has none.
+        ArtifactError: a LoRA does not fit the transformer.
     """
     device, dtypes = torch.device(device), placement.formats(model)
     # Whether it can be done, before minutes of loading.
     quantise = {"int8": _int8, "fp8-compute": fp8_products}.get(placement.quantize, lambda: None)()
+    factors = read_loras(loras, model)
     pipeline = load_pipeline(model, dtypes)
     transformer = pipeline.transformer
+    merge_loras(transformer, factors)
     if quantise is not None:
         quantise(transformer.blocks)
     elif placement.quantize == "fp8":

@@ -3,18 +3,21 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vpae.artifacts import written
+from vpae.artifacts import ArtifactError, written
 from vpae.config import PATCH, VAE_STRIDE
+from vpae.config.teacher import file_and_strength
 from vpae.data.image import ImageError, read_image, read_image_at
 from vpae.data.names import NAME_BYTES
 from vpae.data.video import write_video
 from vpae.experiment import ConfigError
+from vpae.models.loras import require_fit
 from vpae.models.wan import GEOMETRY
 from vpae.out_of_memory import explained
 from vpae.placement import Placement, load_placed
@@ -37,14 +40,18 @@ def sample_one(
     out: Path,
     frames_out: Path | None,
     placement: Placement = Placement(),  # noqa: B008, it is frozen
+    loras: Sequence[str] = (),
 ) -> None:
     """Animate one image and write the mp4 (and, if wanted, the exact frames as .npy).
+
+    `loras` are merged into the transformer, each FILE or FILE:STRENGTH.
 
     Raises:
         ConfigError: all that cannot be done as asked for, a line each, or memory does not suffice.
         ArtifactError: the networks gave no numbers.
     """
     geometry, faults = _geometry(model)
+    faults += [] if faults else _lora_faults(loras, model)
     faults += [
         *number_faults(steps, guidance_scale),
         *_faults_of("--seed", seed, 0, LARGEST_SEED),
@@ -66,7 +73,7 @@ def sample_one(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with explained(model, placement, device, length, picture.height, picture.width):
         evaluations = steps * (1 if guidance_scale == 1.0 else 2)
-        pipeline = load_placed(model, placement, device, evaluations=evaluations)
+        pipeline = load_placed(model, placement, device, evaluations=evaluations, loras=loras)
         frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written(out) as temporary:
@@ -110,6 +117,17 @@ def _geometry(model: Path) -> tuple[dict, list[str]]:
         return {key: geometry[key] for key in ("frames", "height", "width", "fps")}, []
     except (ValueError, KeyError, TypeError) as error:
         return {}, [f"--model {model / GEOMETRY}: is damaged ({error!r}); copy the folder again"]
+
+
+def _lora_faults(loras: Sequence[str], model: Path) -> list[str]:
+    """Why LoRAs cannot be merged into a model, from the headers of their files."""
+    faults = []
+    for named in loras:
+        try:
+            require_fit(file_and_strength(named)[0], model)
+        except (ArtifactError, ValueError) as error:
+            faults.append(f"--lora {error}")
+    return faults
 
 
 def _faults_of(option: str, value: int, least: int, most: int | None = None) -> list[str]:

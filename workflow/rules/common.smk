@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from vpae.artifacts import ArtifactError
+from vpae.config.teacher import file_and_strength
 from vpae.experiment import ConfigError, load
 from vpae.graph import STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
@@ -123,16 +124,16 @@ def videos(wildcards):
 
 
 def teacher_files(wildcards):
-    """Input function: index and weights of a teacher taken from a folder."""
+    """Input function: index and weights of a teacher taken from a folder, and the LoRAs merged into one."""
     source = experiment(wildcards.experiment)
     teacher = source.settings.teacher
     if teacher.source == "folder":
         index = existing(Path(teacher.path) / "model_index.json", source, "teacher.path")
     if problems := missing_teacher(source):
         stop("\n".join(problems))
-    if teacher.source != "folder":
-        return []
-    files = [index, *map(str, sorted(Path(teacher.path).glob("*/*.safetensors")))]
+    files = [str(file_and_strength(named)[0]) for named in teacher.loras]
+    if teacher.source == "folder":
+        files += [index, *map(str, sorted(Path(teacher.path).glob("*/*.safetensors")))]
     return undated(files, wildcards.experiment, "teacher")
 
 

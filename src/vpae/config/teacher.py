@@ -1,5 +1,8 @@
 """Stage `teacher`, and the small networks that it can train."""
 
+import math
+import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -87,6 +90,19 @@ class TinyTransformer(Section):
     )
 
 
+def file_and_strength(named: str) -> tuple[Path, float]:
+    """The two parts of `FILE[:STRENGTH]`; a file's name may have colons, only a number after the last is a strength.
+
+    Raises:
+        ValueError: the strength is too large a number.
+    """
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", named, re.DOTALL)
+    file, strength = (match[1], float(match[2])) if match else (named, 1.0)
+    if not math.isfinite(strength):
+        raise ValueError(f"{named}: the strength must be a finite number")
+    return Path(file), strength
+
+
 class Teacher(Section):
     """Stage `teacher`: the model to distil, a diffusers `WanImageToVideoPipeline` folder."""
 
@@ -102,6 +118,10 @@ class Teacher(Section):
         ("transformer",), description="What of start is trained further; the rest is kept."
     )
     revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
+    loras: tuple[str, ...] = Field(
+        (),
+        description="LoRA files, each FILE or FILE:STRENGTH, that are merged into the transformer before distilling.",
+    )
     architecture: Literal["", "wan2.1-i2v-14b", "wan2.1-i2v-1.3b"] = Field(
         "", description="Shape that `vpae plan` takes while the weights are not there; checked once they are."
     )
@@ -118,6 +138,12 @@ class Teacher(Section):
             raise ValueError(f"source = {self.source} needs path")
         if self.source != "train" and self.start:
             raise ValueError(f"start is of source = train alone, not of source = {self.source}; remove it")
+        if self.source == "train" and self.loras:
+            raise ValueError(
+                "loras are merged into a teacher of source = folder or hub; remove them, or name such a one"
+            )
+        for named in self.loras:
+            file_and_strength(named)
         if "transformer" not in self.further:
             raise ValueError("further lacks transformer, which must follow whatever else is trained further")
         runs = (self.vae.training, self.vae.whole_training, self.vae.decoder_training, self.encoders.training)

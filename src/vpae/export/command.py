@@ -12,6 +12,7 @@ import torch
 from vpae.artifacts import ArtifactError, identity, read_provenance
 from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline
+from vpae.models.loras import require_fit
 from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.stages import require_free_space
@@ -54,13 +55,15 @@ def export(
 
     Raises:
         FileNotFoundError: there is no such model, adapter or scores file.
-        ArtifactError: the result exists, the disk is too small, or the model is no student.
+        ArtifactError: the result exists, the disk is too small, the model is no student, or the adapter not its.
     """
     _check(model, form, out)
     facts = _facts(model)
     if scores := scores or find_scores(model):
         facts["scores"] = read_scores(scores)
     source = adapter or find_adapter(model) if form.startswith("lora") else model
+    if adapter and form.startswith("lora"):
+        require_fit(adapter, model)
     number_format = DTYPES[dtype] if dtype else None
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:

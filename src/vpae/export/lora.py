@@ -7,6 +7,7 @@ that every one of them comes to the same weights without being told.
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
@@ -90,12 +91,7 @@ def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adap
             kind = kind or "not a weight of a LoRA adapter"
             raise ArtifactError(f"{name}: {key} is {kind}; name the file of a LoRA adapter")
         module = match["module"]
-        if (
-            ".self_attn." in f".{module}."
-            or ".cross_attn." in f".{module}."
-            or ".ffn.0" in module
-            or ".ffn.2" in module
-        ):
+        with suppress(ArtifactError):  # diffusers' own names stay
             module = to_diffusers(module)
         factors.setdefault(module, {})[PARTS[match["part"].partition(".")[0]]] = tensor
         scale_is_one |= (match["prefix"] or "").endswith(tuple(PREFIXES.values())) or "lora_down" in key

@@ -4,9 +4,11 @@ import json
 import os
 from pathlib import Path
 
+from vpae.artifacts import ArtifactError
+from vpae.config.teacher import file_and_strength
 from vpae.experiment import Source
 from vpae.graph import RESULTS, stage_folder
-from vpae.teacher.folder import faults
+from vpae.teacher.folder import faults, header
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 OTHERS = ("model_index.json", "tokenizer", "image_processor", "scheduler")
@@ -33,7 +35,19 @@ def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:
         return [f"{source.path}: teacher.path: {problem}" for problem in wrong]
     if teacher.source == "hub" and not (stage_folder(source, "teacher", results) / "provenance.json").is_file():
         return [f"{source.path}: teacher.path: {problem}" for problem in _hub(teacher.path, teacher.revision)]
-    return []
+    return _missing_loras(source)
+
+
+def _missing_loras(source: Source) -> list[str]:
+    from vpae.models.loras import require_fit  # brings torch, which few need here
+
+    teacher, found = source.settings.teacher, []
+    for file, _ in map(file_and_strength, teacher.loras):
+        try:
+            require_fit(file, Path(teacher.path)) if teacher.source == "folder" else header(file)
+        except ArtifactError as error:
+            found.append(f"{source.path}: teacher.loras: {error}")
+    return found
 
 
 def incomplete(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vpae.artifacts import ArtifactError, digest, sha256, write_json
 from vpae.config import Experiment
+from vpae.config.teacher import file_and_strength
 from vpae.graph import RESULTS
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -18,17 +19,26 @@ SQUARE, ADDED = ("to_q", "to_k", "to_v", "to_out.0"), ("add_k_proj", "add_v_proj
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:
-    """Name -> digest of the content of a teacher folder that comes from elsewhere; empty where there is none.
+    """Name -> digest of the content of the teacher's folder and LoRAs that come from elsewhere; empty without any.
 
     Raises:
-        ArtifactError: it is no pipeline folder.
+        ArtifactError: it is no pipeline folder, or a LoRA's file is not whole.
     """
+    found = {str(file): _lora_identity(file) for file, _ in map(file_and_strength, settings.teacher.loras)}
     name = settings.teacher.path if settings.teacher.source == "folder" else settings.teacher.start
     if not name:
-        return {}
+        return found
     folder = checked(Path(name))
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {name: digest({p.relative_to(folder).as_posix(): h for p, h in zip(files, _hashes(files), strict=True)})}
+    hashes = zip(files, _hashes(files), strict=True)
+    return found | {name: digest({p.relative_to(folder).as_posix(): h for p, h in hashes})}
+
+
+def _lora_identity(file: Path) -> str:
+    """Of a LoRA's file, and of what is said beside it of its scale."""
+    header(file)  # refuses what is not whole
+    files = [path for path in (file, file.with_name("adapter_config.json")) if path.is_file()]
+    return digest(_hashes(files))
 
 
 def _hashes(files: list[Path]) -> list[str]:

@@ -1,7 +1,7 @@
 """Stage `teacher`: writes a complete diffusers `WanImageToVideoPipeline` folder.
 
 A tiny teacher is trained in three runs of the one training loop: VAE, encoders, transformer. A folder or hub id is
-checked and linked, never trained.
+checked and linked, never trained; LoRAs may be merged into its transformer.
 """
 
 from functools import cache
@@ -19,10 +19,19 @@ from vpae.config import Experiment, Teacher, Training
 from vpae.data.encoding import Encoders, pad_text, to_signed
 from vpae.data.manifest import Clip, read_manifest
 from vpae.experiment import ConfigError
-from vpae.models.wan import GEOMETRY, Condition, first_frame_mask, load_pipeline, text_tokens_for
+from vpae.models.loras import merge_loras, read_loras
+from vpae.models.sizes import stored_dtype, stored_weights
+from vpae.models.wan import (
+    GEOMETRY,
+    Condition,
+    first_frame_mask,
+    load_pipeline,
+    load_transformer,
+    text_tokens_for,
+)
 from vpae.progress import track
 from vpae.teacher import encoders, flow_matching, vae
-from vpae.teacher.folder import NETWORKS, checked, external_inputs  # noqa: F401, the stage's external inputs
+from vpae.teacher.folder import NETWORKS, checked, external_inputs, variant_of  # noqa: F401, the stage's external inputs
 from vpae.training.loop import train
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import Shuffled, derived_seed
@@ -41,7 +50,13 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     else:
         folder = Path(teacher.path)
     # Nobody edits the hub's cache, whose files are named by their content.
-    link_tree(checked(folder), out, skip=(GEOMETRY,), foreign=teacher.source == "folder")
+    changed = ("transformer",) if teacher.loras else ()
+    link_tree(checked(folder), out, skip=(GEOMETRY, *changed), foreign=teacher.source == "folder")
+    if teacher.loras:
+        loras = read_loras(teacher.loras, folder)
+        transformer = load_transformer(folder, stored_dtype(stored_weights(folder / "transformer")))
+        merge_loras(transformer, loras)
+        transformer.save_pretrained(out / "transformer", variant=variant_of(folder))
     return {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())}
 
 

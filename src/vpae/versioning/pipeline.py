@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from vpae.config.teacher import file_and_strength
 from vpae.experiment import Source
 from vpae.graph import STAGES, owner, stage_folder, stages_of, upstream
 from vpae.versioning.tables import metrics_folder
@@ -93,6 +94,8 @@ def _stage(stage: str, sources: list[Source]) -> dict | None:
 def _read(source: Source, stage: str) -> list[str]:
     teacher = source.settings.teacher
     given = [teacher.path] if stage == "teacher" and teacher.source == "folder" else []
+    if stage == "teacher":
+        given += [str(file_and_strength(named)[0]) for named in teacher.loras]
     return [*(str(stage_folder(source, above)) for above in upstream(source.settings, stage)), *given]
 
 

@@ -57,7 +57,9 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         yield f"{folder / name}: {what}"
     if stage == "teacher" and source.settings.teacher.source == "folder":
         origin = Path(source.settings.teacher.path)
-        for name in _first(recorded, lambda n: _is_other(origin / n, recorded[n])):
+        merged = bool(source.settings.teacher.loras)  # then the transformer is not the origin's
+        taken = [name for name in recorded if not (merged and name.startswith("transformer/"))]
+        for name in _first(taken, lambda n: _is_other(origin / n, recorded[n])):
             yield f"{folder}: made from another {origin / name} than the present one"
 
 
