@@ -23,6 +23,7 @@ from vpae.models.loras import merge_loras, read_loras, require_fit
 from vpae.models.wan import load_transformer
 from vpae.planning.presence import missing_teacher
 from vpae.stages import run_stage, standing
+from vpae.versioning.verify import problems
 
 MODULE, WAN = "blocks.1.attn1.to_q", "blocks.1.self_attn.q"
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.7
@@ -197,6 +198,7 @@ def test_a_teacher_s_loras_are_merged_and_a_changed_file_makes_a_new_teacher(
         assert all(torch.equal(made[name], base[name]) for name in base if name != f"{MODULE}.weight")
         assert made.keys() == base.keys() and standing(source, results)["teacher"]
     assert str(lora) in read_provenance(folder)["inputs"]
+    assert not list(problems(source, "teacher", results))  # a merged transformer is not its origin's, and is none
     assert not standing(experiment(f"{lora}:1"), results)["teacher"]
 
 

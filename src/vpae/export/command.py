@@ -12,7 +12,6 @@ import torch
 from vpae.artifacts import ArtifactError, identity, read_provenance
 from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline
-from vpae.models.loras import require_fit
 from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.stages import require_free_space
@@ -62,18 +61,16 @@ def export(
     if scores := scores or find_scores(model):
         facts["scores"] = read_scores(scores)
     source = adapter or find_adapter(model) if form.startswith("lora") else model
-    if adapter and form.startswith("lora"):
-        require_fit(adapter, model)
     number_format = DTYPES[dtype] if dtype else None
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:
         if form == "diffusers":
             write_pipeline(model, place, number_format)
         elif out.suffix == ".safetensors":
-            _write_file(form, source, place, number_format, facts)
+            _write_file(form, source, model, place, number_format, facts)
         else:
             place.mkdir()
-            _write_file(form, source, place / FILES[form], number_format, facts)
+            _write_file(form, source, model, place / FILES[form], number_format, facts)
             if form == "wan":
                 write_original_config(model, place / "config.json")
         if place.is_dir():
@@ -81,11 +78,13 @@ def export(
     return out
 
 
-def _write_file(form: str, source: Path, out: Path, dtype: torch.dtype | None, facts: dict[str, Any]) -> None:
+def _write_file(
+    form: str, source: Path, model: Path, out: Path, dtype: torch.dtype | None, facts: dict[str, Any]
+) -> None:
     if form == "wan":
-        write_original(source, out, dtype, facts)
+        write_original(model, out, dtype, facts)
     else:
-        write_lora(source, out, form, dtype, facts)
+        write_lora(source, model, out, form, dtype, facts)
 
 
 def find_adapter(model: Path) -> Path:

@@ -14,6 +14,7 @@ from vpae.artifacts import PROVENANCE, write_json
 from vpae.export.card import CARD, FACTS
 from vpae.export.keys import to_original
 from vpae.export.lora import named_for, read_adapter
+from vpae.models.loras import require_fit
 from vpae.models.sizes import stored_dtype, stored_weights
 from vpae.models.wan import TEXT_TOKENS, load_transformer
 
@@ -67,9 +68,13 @@ def write_original_config(model: Path, out: Path) -> None:
     write_json(out, original)
 
 
-def write_lora(adapter: Path, out: Path, form: str, dtype: torch.dtype | None, facts: Mapping[str, Any]) -> None:
-    """Write an adapter under the names that a form's readers expect, its scale multiplied in."""
-    tensors = named_for(form, read_adapter(adapter))
+def write_lora(
+    adapter: Path, model: Path, out: Path, form: str, dtype: torch.dtype | None, facts: Mapping[str, Any]
+) -> None:
+    """Write a model's adapter under the names that a form's readers expect, its scale multiplied in."""
+    factors = read_adapter(adapter)
+    require_fit(adapter, model, factors)
+    tensors = named_for(form, factors)
     save_file({key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}, out, _metadata(facts))
 
 

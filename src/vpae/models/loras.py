@@ -15,16 +15,21 @@ SHOWN = 3  # layers that an error names
 Loras = list[tuple[dict[str, Tensor], float]]  # factors by the names of `read_adapter`, and a strength
 
 
-def require_fit(file: Path, model: Path) -> None:
-    """Refuse a LoRA with layers that a pipeline's transformer lacks, or has in another width; only headers are read.
+def require_fit(file: Path, model: Path, factors: dict[str, Tensor] | None = None) -> None:
+    """Refuse a LoRA with layers that a pipeline's transformer lacks, or has in another width.
+
+    Args:
+        file: the LoRA's; only its header is read, and not even that if `factors` are given.
+        model: the pipeline's folder, of which only headers are read.
+        factors: from `read_adapter`.
 
     Raises:
         ArtifactError: naming the layers.
     """
-    shapes = {name: shape for name, shape in header(file).items() if not name.endswith(".alpha")}
-    factors = unscaled(
-        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {ALPHA: 1}, str(file)
-    )
+    if factors is None:
+        shapes = {name: shape for name, shape in header(file).items() if not name.endswith(".alpha")}
+        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        factors = unscaled(empty, {ALPHA: 1}, str(file))
     there, wrong = headers(model / "transformer"), []
     for layer, up, down in _products(factors):
         made, wanted = (len(up), down.shape[1]), there.get(f"{layer}.weight")
