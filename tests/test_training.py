@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import resource
+import shutil
 import signal
-from collections.abc import Callable, Container
+import subprocess
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import SHIFT, build_batch, build_equilibrium, build_priming, build_transformer
+from vpae.artifacts import ArtifactError
 from vpae.config import Head, Optimizer, TinyTransformer, Training
 from vpae.teacher.flow_matching import FlowMatchingPhase
 from vpae.training import checkpoint
@@ -343,6 +347,37 @@ def test_a_finite_loss_is_no_reason_to_name_its_clip(tmp_path, accelerator):
     training = Training(steps=1, accumulate=3, stop_after_skipped=1)
     with pytest.raises(FloatingPointError, match=r"clips: clip-1\."):
         train(phase, numbered, training, 0, tmp_path, accelerator, None, lambda drawn: [f"clip-{drawn}"])
+
+
+@pytest.fixture(params=["limit", "tmpfs"])
+def full(request, tmp_path) -> Iterator[tuple[Path, Callable[[], None], Callable[[], None]]]:
+    """A folder, what fills its disk, and what makes room again."""
+    if request.param == "limit":  # on the size of a file: the same calls fail, without root
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        bound = lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # noqa: E731
+        yield tmp_path, bound(1500), bound(soft)
+        bound(soft)()
+        return
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("a disk of its own is for root to mount")
+    filler = tmp_path / "filler"
+    yield tmp_path, lambda: filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free - 4096)), filler.unlink
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_disk_leaves_the_state_before_whole_and_the_run_goes_on_from_it(full, tmp_path_factory, accelerator):
+    folder, fill, make_room = full
+    state, training = folder / "state", Training(steps=4, checkpoint_every=1)
+    phase, whole = at(Line(Optimizer()), 2, 0, fill), Line(Optimizer())
+    with pytest.raises(ArtifactError, match=r"step 3 .*(No space left|File too large).*make room.*step-00000002"):
+        train(phase, numbered, training, 0, state, accelerator)
+    assert sorted(p.name for p in state.iterdir() if p.is_dir()) == ["step-00000001", "step-00000002"]
+    make_room()
+    again = Line(Optimizer())
+    metrics = train(again, numbered, training, 0, state, accelerator)
+    expected = train(whole, numbered, training, 0, tmp_path_factory.mktemp("whole"), accelerator)
+    assert_equal(all_of(again), all_of(whole))
+    assert metrics.read_text() == expected.read_text()
 
 
 def test_metrics_are_logged_every_so_often_and_at_the_end(tmp_path, accelerator):

@@ -1,6 +1,7 @@
 """The command line: one sub-command a stage, and `sample`, `config`. It parses and delegates."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from vpae.planning import command as planning
 from vpae.planning.presence import missing
 from vpae.versioning import command as versioning
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -35,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"vpae: {error}: make room and run the same command again; what is finished stands", file=sys.stderr)
         return 2
     except Interruption as interruption:
         print(f"vpae: {interruption}; run the same command again to go on", file=sys.stderr)

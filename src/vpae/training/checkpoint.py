@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,9 +34,34 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save(folder: Path, phase: Phase, position: dict) -> None:
-    """Write `step-N` beside the older states and delete all but the newest two; every process calls this."""
+    """Write `step-N` beside the older states and delete all but the newest two; every process calls this.
+
+    Raises:
+        ArtifactError: the disk does not take it; the older states stand.
+    """
+    try:
+        _save(folder, phase, position)
+    except (OSError, CheckpointException) as error:
+        causes = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reason = next((e for e in causes if isinstance(e, OSError)), None)
+        if reason is None:
+            raise
+        if _place()[0] == 0:
+            shutil.rmtree(_unfinished(folder, position), ignore_errors=True)  # half a state fills the disk for others
+        older = max((p.name for p in folder.glob("step-*")), default="none")
+        raise ArtifactError(
+            f"the state of step {position['step']} could not be saved in {folder} ({reason.strerror or reason}): make "
+            f"room there and run the same command again. The newest whole state: {older}"
+        ) from error
+
+
+def _unfinished(folder: Path, position: dict) -> Path:
+    return folder / f".step-{position['step']:08d}.tmp"
+
+
+def _save(folder: Path, phase: Phase, position: dict) -> None:
     final = folder / f"step-{position['step']:08d}"
-    temporary = folder / f".{final.name}.tmp"
+    temporary = _unfinished(folder, position)
     rank, ranks = _place()
     first = rank == 0
     if first:

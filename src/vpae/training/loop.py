@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vpae.artifacts import written
 from vpae.config import Optimizer, Training
 from vpae.experiment import ConfigError
 from vpae.progress import Progress
@@ -201,7 +202,8 @@ def _keep_lines_before(metrics: Path, step: int) -> None:
     """Drop the lines of steps that will be done again."""
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        with written(metrics) as temporary:  # a full disk must not empty it
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def _brief(values: dict[str, float]) -> str:
