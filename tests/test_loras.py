@@ -20,7 +20,7 @@ from vpae.config.teacher import file_and_strength
 from vpae.experiment import ConfigError, load
 from vpae.graph import stage_settings
 from vpae.models.loras import merge_loras, read_loras, require_fit
-from vpae.models.wan import load_transformer
+from vpae.models.wan import load_pipeline, load_sampler, load_transformer
 from vpae.planning.presence import missing_teacher
 from vpae.stages import run_stage, standing
 from vpae.versioning.verify import problems
@@ -200,6 +200,22 @@ def test_a_teacher_s_loras_are_merged_and_a_changed_file_makes_a_new_teacher(
     assert str(lora) in read_provenance(folder)["inputs"]
     assert not list(problems(source, "teacher", results))  # a merged transformer is not its origin's, and is none
     assert not standing(experiment(f"{lora}:1"), results)["teacher"]
+
+
+def test_a_merged_teacher_keeps_its_number_format_and_its_files_variant(
+    teacher: Path, tmp_path: Path, experiment: Callable
+) -> None:
+    half = tmp_path / "half"
+    load_pipeline(teacher, torch.bfloat16).save_pretrained(half, variant="bf16")
+    up, down = write_lora(tmp_path / "lora.safetensors", shape_of(teacher))
+    source = experiment(str(tmp_path / "lora.safetensors"), path=str(half))
+    folder = run_stage(source, "teacher", tmp_path / "results")
+    (weights,) = (folder / "transformer").glob("*.bf16.safetensors")
+    before, made = load_file(half / "transformer" / weights.name), load_file(weights)
+    assert {name: w.dtype for name, w in made.items()} == {name: w.dtype for name, w in before.items()}
+    exact = before[f"{MODULE}.weight"].float() + ALPHA / RANK * up @ down
+    assert torch.equal(made[f"{MODULE}.weight"], exact.bfloat16())  # rounded once
+    assert load_sampler(folder).get_parameter(f"{MODULE}.weight").isfinite().all()
 
 
 def test_a_teacher_without_loras_has_the_settings_it_always_had(experiment: Callable) -> None:
