@@ -13,7 +13,7 @@ from vpae.config import Optimizer, Times, Training
 from vpae.distill.losses.adversarial import generator_adversarial
 from vpae.distill.losses.csds import csds_loss
 from vpae.distill.method import motion_monitors
-from vpae.flow import x0_from_velocity
+from vpae.flow import schedule, x0_from_velocity
 from vpae.models.wan import predict_x0, velocity
 from vpae.training.loop import train
 from vpae.training.randomness import generator_for
@@ -201,6 +201,19 @@ def test_the_generator_sees_the_noised_real_clip_at_times_of_its_interval(turn):
 
 
 # Phase II.
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(share):
+    phase, times = build_priming(few_step_share=share, few_steps=4), []
+    with calls_of(phase.generator) as calls, torch.no_grad():
+        for seed in range(20):
+            phase.loss("fake", build_batch(2), rng(seed), 0)
+    times = torch.cat([call["timestep"] for call in calls]) / 1000
+    later = schedule(4, phase.shift)[1:-1].float()
+    found = (times[:, None] - later).abs().min(dim=1).values < 1e-6
+    assert abs(found.float().mean().item() - share) <= (0.25 if share == 0.5 else 0)
+    assert (times[~found] >= 0.9).all()
 
 
 def test_the_head_learns_before_the_generator_moves():

@@ -86,6 +86,12 @@ class Clips:
         """A time t (B,) for each clip, see `flow.sample_times`."""
         return flow.sample_times(times, self.shift, self.progress, len(self.x), self.rng)
 
+    def sometimes_later(self, t_B: Tensor, share: float, steps: int) -> Tensor:
+        """t, but for a share of the clips a time at which a sampler of so many steps goes on: not 1, not 0."""
+        later = flow.schedule(steps, self.shift)[1:-1].to(t_B)
+        chosen = later[torch.randint(len(later), t_B.shape, generator=self.rng, device=t_B.device)]
+        return torch.where(torch.rand(t_B.shape, generator=self.rng, device=t_B.device) < share, chosen, t_B)
+
     def ones(self) -> Tensor:
         """t = 1 (B,), pure noise."""
         return torch.ones(len(self.x), device=self.x.device)

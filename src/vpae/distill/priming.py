@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from vpae.config.section import Positive
+from vpae.config.section import Positive, Share
 from vpae.config.training import Lora, Optimizer, Times, Training
 from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
 from vpae.lazy import lazy
@@ -49,6 +49,12 @@ class Settings(MethodSettings):
     generator_times: Times = Field(
         Times(low=0.9, high=1.0, distribution="uniform"), description="t of the generator's input (paper: [0.9T, T])."
     )
+    few_step_share: Share = Field(
+        0.0,
+        description="Share of the clips at which the generator learns the later times of few-step sampling, which "
+        "generator_times leaves out [choice].",
+    )
+    few_steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
     score_times: Times = Field(Times(), description="t' at which the scores are compared [choice].")
 
 
@@ -115,6 +121,8 @@ class Priming(Method):
     def generate(self, clips: Clips) -> Tensor:
         """Steps 1 and 2: xh = f_theta(x_t, t, c), one-step videos from real latents noised at a low SNR."""
         t = clips.times(self.config.generator_times)
+        if self.config.few_step_share > 0:
+            t = clips.sometimes_later(t, self.config.few_step_share, self.config.few_steps)
         return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
 
     def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
