@@ -26,17 +26,20 @@ from vpae.stages import run_stage, standing
 from vpae.versioning.verify import problems
 
 MODULE, WAN = "blocks.1.attn1.to_q", "blocks.1.self_attn.q"
-RANK, ALPHA, STRENGTH = 4, 2.0, 0.7
+RANK, ALPHA, STRENGTH = 4, 3.0, 0.7
 
 
 def shape_of(teacher: Path, name: str = MODULE) -> tuple[int, ...]:
     return tuple(load_transformer(teacher, torch.float32).state_dict()[f"{name}.weight"].shape)
 
 
-def write_lora(path: Path, shape: tuple[int, ...], module: str = WAN, seed: int = 0) -> tuple[Tensor, Tensor]:
+def write_lora(
+    path: Path, shape: tuple[int, ...], module: str = WAN, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """A LoRA as ComfyUI's trainers write it, with alpha of its own; returns B and A."""
     rng = torch.Generator().manual_seed(seed)
     up, down = torch.randn(shape[0], RANK, generator=rng), torch.randn(RANK, shape[1], generator=rng)
+    up, down = up.to(dtype), down.to(dtype)
     name = f"diffusion_model.{module}"
     parts = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(ALPHA)}
     save_file(parts, path)
@@ -58,11 +61,11 @@ def test_only_a_number_after_the_last_colon_is_a_strength(named: str, file: str,
     assert file_and_strength(named) == (Path(file), strength)
 
 
-@pytest.mark.parametrize("strength", [STRENGTH, -1.0])
+@pytest.mark.parametrize(("strength", "dtype"), [(STRENGTH, torch.float32), (-1.0, torch.bfloat16)])
 def test_a_merged_weight_is_w_plus_strength_times_alpha_by_rank_times_b_a(
-    teacher: Path, tmp_path: Path, strength: float
+    teacher: Path, tmp_path: Path, strength: float, dtype: torch.dtype
 ) -> None:
-    up, down = write_lora(tmp_path / "my:lora.safetensors", shape_of(teacher))
+    up, down = write_lora(tmp_path / "my:lora.safetensors", shape_of(teacher), dtype=dtype)
     network = load_transformer(teacher, torch.float32)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     merge_loras(network, read_loras([f"{tmp_path}/my:lora.safetensors:{strength}"], teacher))

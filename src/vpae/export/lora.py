@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,12 +35,16 @@ OTHER_KINDS = {
 PREFIXES = {"lora": "transformer.", "lora-wan": "diffusion_model."}
 
 
-def read_adapter(path: Path) -> dict[str, Tensor]:
+def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """An adapter's factors, `MODULE.lora_A.weight` (rank, in) and `MODULE.lora_B.weight` (out, rank) at scale 1.
 
     Takes the files of this project, diffusers and PEFT (`lora_A`, `lora_B`; alpha and patterns in the metadata or in
     adapter_config.json beside), and of ComfyUI and kohya (`lora_down`, `lora_up`, `alpha`), under diffusers' or Wan's
     names. Where a file says nothing of alpha, tools that write `transformer.` or `diffusion_model.` mean scale 1.
+
+    Args:
+        path: the file.
+        dtype: number format of the factors, in which the scale is multiplied in; as stored if not given.
 
     Raises:
         FileNotFoundError: no such file.
@@ -50,7 +55,7 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     header(path)  # refuses what is not whole
     with safe_open(path, framework="pt") as file:
         settings = _settings(path, file.metadata() or {})
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        tensors = {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118, it is no dict
     return unscaled(tensors, settings, str(path))
 
 

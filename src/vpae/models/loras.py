@@ -12,7 +12,7 @@ from vpae.export.lora import ALPHA, read_adapter, unscaled
 from vpae.teacher.folder import header, headers
 
 SHOWN = 3  # layers that an error names
-Loras = list[tuple[dict[str, Tensor], float]]  # factors by the names of `read_adapter`, and a strength
+Loras = list[tuple[dict[str, Tensor], float]]  # float32 factors by the names of `read_adapter`, and a strength
 
 
 def require_fit(file: Path, model: Path, factors: dict[str, Tensor] | None = None) -> None:
@@ -54,7 +54,7 @@ def read_loras(named: Iterable[str], model: Path) -> Loras:
     asked = [file_and_strength(name) for name in named]
     for file, _ in asked:
         require_fit(file, model)
-    found = [(read_adapter(file), strength) for file, strength in asked]
+    found = [(read_adapter(file, torch.float32), strength) for file, strength in asked]
     for (file, _), (factors, _) in zip(asked, found, strict=True):
         if bad := next((name for name, factor in factors.items() if not factor.isfinite().all()), ""):
             raise ArtifactError(f"{file}: {bad} holds values that are not finite; download it again")
@@ -70,7 +70,7 @@ def merge_loras(transformer: nn.Module, loras: Loras) -> None:
             continue
         for layer, up, down in _products(factors):
             weight = weights[f"{layer}.weight"]
-            weight.copy_(weight.float() + strength * (up.float() @ down.float()))
+            weight.copy_(weight.float() + strength * (up @ down))
 
 
 def _products(factors: dict[str, Tensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
