@@ -1,7 +1,7 @@
 # Every target does its own set-up: it makes .venv, and nothing has to be activated. `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint report clean record restore cluster-up cluster-test cluster-down
+.PHONY: help setup demo test drill lint report clean record restore cluster-up cluster-test cluster-down
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,9 @@ demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and
 
 test: $(READY) ## Run the tests; more arguments for pytest in ARGS="..."
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+drill: $(READY) ## Kill every stage of micro at random, spoil its inputs, fill its disk; more in ARGS="--kills 50 --seed 0"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/drill.py $(ARGS)
 
 lint: $(READY) ## Check style and spelling
 	$(BIN)/ruff check

@@ -116,7 +116,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
         raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
     try:
         tree = _plain(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the file must hold sections (key: value), not a {type(tree).__name__}")

@@ -29,6 +29,9 @@ from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of,
 from vpae.parts import Part
 from vpae.teacher.folder import external_inputs
 
+# Ends of names in clips and latents: may be terabytes, and are not read anew before each use.
+BULK = (".tar", ".mp4")
+
 
 def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
     """Where a stage keeps what it needs to resume: outside its output, which a workflow may delete.
@@ -134,7 +137,8 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         the stage's folder.
 
     Raises:
-        ArtifactError: an input is missing, or another process, perhaps one that runs a part, is at work on the stage.
+        ArtifactError: an input is missing or damaged, or another process, perhaps one that runs a part, is at work on
+            the stage.
     """
     task = _task(source, stage, results)
     if task.is_done():
@@ -143,6 +147,9 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         with tempfile.TemporaryDirectory() as nowhere:
             task.run(source.settings, task.folders, Path(nowhere), task.state)
         return task.folder
+    for name, folder in task.folders.items():
+        if wrong := damaged(folder, unread=BULK if name in ("clips", "latents") else ()):
+            raise ArtifactError(f"{folder / wrong[0]} is damaged; run its stage again: `vpae {name}` makes it anew")
     states = [task.state, *task.state.parent.glob(f"{stage}-*")]
     with building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
