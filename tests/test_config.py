@@ -275,6 +275,12 @@ def test_a_file_that_is_no_tree_of_sections_is_refused(text: str, words: str, tm
     refused(write(tmp_path, "odd", text), words)
 
 
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "odd", "a: x")
+    path.write_bytes(b"a: \xff")
+    refused(path, "not valid YAML", "0xff")
+
+
 def test_a_missing_base_is_refused_with_the_experiments_there_are(base: Path) -> None:
     refused(write(base.parent, "lost", {"extends": "bsae"}), "extends: bsae", "bsae.yaml does not exist", "base, lost")
 

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import STAGES, build_priming
 from test_dvc import ROOT, TOY, Clone
-from vpae import locks
+from vpae import locks, stages
 from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, is_finished, locked, recover
 from vpae.experiment import load
 from vpae.teacher import folder
@@ -257,3 +257,25 @@ def test_after_a_damaged_state_the_one_before_is_taken_loudly(
     harm(tmp_path / "step-00000001" / name)
     with pytest.raises(ArtifactError, match="no state in it is whole; delete"):
         checkpoint.load_latest(tmp_path, phase)
+
+
+@pytest.mark.parametrize(("name", "file"), [("teacher", "weights.bin"), ("latents", "index.json")])
+def test_a_changed_byte_of_an_input_is_named_before_the_stage_begins(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of latents all but the shards, which may be terabytes."""
+    begun, folders = [], {stage: tmp_path / stage for stage in ("teacher", "latents")}
+    for place in folders.values():
+        with building(place, {}, {}) as (out, _):
+            for written in ("weights.bin", "index.json", "train-00000.tar"):
+                (out / written).write_bytes(b"as it was made")
+    task = stages._Task(None, lambda *_: begun.append(1), tmp_path / "priming", {}, folders, {})
+    monkeypatch.setattr(stages, "_task", lambda *_: task)
+    flipped(folders["latents"] / "train-00000.tar")
+    flipped(folders[name] / file)
+    with pytest.raises(ArtifactError, match=f"{name}/{file} is damaged; run its stage again: `vpae {name}`"):
+        stages.run_stage(load(ROOT / "configs/micro.yaml"), "priming", tmp_path)
+    assert not begun
+    flipped(folders[name] / file)  # back
+    stages.run_stage(load(ROOT / "configs/micro.yaml"), "priming", tmp_path)
+    assert begun
