@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
@@ -347,6 +348,18 @@ def test_a_finite_loss_is_no_reason_to_name_its_clip(tmp_path, accelerator):
     training = Training(steps=1, accumulate=3, stop_after_skipped=1)
     with pytest.raises(FloatingPointError, match=r"clips: clip-1\."):
         train(phase, numbered, training, 0, tmp_path, accelerator, None, lambda drawn: [f"clip-{drawn}"])
+
+
+@pytest.mark.slow
+def test_two_processes_skip_alike_and_name_the_clip_of_whichever_met_it(tmp_path):
+    script = Path(__file__).parent / "distributed/skipping.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    assert re.findall(r"step (\d): the gradient.*clips: (.*)", said) == [("2", "clip-3"), ("5", "clip-8")]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_equal(first, second)
+    assert all(value.isfinite().all() for value in first.values())
 
 
 @pytest.fixture(params=["limit", "tmpfs"])
