@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        # safetensors has the number only in its text.
+        if getattr(error, "errno", None) not in FULL and not any(f"(os error {n})" in str(error) for n in FULL):
             raise
         print(f"vpae: {error}: make room and run the same command again; what is finished stands", file=sys.stderr)
         return 2
