@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from vpae.config.discriminator import R1, Head
 from vpae.config.section import NonNegative, Positive, Section
 from vpae.config.training import Lora, Optimizer, Times, Training
-from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors, pulled
+from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
 from vpae.lazy import lazy
 from vpae.training.phase import Role
 
@@ -259,8 +259,8 @@ class Equilibrium(Method):
     def generator_loss(self, clips: Clips) -> Loss:
         """Steps 4 and 6: L_G = -E D(xh_t') + lambda L_CSDS, and the score loss where it is kept on."""
         config, xh, logs = self.config, self.generate(clips), {}
-        xh_t, t, _ = self.noised_again(pulled(xh, "adversarial", logs), clips)
-        distance = csds.csds_loss(pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
+        xh_t, t, _ = self.noised_again(self.pulled(xh, "adversarial", logs), clips)
+        distance = csds.csds_loss(self.pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
         loss = config.csds_weight * distance
         logs |= {"csds": distance, **motion_monitors(xh, clips.x)}
         if config.adversarial_weight > 0:
@@ -268,7 +268,7 @@ class Equilibrium(Method):
             loss = loss + config.adversarial_weight * opposed
             logs["adversarial"] = opposed
         if self.fake is not None:
-            loss = loss + config.score.weight * self.score_loss(pulled(xh, "score", logs), clips)
+            loss = loss + config.score.weight * self.score_loss(self.pulled(xh, "score", logs), clips)
         return loss, logs
 
     def score_loss(self, xh: Tensor, clips: Clips) -> Tensor:

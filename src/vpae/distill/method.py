@@ -152,6 +152,18 @@ class Method(Phase):
         clips = Clips(x, c, rng, self.shift, loop.progress_at(step, self.config.training))
         return getattr(self, f"{turn}_loss")(clips)
 
+    def pulled(self, xh: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
+        """xh for one term of a loss; the norm of that term's gradient at xh is logged as `pull_NAME` once it is known.
+
+        It is that of the micro-batch alone, so that it does not depend on how many are accumulated.
+        """
+        if not xh.requires_grad:
+            return xh
+        view, norm, micro_batches = xh.view_as(xh), torch.zeros((), device=xh.device), self.config.training.accumulate
+        view.register_hook(lambda gradient: (norm.copy_(micro_batches * gradient.norm()), None)[1])
+        logs[f"pull_{name}"] = norm
+        return view
+
     def save(self, out: Path) -> None:
         """Write what the method leaves beside the student; every process calls it, see `student.save_weights`."""
 
@@ -186,13 +198,3 @@ def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
         moves, real_moves = (v.diff(dim=2).abs().mean() for v in (xh_BCFHW, x_BCFHW))
         drift = (xh_BCFHW.mean(dim=(0, 2, 3, 4)) - x_BCFHW.mean(dim=(0, 2, 3, 4))).abs().mean()
         return {"motion_ratio": moves / real_moves.clamp_min(1e-8), "colour_drift": drift}
-
-
-def pulled(xh: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
-    """xh for one term of a loss; the norm of that term's gradient at xh is logged as `pull_NAME` once it is known."""
-    if not xh.requires_grad:
-        return xh
-    view, norm = xh.view_as(xh), torch.zeros((), device=xh.device)
-    view.register_hook(lambda gradient: (norm.copy_(gradient.norm()), None)[1])
-    logs[f"pull_{name}"] = norm
-    return view
