@@ -10,7 +10,7 @@ from vpae.distill.equilibrium import Equilibrium, Score, Settings
 from vpae.distill.losses.vsd import vsd_direction
 from vpae.distill.method import Clips
 from vpae.flow import add_noise
-from vpae.models.heads import ConvolutionHead
+from vpae.models.heads import ConvolutionHead, head_on
 from vpae.models.wan import predict_x0
 from vpae.training.loop import train
 
@@ -122,7 +122,7 @@ def test_convolutions_see_the_tokens_on_their_grid():
 @pytest.mark.parametrize("form", ["attention", "convolutions"])
 def test_a_pattern_on_all_videos_is_found_before_any_generator_is_trained(form, tmp_path, accelerator):
     """The discriminator of the shipped settings: low times, early and late layers, the same noise on both."""
-    head_settings = Head(form=form, dim=32, heads=4, queries=8)
+    head_settings = Head(form=form, dim=32, heads=4, queries=8, taps=(0, 1, 3))
     base = build_equilibrium(
         head=head_settings,
         same_noise=True,
@@ -130,8 +130,7 @@ def test_a_pattern_on_all_videos_is_found_before_any_generator_is_trained(form, 
         discriminator={"learning_rate": 3e-3, "betas": (0.0, 0.99)},
         r1=R1(weight=0.0, probes=()),
     )
-    shape, taps = base.generator.config, (0, 1, 3)
-    head = seeded(SEED, lambda: Equilibrium._new_head(head_settings, shape, len(taps)))
+    head, taps = seeded(SEED, lambda: head_on(base.generator, head_settings))
     phase = Equilibrium(base.config, SHIFT, base.generator, base.teacher, head, taps)
 
     def still(size: int, seed: int) -> tuple:
