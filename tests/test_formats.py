@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
 from transformers import CLIPVisionModel, PreTrainedModel, UMT5EncoderModel
 
@@ -43,6 +44,14 @@ class Loads:
     def take(self) -> list[tuple[type, torch.dtype, int]]:
         found, self.found = self.found, []
         return found
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """Accelerators of one process share a state, whose precision is the first one's."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -21,7 +21,6 @@ from vpae.training.ema import update_ema
 from vpae.training.loop import _update
 from vpae.training.phase import Phase
 from vpae.training.sharding import spread
-from vpae.training.skipping import Skipped
 
 
 class Workbench:
@@ -47,8 +46,8 @@ class Workbench:
 
     def update(self, turn: str) -> None:
         """One optimiser step of one role, of one micro-batch, and the EMA's that belongs to it."""
-        phase, batches, skipped = self.phase, lambda drawn: self.batch, Skipped(1, None)
-        _update(phase, turn, 0, batches, 0, self.training, self.seed, 0, self.accelerator, skipped)
+        phase, batches = self.phase, lambda drawn: self.batch
+        _update(phase, turn, 0, batches, 0, self.training, self.seed, 0, self.accelerator)
         if turn == phase.main and phase.ema is not None:
             update_ema(phase.ema, phase.roles[turn].module, self.training.ema_decay)
 

@@ -155,9 +155,10 @@ class Method(Phase):
     def pulled(self, xh: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
         """xh for one term of a loss; the norm of that term's gradient at xh is logged as `pull_NAME` once it is known.
 
-        It is that of the micro-batch alone, so that it does not depend on how many are accumulated.
+        It is that of the micro-batch alone, so that it does not depend on how many are accumulated. Processes that
+        share a clip have parts of a gradient, whose norms say nothing: there it is left out.
         """
-        if not xh.requires_grad:
+        if not xh.requires_grad or self.config.training.sharding.context_parallel > 1:
             return xh
         view, norm, micro_batches = xh.view_as(xh), torch.zeros((), device=xh.device), self.config.training.accumulate
         view.register_hook(lambda gradient: (norm.copy_(micro_batches * gradient.norm()), None)[1])

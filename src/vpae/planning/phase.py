@@ -28,7 +28,6 @@ from vpae.planning.meter import Meter, in_backward
 from vpae.planning.network import Network, Sequence
 from vpae.training.loop import _update
 from vpae.training.sharding import spread
-from vpae.training.skipping import Skipped
 
 FEWEST = 3  # blocks before the last features, so that one is neither the first nor the last
 Figures = dict[Hashable, float]
@@ -204,7 +203,7 @@ def _update_of(phase, turn: str, batch: tuple, training, accelerator: Process, m
 
     training = training.model_copy(update={"accumulate": min(2, training.accumulate)})
     handle = phase.roles[turn].optimizer.register_step_pre_hook(lambda *_: meter.mark((turn, "optimiser")))
-    _update(phase, turn, 0, batches, 0, training, 0, training.steps // 2, accelerator, Skipped(1, None))
+    _update(phase, turn, 0, batches, 0, training, 0, training.steps // 2, accelerator)
     handle.remove()
     laps.append(meter.counts.copy())
     found: Figures = {("peak", turn, label): size for label, size in meter.peaks.items()}

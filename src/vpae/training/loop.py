@@ -132,9 +132,10 @@ def _update(
     seed: int,
     step: int,
     accelerator: Accelerator,
-    skipped: Skipped,
+    skipped: Skipped | None = None,
 ) -> dict[str, Tensor]:
     """One optimiser step of one role; returns its logs, none if it was skipped because a gradient is not finite."""
+    skipped = skipped or Skipped(1, None)  # an update by itself may not be skipped
     role = phase.roles[turn]
     rank, ranks = sharding.data_rank(training.sharding, accelerator)
     for name, other in phase.roles.items():
