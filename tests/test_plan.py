@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 from pathlib import Path
 
@@ -50,14 +49,10 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def full() -> dict:
-    """The plan of the paper's experiment, on what its file asks for; and the processor's seconds that it took."""
+    """The plan of the paper's experiment, on what its file asks for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        plan = make_plan(load(CONFIG, environment=False), Cluster(None, 80e9))
-        after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    seconds = sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after, strict=True))
-    return {**plan, "processor_seconds": seconds}
+        return make_plan(load(CONFIG, environment=False), Cluster(None, 80e9))
 
 
 @pytest.mark.slow
@@ -94,11 +89,6 @@ def test_the_plan_covers_every_stage_that_asks_for_a_gpu(full: dict) -> None:
     for name, stage in full["stages"].items():
         assert stage["fits"] and not stage["complaints"], name
         assert 0 < stage["host_bytes"] <= getattr(cluster, name).memory_gb * 1e9
-
-
-@pytest.mark.slow
-def test_a_plan_of_14b_takes_less_than_a_minute_of_two_cores(full: dict) -> None:
-    assert full["processor_seconds"] < 100  # in three processes, of which none takes half of it
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("wan2.1-i2v-14b-480p", 32_760), ("wan2.1-i2v-14b-720p", 75_600)])
