@@ -410,7 +410,7 @@ def test_metrics_parameters_and_plots_can_be_compared(project: Clone) -> None:
     assert diff["vpae-1nfe.frechet"]["new"] == after["vpae-1nfe"]["frechet"] != before["vpae-1nfe"]["frechet"]
     params = project.json("dvc", "params", "diff", "--json")
     assert params["results/micro/settings.json"]["equilibrium.equilibrium.adversarial_weight"]["new"] == 0
-    assert "micro__phase_II" in (project.folder / "dvc_plots/index.html").read_text()
+    assert "micro__equilibrium" in (project.folder / "dvc_plots/index.html").read_text()
 
 
 def s3_client(address: str):

@@ -201,3 +201,27 @@ def needs(stage):
 def cpus(stage):
     """Threads function: the CPUs that a stage's jobs ask for."""
     return needs(stage)["cpus_per_task"]
+
+
+def compared(kind):
+    """Input function: evaluations of the experiment and of what it is compared with, over all seeds."""
+
+    def folders(wildcards):
+        return [str(stage_folder(experiment(name), "evaluation")) for name in names_compared(kind)]
+
+    return folders
+
+
+@cache
+def names_compared(kind):
+    """Names of the experiments, NAME@SEED where the seed is not the file's own."""
+    base = config.get("experiment", "tiny")
+    if kind == "rivals":
+        names = [f"{base}-consistency", f"{base}-rivals"]
+    else:
+        found = Path("configs").glob(f"{base}-*.yaml")
+        names = [base, *sorted(file.stem for file in found if file.stem.startswith((f"{base}-no-", f"{base}-with-")))]
+    seeds = str(config.get("seeds", "0,1,2" if kind == "rivals" else "0")).split(",")
+    return [
+        name if int(seed) == experiment(name).settings.seed else f"{name}@{seed}" for seed in seeds for name in names
+    ]
