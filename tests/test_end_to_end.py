@@ -154,7 +154,7 @@ def test_vbench_is_measured_for_every_row_and_shown(results):
         tree = json.loads((results / f"evaluation/vbench/{name}_eval_results.json").read_text())
         assert tree["i2v_subject"][0] == row["dimensions"]["i2v_subject"]["value"]
     ranks = content["rank_correlation"]["imaging_quality"]
-    assert set(ranks) == {"frechet", "single_sprite", "caption_following", "identity", "path_smoothness"}
+    assert set(ranks) == {"frechet", "motion", "single_sprite", "caption_following", "identity", "path_smoothness"}
     assert all(value is None or -1 <= value <= 1 for found in ranks.values() for value in found.values())
     page = (results / "report/index.html").read_text()
     assert 'id="vbench"' in page and "Tiny backbones, not comparable with published scores." in page

@@ -67,6 +67,15 @@ def rerun_everything(project: Clone) -> None:
         file.unlink()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"null", b'{"settings": {}, "inputs": {}, "outputs": 1}', b"\xff\xfe"]
+)
+def test_a_provenance_that_is_none_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / PROVENANCE).write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{PROVENANCE} is damaged .* run its stage again"):
+        identity(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moved", [copied, cloned, rerun_everything])
 def test_what_is_finished_has_nothing_to_do_whatever_its_dates(project: Clone, moved: Callable) -> None:

@@ -361,7 +361,7 @@ def test_every_shipped_experiment_can_be_planned(path: Path, capsys: pytest.Capt
     [
         (["--gpu-memory", "much"], "--gpu-memory much"),
         (["--gpus", "0"], "--gpus 0"),
-        (["--set", "priming.training.sharding.context_parallel=3"], "does not divide the 8 GPUs"),
+        (["--set", "priming.training.sharding.context_parallel=3"], "does not divide the 16 GPUs"),
         (["--set", "teacher.architecture=", "--set", "teacher.path=someone/else"], "teacher.architecture"),
     ],
 )
@@ -432,7 +432,9 @@ def test_no_job_is_planned_before_the_weights_are_there(tmp_path: Path) -> None:
     assert code != 0
     assert "hf download Wan-AI/Wan2.1-I2V-14B-480P-Diffusers" in printed
     (tmp_path / "results" / name / "teacher").mkdir(parents=True)
-    (tmp_path / "results" / name / "teacher" / "provenance.json").touch()
+    (tmp_path / "results" / name / "teacher" / "provenance.json").write_text(
+        json.dumps({"settings": {}, "inputs": {}, "outputs": {}})
+    )
     code, printed = clone.snakemake(*arguments)
     assert code == 0, printed
     assert f"results/{name}/priming" in printed

@@ -304,7 +304,7 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
                 file.write(json.dumps(line) + "\n")
             print(json.dumps({k: v for k, v in line.items() if not k.endswith(("error", "by_seed"))}), flush=True)
 
-        if seed == plan["seeds"][0]:
+        if seed == plan["seeds"][0] and plan.get("teacher", True):  # on a CPU its 100 NFE take longer than all else
             row = settings.samples.rows["teacher-100nfe"]
             model = load_transformer(teacher, torch.float32).to(DEVICE)
             write("teacher-100nfe", **judge(model, sets, row, settings.teacher.shift, plan["judge"], vae, pool))

@@ -80,15 +80,18 @@ def read_provenance(folder: Path) -> dict | None:
     """The provenance of a finished folder; None where there is no finished folder.
 
     Raises:
-        ArtifactError: the provenance cannot be read.
+        ArtifactError: the provenance cannot be read, or lacks what every one has.
     """
     path = folder / PROVENANCE
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete {folder} and run its stage again") from error
+        content = json.loads(path.read_text())
+        if lacking := [key for key in ("settings", "inputs", "outputs") if not isinstance(content[key], dict)]:
+            raise ValueError(f"{lacking[0]} is no table")
+    except (ValueError, KeyError, TypeError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+        raise ArtifactError(f"{path} is damaged ({error!r}); delete {folder} and run its stage again") from error
+    return content
 
 
 def identity(folder: Path) -> str:
