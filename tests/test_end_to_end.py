@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import STAGES
-from vpae.artifacts import file_hashes, read_provenance
+from vpae.artifacts import ArtifactError, file_hashes, read_provenance
 from vpae.cli import main
 from vpae.data.catalog import read_truth
 from vpae.data.encoding import Encoders
@@ -27,7 +28,9 @@ from vpae.evaluation import motions
 from vpae.evaluation.probe import main as probe
 from vpae.evaluation.stage import METRICS
 from vpae.experiment import ConfigError, load
+from vpae.graph import stages_of
 from vpae.models.wan import load_pipeline
+from vpae.planning.presence import missing
 from vpae.stages import run_stage
 from vpae.teacher.stage import _encoded
 from vpae.training.preemption import EXIT_CODE, Interruption
@@ -315,3 +318,38 @@ def test_a_killed_run_ends_with_the_same_weights(results, tmp_path):
     assert again[weights] == uninterrupted[weights]
     assert again["fake_lora.safetensors"] == uninterrupted["fake_lora.safetensors"]
     assert not list(folder.glob(".priming.tmp")) and not list(folder.glob(".state/priming-*"))
+
+
+def test_a_student_from_elsewhere_makes_the_videos_that_it_made_where_it_was_trained(results, tmp_path):
+    shutil.copytree(results / "equilibrium", tmp_path / "students/found")
+    content = {
+        "extends": "micro",
+        "methods": [],
+        "students": {"found": str(tmp_path / "students/found")},
+        "samples": {"rows": dict.fromkeys(ROWS - {"real"}) | {"found-1nfe": {"model": "found", "steps": 1}}},
+    }
+    (tmp_path / "micro.yaml").write_text(CONFIG.read_text())
+    (tmp_path / "shipped.yaml").write_text(yaml.safe_dump(content))
+    source = load(tmp_path / "shipped.yaml")
+    for stage in stages_of(source.settings):
+        run_stage(source, stage, results.parent)
+    made = load_file(results.parent / "shipped/samples/found-1nfe/latents.safetensors")["x0"]
+    assert made.equal(load_file(results / "samples/vpae-1nfe/latents.safetensors")["x0"])
+    own = {p.name for p in (results.parent / "shipped").iterdir() if not p.name.startswith(".")}
+    assert own == {"samples", "evaluation", "report"}  # what stands before them is micro's
+    assert "found" in (results.parent / "shipped/report/index.html").read_text()
+
+    weights = tmp_path / "students/found/student/transformer/diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shutil.rmtree(results.parent / "shipped/samples")
+    with pytest.raises(ArtifactError, match=r"students/found/student/transformer/.*safetensors is damaged"):
+        run_stage(source, "samples", results.parent)
+    shutil.rmtree(tmp_path / "students")
+    assert "students.found: " in missing(source)[0]
+
+
+@pytest.mark.parametrize("name", ["teacher", "equilibrium", "dmd2"])
+def test_a_student_from_elsewhere_has_a_name_of_its_own(name):
+    with pytest.raises(ConfigError, match=rf"students\.{name}: "):
+        load(CONFIG, [f"students.{name}=data/students/micro"])

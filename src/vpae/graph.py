@@ -82,7 +82,7 @@ def stages_of(settings: Experiment) -> tuple[str, ...]:
 
 
 def upstream(settings: Experiment, stage: str) -> tuple[str, ...]:
-    """The stages whose folders a stage reads."""
+    """The stages and given students whose folders a stage reads."""
     return STAGES[stage].reads(settings)
 
 
@@ -107,7 +107,9 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
 
 
 def fingerprint(settings: Experiment, stage: str) -> str:
-    """Digest of everything in the configuration that determines a stage's result."""
+    """Digest of everything in the configuration that determines a stage's result; of a given student, its folder."""
+    if stage in settings.students:
+        return digest(["student", settings.students[stage]])
     above = {name: fingerprint(settings, name) for name in upstream(settings, stage)}
     return digest([stage, stage_settings(settings, stage), above])
 
@@ -122,5 +124,7 @@ def owner(source: Source, stage: str) -> Source:
 
 
 def stage_folder(source: Source, stage: str, results: Path = RESULTS) -> Path:
-    """Where the result of a stage stands."""
+    """Where the result of a stage, or a student that was trained before, stands."""
+    if stage in source.settings.students:
+        return Path(source.settings.students[stage])
     return results / owner(source, stage).name / stage

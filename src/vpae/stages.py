@@ -102,7 +102,9 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
     Settings and hashes count, so that a copy, a checkout or a `touch` makes no difference. Of videos, whose content
     takes hours to read, the date counts: they must not be newer than their catalogue.
     """
-    settings, found, made = source.settings, {}, {}
+    settings = source.settings
+    made = {name: identity(stage_folder(source, name, results)) for name in settings.students}
+    found = dict.fromkeys(made, True)
     for stage in stages_of(settings):  # each stands behind those that it reads
         folder, above = stage_folder(source, stage, results), upstream(settings, stage)
         recover(folder)
@@ -118,7 +120,7 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
                 and not (stage == "teacher" and outside != external_inputs(settings))
                 and not (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder))
             )
-    return found
+    return {stage: stands for stage, stands in found.items() if stage not in settings.students}
 
 
 def _is_newer(path: Path, folder: Path) -> bool:

@@ -26,9 +26,11 @@ def chained(names: list[str]) -> dict[str, str]:
 
 
 def _as_mapping(given: Any) -> Any:
-    if isinstance(given, list | tuple):
-        return chained(list(given))
-    return {name: start for name, start in given.items() if start is not None} if isinstance(given, dict) else given
+    return chained(list(given)) if isinstance(given, list | tuple) else _without_nulls(given)
+
+
+def _without_nulls(given: Any) -> Any:
+    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 DEFAULT_METHODS = chained([method.name for method in CHAIN])
@@ -70,6 +72,13 @@ class _Before(BaseSettings):
         description="Method -> what it starts from: teacher, or another method's student. In an overlay a mapping adds "
         "to the base's methods, and null takes one away. A list replaces them by a chain: the first starts from the "
         "teacher, each other one from the one before it.",
+    )
+    students: Annotated[
+        dict[str, str], BeforeValidator(_without_nulls, json_schema_input_type=dict[str, str | None])
+    ] = Field(
+        {},
+        description="Students that were trained before, for `samples.rows.ROW.model`: a name -> the finished folder of "
+        "their method's stage. With `methods: []` nothing is trained.",
     )
 
 
@@ -113,14 +122,17 @@ class Experiment(_Methods):
             )
         for name, start in self.methods.items():
             self._require_possible(name, start)
+        for name in self.students:
+            if name == TEACHER or name in METHODS:
+                raise ValueError(f"students.{name}: the experiment's own {name} has this name; choose another")
         least, why = self.training_clips_needed()
         if least > self.clips.train:
             raise ValueError(f"{why} is more than clips.train = {self.clips.train}")
         for row, sampler in self.samples.rows.items():
-            if sampler.model not in (TEACHER, *self.methods):
+            if sampler.model not in (models := [TEACHER, *self.methods, *self.students]):
                 raise ValueError(
-                    f"samples.rows.{row}.model = {sampler.model} is not trained here; take one of "
-                    f"{', '.join([TEACHER, *self.methods])}, add it to methods, or take the row away ({row}: null)"
+                    f"samples.rows.{row}.model = {sampler.model} is not trained here; take one of {', '.join(models)}, "
+                    f"add it to methods or students, or take the row away ({row}: null)"
                 )
         return self
 

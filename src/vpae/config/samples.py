@@ -11,7 +11,7 @@ from vpae.config.section import Positive, Section
 class Sampler(Section):
     """How one row of the tables makes its videos."""
 
-    model: str = Field(description="Whose weights: teacher, or one of the experiment's methods.")
+    model: str = Field(description="Whose weights: teacher, or one of the experiment's methods or students.")
     steps: Positive = Field(description="Network steps; guidance doubles the NFE.")
     guidance_scale: float = Field(1.0, description="w in u + w (c - u); 1 = off.")
 

@@ -71,7 +71,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     # The first ones, whatever they look like: nothing is picked.
     suite = [json.loads(line) for line in lines[: min(settings.report.clips, settings.samples.decode)]]
     notes = {name: describe(name, settings.samples.rows.get(name)) for name in scores["rows"]}
-    parts = named_rows(settings.samples.rows, settings.student)
+    parts = named_rows(settings.samples.rows, settings.student or next(iter(settings.students), ""))
     videos = {
         name: [read_frames(inputs["samples"] / name / item["file"])[0] for item in suite]
         for name in notes
