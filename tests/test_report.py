@@ -100,6 +100,8 @@ def make_stages(root: Path, settings: Experiment, steps: int = 2) -> dict[str, P
                 write_scores(settings, rows, out)
             elif stage in METHODS:
                 write_metrics(stage, steps, out)
+                if stage == "priming":
+                    counts |= {"seconds_per_step": 0.25, "tokens_per_second": 1200.0}
             else:
                 (out / "anything.txt").write_text(stage)
     return folders
@@ -193,6 +195,10 @@ def test_images_load_and_move(made, text):
         assert np.abs(frames[-1] - frames[0]).max() > 50
         sheets += 1
     assert sheets == 3 * len(["real", *made[0].samples.rows]) and len(contents) == sheets + 2
+
+
+def test_the_speed_of_training_is_shown_where_it_was_measured(made, text):
+    assert "Median: 0.25 s a step, 1,200 tokens a second." in text and text.count("Median:") == 1
 
 
 def test_strip_shows_the_four_rows(made):

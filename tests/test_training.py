@@ -98,7 +98,7 @@ def uninterrupted(tmp_path_factory) -> Callable[[str], tuple[dict[str, Tensor], 
 
 
 def states(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != "metrics.jsonl")
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".jsonl")
 
 
 # Resuming.

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,11 +18,16 @@ from vpae.distill.networks import Stored
 from vpae.distill.student import save_ema
 from vpae.experiment import ConfigError
 from vpae.export.card import stage_provenance, write_card
+from vpae.lazy import lazy
 from vpae.models.wan import Condition, predict_x0
-from vpae.training.loop import train
+from vpae.planning.network import Network, Sequence
+from vpae.training.loop import SPEED, train
 from vpae.training.monitor import Watch
 from vpae.training.randomness import Shuffled, generator_for
 from vpae.training.sharding import data_rank, spread
+from vpae.training.speed import Cost, peak_of, summary
+
+plans = lazy("vpae.planning.phase")
 
 
 def accelerator_for(training: Training) -> Accelerator:
@@ -85,6 +92,25 @@ def watch_of(phase: Method, latents: Path, seed: int, accelerator: Accelerator) 
     return Watch(training.monitor, draw, torch.cat([x for x, _ in clips]) if clips else torch.empty(0))
 
 
+def cost_of(settings: Experiment, name: str, phase: Method, batches: Batches, accelerator: Accelerator) -> Cost:
+    """What a step takes: its operations are those of a plan, which is made where the device's peak is known."""
+    training, network = phase.config.training, Network.of_config(phase.generator.config)
+    x, c = batches(0)
+    tokens = Sequence(prod(x.shape[2:]) // prod(network.patch), c.text_BLD.shape[1], c.image_BND.shape[1])
+    clips = training.batch_size * training.accumulate * batches.share[1]
+    peak = peak_of(accelerator.device, training.mixed_precision)
+    if not (peak and accelerator.is_main_process):
+        return Cost(clips * tokens.video)
+    try:
+        turns = plans.execute(settings, name, network, tokens, 1).turns.values()
+    except Exception as error:  # whatever it is, a run does not end for want of a figure
+        print(f"vpae: {name} is not planned, so that its utilisation is not logged: {error}", file=sys.stderr)
+        return Cost(clips * tokens.video)
+    shared = training.sharding.context_parallel if accelerator.num_processes > 1 else 1
+    operations = sum(turn.count * turn.model for turn in turns) / training.steps / shared
+    return Cost(clips * tokens.video, operations, peak)
+
+
 def at_start(settings: Experiment, name: str, inputs: dict[str, Path], accelerator: Accelerator) -> Method:
     """A method's phase before its first step, on the networks of finished stages, spread over the processes."""
     training = getattr(settings, name).training
@@ -104,12 +130,14 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     phase = at_start(settings, name, inputs, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
     watch = watch_of(phase, inputs["latents"], settings.seed, accelerator)
-    metrics = train(phase, batches, training, settings.seed, state, accelerator, watch, batches.keys)
+    cost = cost_of(settings, name, phase, batches, accelerator)
+    metrics = train(phase, batches, training, settings.seed, state, accelerator, watch, batches.keys, cost)
     phase.save(out)
     counts = {
         "steps": training.steps,
         "parameters": sum(p.numel() for p in phase.ema.parameters()),
         "trained_parameters": sum(p.numel() for role in phase.roles.values() for p in role.parameters()),
+        **summary(state / SPEED),
     }
     if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process
         shutil.copy(metrics, out / "metrics.jsonl")

@@ -119,9 +119,17 @@ def render(**content: object) -> str:
 
 
 def training(name: str, folder: Path) -> dict[str, object]:
-    """What the page shows of a method's training: its class and its curves."""
+    """What the page shows of a method's training: its class, its curves, and its speed if that was measured."""
     lines = read_lines(folder / "metrics.jsonl")
-    return {"method": METHODS[name], "curves": plots.curves(METHODS[name].panels, lines)}
+    return {"method": METHODS[name], "curves": plots.curves(METHODS[name].panels, lines), "speed": speed(folder)}
+
+
+def speed(folder: Path) -> str:
+    """Seconds a step, tokens a second and utilisation of a training, as far as its provenance has them."""
+    counts = (read_provenance(folder) or {}).get("counts", {})
+    forms = {"seconds_per_step": "{:.3g} s a step", "tokens_per_second": "{:,.0f} tokens a second"}
+    forms["utilisation"] = "{:.0%} of the device's peak"
+    return ", ".join(form.format(counts[key]) for key, form in forms.items() if key in counts)
 
 
 def named_rows(rows: dict[str, Sampler], student: str) -> dict[str, str]:

@@ -1,10 +1,11 @@
 """The one training loop.
 
 A phase owns its roles and says what one update of each costs (`loss`); the loop owns steps, accumulation, precision,
-clipping, EMA, metrics, checkpoints and signals. Nothing random is carried along: the noise of a micro-batch and the
-clips in it follow from (seed, step, turn, micro-batch), so a resumed run continues bit for bit from the last state,
-whichever step that was. Micro-batches are numbered over all processes: two processes do what one does that accumulates
-twice as often.
+clipping, EMA, metrics, checkpoints and signals. Between two logs it reads from the device only whether each update's
+gradient is finite (and, of several processes, whether one was told to end). Nothing random is carried along: the noise
+of a micro-batch and the clips in it follow from (seed, step, turn, micro-batch), so a resumed run continues bit for bit
+from the last state, whichever step that was. Micro-batches are numbered over all processes: two processes do what one
+does that accumulates twice as often.
 """
 
 import json
@@ -27,6 +28,9 @@ from vpae.training.phase import Batch, Phase
 from vpae.training.preemption import Interruption
 from vpae.training.randomness import generator_for
 from vpae.training.skipping import Skipped
+from vpae.training.speed import Cost, Speed
+
+SPEED = "speed.jsonl"  # beside metrics.jsonl; differs from run to run
 
 
 def progress_at(step: int, training: Training) -> float:
@@ -53,6 +57,7 @@ def train(
     accelerator: Accelerator,
     watch: Watch | None = None,
     keys: Callable[[int], Sequence[str]] | None = None,
+    cost: Cost | None = None,
 ) -> Path:
     """Run a phase to its end, from the last saved state if there is one.
 
@@ -61,10 +66,11 @@ def train(
         batches: number of a micro-batch -> this process's batch, on the device.
         training: steps, accumulation, EMA, how often to save and log.
         seed: of all randomness.
-        state: folder for resumable states and metrics.jsonl; outside every declared output.
+        state: folder for resumable states, metrics.jsonl and speed.jsonl; outside every declared output.
         accelerator: device, precision and processes.
         watch: looks for collapse.
         keys: number of a micro-batch -> the keys of this process's clips in it, for messages.
+        cost: of a step, for tokens per second and utilisation.
 
     Returns:
         the path of metrics.jsonl.
@@ -89,6 +95,7 @@ def train(
     if watch:
         watch.begin(state, accelerator.is_main_process)
     progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
+    speed, text = Speed(state / SPEED, training.steps, start, cost or Cost()), ""
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
             logs: dict[str, Tensor] = {}
@@ -101,16 +108,18 @@ def train(
             if phase.ema is not None and moved.get(phase.main, True):
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
-            values = _averaged(logs, accelerator) if logs else {}
+            logged = done % training.log_every == 0 or done == training.steps
+            values = _averaged(logs, accelerator) if logs and logged else {}
             if skipped.total:
                 values["skipped"] = skipped.total
             if watch and watch.wants(done):
                 values |= watch.look(done, phase.name)
-            if accelerator.is_main_process and (done % training.log_every == 0 or done == training.steps):
+            if accelerator.is_main_process and logged:
                 with metrics.open("a") as file:
                     file.write(json.dumps({"step": done, **values}) + "\n")
+                text = f"{_brief(values)}  {speed.lap(done)}"
             if progress:
-                progress.update(text=_brief(values))
+                progress.update(text=text)
             wanted = _anywhere(interruption.requested, accelerator)
             if done % training.checkpoint_every == 0 or done == training.steps or wanted:
                 position = {"step": done, "drawn": drawn * ranks, "micro_batches_per_update": per_update}
