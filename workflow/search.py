@@ -312,7 +312,8 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
             runs = []
             for name, variant in group.items():
                 overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
-                one = load(plan["config"], [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
+                config = variant.get("config", plan["config"])
+                one = load(config, [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
                 networks.start = variant.get("start", "")
                 one.methods[variant["method"]] = networks.students[networks.start].name if networks.start else TEACHER
                 phase = METHODS[variant["method"]].build(one, networks)
