@@ -23,7 +23,10 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
         "clips": {"train": 4, "fit": 4, "test": 4},
         "judge": {"steps": 1, "seeds": 1, "truth": 2},
         "variants": [
-            {"primed": {"method": "priming"}},
+            {
+                "primed": {"method": "priming"},
+                "rival": {"config": "configs/micro-magic.yaml", "method": "magic", "set": short},
+            },
             {"joint": {"method": "equilibrium", "start": "primed", "set": {**short, "score": {"weight": 1.0}}}},
         ],
     }
@@ -33,7 +36,7 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
     search.torch.save(search.make_data(plan["clips"], teacher, 1, geometry.frames, geometry.height), data)
     search.work(0, plan, data, teacher, out, 1)
     rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert rows.keys() == {"teacher-100nfe", "primed", "joint"}
+    assert rows.keys() == {"teacher-100nfe", "primed", "rival", "joint"}
     assert rows["joint"]["logs"]["pull_score"] > 0 and rows["joint"]["evaluations"] > 0
     assert "| joint | 0 |" in search.table(out)
 
