@@ -15,13 +15,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 
 from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, read_provenance, sha256
+from vpae.data import manifest
 from vpae.data.encoding import Encoders
 from vpae.data.latents import INDEX, LatentDataset, _parts
 from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import write_video
 from vpae.experiment import Source, load
 from vpae.models.wan import TEXT_TOKENS, text_tokens_for
-from vpae.stages import run_stage
+from vpae.parts import Part
+from vpae.stages import run_part, run_stage
 
 STAGES = ("clips", "teacher", "latents")
 
@@ -366,6 +368,84 @@ def test_settings_encode_again_only_what_they_touch(
     assert sum(encoded) == again
     same = load_file(folder / "negative.safetensors")["text"].shape == negative.shape
     assert same == ("negative_prompt" not in change)
+
+
+# Damage
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of one byte; other links to the file keep its old content."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.999], ids=["header", "tensors", "padding"])
+def test_a_changed_byte_anywhere_in_a_shard_is_found_by_whoever_opens_it(
+    share: float, finished: tuple[Workplace, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[1], tmp_path / "latents")
+    shard = sorted(folder.glob("held_out-*.tar"))[0]
+    flip(shard, int(share * shard.stat().st_size))
+    LatentDataset(folder, "train").batch([0, 1])
+    dataset = LatentDataset(folder, "held_out")
+    bad = next(number for number, entry in enumerate(dataset.entries) if entry.shard == shard.name)
+    for read in (dataset.tensors, dataset.first_frame, lambda number: dataset.batch([number])):
+        with pytest.raises(ArtifactError, match=f"{shard.name} is damaged; run its stage again: `vpae latents`"):
+            read(bad)
+    shard.unlink()
+    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged"):
+        dataset.tensors(bad)
+
+
+def test_a_shard_is_hashed_once_however_often_it_is_read(
+    finished: tuple[Workplace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, hashed = shutil.copytree(finished[1], tmp_path / "latents"), []
+    monkeypatch.setattr(manifest, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for _ in range(2):
+        dataset = LatentDataset(folder, "train")
+        for number in [*range(len(dataset)), *range(len(dataset))]:
+            dataset.batch([number])
+    assert sorted(hashed) == sorted({entry.shard for entry in dataset.entries})
+
+
+def test_a_changed_byte_in_a_shard_stops_the_training_by_name_and_is_not_taken_over(
+    place: Workplace, encoded: list[int], capsys: pytest.CaptureFixture
+) -> None:
+    folder = place.run(world=True)
+    before = file_hashes(folder)
+    shard = sorted(folder.glob("train-*.tar"))[0]
+    flip(shard, shard.stat().st_size // 2)
+    training = load(place.source(world=True).path, ["priming.training={steps: 3, batch_size: 6}"])
+    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged; run its stage again: `vpae latents`"):
+        run_stage(training, "priming", place.results)
+    assert not (place.results / "own" / "priming").exists()
+    encoded.clear()
+    place.run(world=True)
+    assert file_hashes(folder) == before and sum(encoded) == len(shard_keys(folder)[shard.name])
+    assert f"{shard} is damaged; its clips are encoded again" in capsys.readouterr().err
+
+
+def test_a_changed_byte_in_a_clip_stops_its_encoding_by_name(place: Workplace) -> None:
+    source = place.source(world=True)
+    clips, _ = (run_stage(source, stage, place.results) for stage in STAGES[:2])
+    video = sorted((clips / "videos").iterdir())[-1]
+    flip(video, video.stat().st_size // 2)
+    with pytest.raises(ArtifactError, match=rf"{video.name} is missing or has changed since .*; run the clips stage"):
+        run_stage(source, "latents", place.results)
+    assert not (place.results / "own" / "latents").exists()
+
+
+@pytest.mark.parametrize("stage", ["clips", "teacher"])
+def test_a_part_refuses_a_changed_byte_too(stage: str, place: Workplace) -> None:
+    source = place.source(world=True)
+    folders = {name: run_stage(source, name, place.results) for name in STAGES[:2]}
+    name = {"clips": "manifest.parquet", "teacher": "vae/config.json"}[stage]
+    flip(folders[stage] / name, 10)
+    with pytest.raises(ArtifactError, match=f"{stage}/{name} is damaged; run its stage again"):
+        run_part(source, "latents", Part(1, 2), place.results)
 
 
 # Interruption

@@ -29,7 +29,7 @@ from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of,
 from vpae.parts import Part
 from vpae.teacher.folder import external_inputs
 
-# Ends of names in clips and latents: may be terabytes, and are not read anew before each use.
+# Ends of names in clips and latents: may be terabytes, so that each is hashed when it is opened, not before the stage.
 BULK = (".tar", ".mp4")
 
 
@@ -76,6 +76,16 @@ class _Task:
         if not wrong:
             print(f"{self.folder.name}: {self.folder} is up to date (to have it anew, delete it)", file=sys.stderr)
         return not wrong
+
+    def require_whole_inputs(self) -> None:
+        """Refuse inputs that have changed since they were finished.
+
+        Raises:
+            ArtifactError: naming the first such file.
+        """
+        for name, folder in self.folders.items():
+            if wrong := damaged(folder, unread=BULK if name in ("clips", "latents") else ()):
+                raise ArtifactError(f"{folder / wrong[0]} is damaged; run its stage again: `vpae {name}` makes it anew")
 
 
 def _task(source: Source, stage: str, results: Path) -> _Task:
@@ -149,9 +159,7 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         with tempfile.TemporaryDirectory() as nowhere:
             task.run(source.settings, task.folders, Path(nowhere), task.state)
         return task.folder
-    for name, folder in task.folders.items():
-        if wrong := damaged(folder, unread=BULK if name in ("clips", "latents") else ()):
-            raise ArtifactError(f"{folder / wrong[0]} is damaged; run its stage again: `vpae {name}` makes it anew")
+    task.require_whole_inputs()
     states = [task.state, *task.state.parent.glob(f"{stage}-*")]
     with building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
@@ -166,11 +174,12 @@ def run_part(source: Source, stage: str, part: Part, results: Path = RESULTS) ->
     write there, perhaps the same things, they write at the same time.
 
     Raises:
-        ArtifactError: an input is missing, or another process is at work on the whole stage.
+        ArtifactError: an input is missing or damaged, or another process is at work on the whole stage.
     """
     task = _task(source, stage, results)
     with locked(task.folder, shared=True):
         if not task.is_done():
+            task.require_whole_inputs()
             task.state.mkdir(parents=True, exist_ok=True)
             task.module.part(source.settings, task.folders, task.state, part)
 

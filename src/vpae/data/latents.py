@@ -5,11 +5,13 @@ to the caption's end); `KEY.png` is its first frame, `KEY.json` its caption. `in
 lie, so that clips can also be read one by one, what captions are padded to, and the hashes of clips and encoders.
 `negative.safetensors` is the empty caption, for guidance.
 
-A shard whose clips and encoders are unchanged is taken over from the last run, finished or not.
+A shard whose clips and encoders are unchanged is taken over from the last run, finished or not. Whoever reads a shard
+first compares its bytes with the hash in the provenance, once in a process.
 """
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,11 +25,11 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import digest, file_hashes, link, read_provenance, write_json, written
+from vpae.artifacts import ArtifactError, digest, file_hashes, link, read_provenance, write_json, written
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
-from vpae.data.manifest import Clip, read_manifest
+from vpae.data.manifest import Clip, content, read_manifest
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.parts import Part
 from vpae.progress import Progress
@@ -115,9 +117,9 @@ def _complete(
             path = _in_state(state, shard)
             if path.is_file():
                 pass
-            elif shard.recipe in previous:
+            elif shard.recipe in previous and _is_whole(*previous[shard.recipe]):
                 with written(path) as temporary:
-                    link(previous[shard.recipe], temporary)
+                    link(previous[shard.recipe][0], temporary)
             else:
                 with written(path) as temporary:
                     if not _encode_shard(shard.clips, settings, inputs["clips"], encoders(), temporary, request):
@@ -165,10 +167,23 @@ def _parts(clips: list[Clip], split: str, size: int) -> list[list[Clip]]:
     return parts
 
 
-def _recipes(folder: Path) -> dict[str, Path]:
-    """Recipe -> shard of an earlier result."""
-    shards = ((path.read_text(), path.with_suffix("")) for path in folder.glob("*.recipe"))
-    return {recipe: shard for recipe, shard in shards if shard.is_file()}
+def _recipes(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Recipe -> shard of an earlier result, and the hash that it was finished with."""
+    recorded = (read_provenance(folder) or {"outputs": {}})["outputs"]
+    found = {}
+    for name, wanted in recorded.items():
+        path = folder / name
+        if path.suffix == ".recipe" and path.is_file() and content(path) == wanted:
+            found[path.read_text()] = (path.with_suffix(""), recorded.get(name.removesuffix(".recipe"), ""))
+    return found
+
+
+def _is_whole(shard: Path, wanted: str) -> bool:
+    """Whether a shard's bytes are those that it was finished with; says so where they are not."""
+    if shard.is_file() and content(shard) == wanted:
+        return True
+    print(f"vpae: {shard} is damaged; its clips are encoded again", file=sys.stderr)
+    return False
 
 
 def _encode_shard(
@@ -212,11 +227,16 @@ def _entries(shard: Path, clips: list[Clip]) -> list[Entry]:
 
 
 class LatentDataset:
-    """Random access to one split of a latents folder."""
+    """Random access to one split of a latents folder.
+
+    A shard is hashed when the first of its clips is read. All that read raise ArtifactError, naming the shard, where it
+    is missing or its bytes have changed since its stage finished.
+    """
 
     def __init__(self, folder: Path, split: str):
         index = json.loads((folder / INDEX).read_text())
-        self.folder = folder
+        self.folder, self.whole = folder, set[str]()
+        self.recorded = (read_provenance(folder) or {"outputs": {}})["outputs"]
         self.entries = [Entry(**e) for e in index["entries"] if e["split"] == split]
         self.text_tokens = index["text_tokens"]
         self.empty_text_LD = pad_text(load_file(folder / "negative.safetensors")["text"].float(), self.text_tokens)
@@ -224,17 +244,26 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def _whole(self, shard: str) -> Path:
+        """Where an undamaged shard is; without a provenance there is nothing to compare it with."""
+        path = self.folder / shard
+        if shard not in self.whole:
+            if not path.is_file() or self.recorded.get(shard) not in (None, content(path)):
+                raise ArtifactError(f"{path} is damaged; run its stage again: `vpae latents` makes it anew")
+            self.whole.add(shard)
+        return path
+
     def tensors(self, number: int) -> dict[str, Tensor]:
         """x0, condition, image and text of one clip, as stored."""
         entry = self.entries[number]
-        with (self.folder / entry.shard).open("rb") as file:
+        with self._whole(entry.shard).open("rb") as file:
             file.seek(entry.offset)
             return load(file.read(entry.size))
 
     def first_frame(self, number: int) -> Image.Image:
         """The first frame, as it went into the image encoder."""
         entry = self.entries[number]
-        with tarfile.open(self.folder / entry.shard) as tar:
+        with tarfile.open(self._whole(entry.shard)) as tar:
             return Image.open(io.BytesIO(tar.extractfile(f"{entry.key}.png").read())).convert("RGB")
 
     def batch(self, numbers: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Condition]:

@@ -77,12 +77,12 @@ class Clip:
 
 
 def content(path: Path) -> str:
-    """The sha256 of a file, hashed once for all clips that are cut from it."""
+    """The sha256 of a file, hashed once for all that a process reads from it while its size and date stay."""
     stat = path.stat()
     return _content(path, stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache(256)
+@lru_cache(4096)
 def _content(path: Path, _size: int, _time: int) -> str:
     return sha256(path)
 
