@@ -363,7 +363,7 @@ def test_a_model_without_a_card_takes_the_provenance_beside_it(teacher, tmp_path
     stage = tmp_path / "equilibrium"
     save_student(teacher, build_transformer(5), SHIFT, stage / "student")
     settings = {"seed": 4, "equilibrium": {"csds_weight": 7.0}}
-    write_json(stage / "provenance.json", {**PROVENANCE, "settings": settings})
+    write_json(stage / "provenance.json", {**PROVENANCE, "outputs": {}, "settings": settings})
     export(stage / "student", "wan", tmp_path / "out")
     front, text = front_and_text(tmp_path / "out" / "README.md")
     assert "base_model" not in front and "csds_weight: 7.0" in text and "commit abc" in text

@@ -109,7 +109,7 @@ def read_suite(path: Path) -> list[Prompt]:
         )
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise VBenchError(f"{path}: not JSON ({error})") from error
     if not isinstance(records, list) or not records:
         raise VBenchError(f"{path}: must be a list of prompts, as in VBench's vbench2_i2v_full_info.json")
@@ -124,8 +124,11 @@ def _prompt(where: str, record: object) -> Prompt:
     keys = ("prompt_en", "dimension", "image_type", "image_name")
     if not isinstance(record, dict) or not all(key in record for key in keys):
         raise VBenchError(f"{where}: needs the keys {', '.join(keys)}")
-    text, dimensions = record["prompt_en"], tuple(record["dimension"])
-    if any(not name or "/" in name or name.startswith(".") for name in (text, record["image_name"])):
+    text, dimensions = record["prompt_en"], record["dimension"]
+    texts = [text, record["image_type"], record["image_name"]]
+    if not isinstance(dimensions, list) or not all(isinstance(value, str) for value in [*texts, *dimensions]):
+        raise VBenchError(f"{where}: dimension is a list of names, and the other three are text")
+    if not all(_names_a_file(name) for name in (text, record["image_name"])):
         raise VBenchError(f"{where}: prompt_en and image_name name files: not empty, no slash, no dot at the beginning")
     if len(video_name(text, 99999).encode()) > _LONGEST:
         raise VBenchError(f"{where}: prompt_en names files, and has more bytes than the {_LONGEST} of a file's name")
@@ -133,7 +136,16 @@ def _prompt(where: str, record: object) -> Prompt:
         raise VBenchError(
             f"{where}: camera_motion needs one of {', '.join(camera.SUFFIXES)} in the prompt, not {text!r}"
         )
-    return Prompt(text, dimensions, record["image_type"], record["image_name"])
+    return Prompt(text, tuple(dimensions), record["image_type"], record["image_name"])
+
+
+def _names_a_file(name: str) -> bool:
+    """Whether it can be a file's name; a lone surrogate, which JSON can hold, cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return bool(name) and not any(sign in name for sign in "/\0") and not name.startswith(".")
 
 
 def video_name(prompt: str, sample: int) -> str:

@@ -48,6 +48,20 @@ def digest(value: object) -> str:
 
 
 @contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever a file's bytes make its parser raise becomes an ArtifactError that names the file.
+
+    Parsers raise more than they say: JSON a RecursionError, parquet an OSError, text a UnicodeDecodeError.
+    """
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path}: cannot be read ({type(error).__name__}: {error}); {remedy}") from error
+
+
+@contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to, which takes the file's name at the end; if that fails, there is no file.
 
@@ -89,7 +103,7 @@ def read_provenance(folder: Path) -> dict | None:
         content = json.loads(path.read_text())
         if lacking := [key for key in ("settings", "inputs", "outputs") if not isinstance(content[key], dict)]:
             raise ValueError(f"{lacking[0]} is no table")
-    except (ValueError, KeyError, TypeError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+    except Exception as error:
         raise ArtifactError(f"{path} is damaged ({error!r}); delete {folder} and run its stage again") from error
     return content
 

@@ -116,7 +116,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
         raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
     try:
         tree = _plain(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # a date that is none is a ValueError, deep nesting a RecursionError
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the file must hold sections (key: value), not a {type(tree).__name__}")
@@ -151,7 +151,7 @@ def _parse_override(text: str) -> dict:
         raise ConfigError(f"--set {text}: the base experiment can only stand in the file")
     try:
         tree: Any = _plain(yaml.safe_load(value))
-    except yaml.YAMLError as error:
+    except Exception as error:
         raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
     for part in reversed(key.split(".")):
         tree = {part: tree}

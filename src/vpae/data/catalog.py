@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae.artifacts import ArtifactError, link, sha256, write_json, written
+from vpae.artifacts import ArtifactError, link, reading, sha256, write_json, written
 from vpae.config import Experiment
 from vpae.config.clips import Filters
 from vpae.data import corpus
@@ -44,8 +44,9 @@ def read_truth(folder: Path) -> dict[str, Truth]:
     path = folder / "truth.jsonl"
     if not path.is_file():
         return {}
-    records = (json.loads(line) for line in path.read_text().splitlines())
-    return {record.pop("key"): Truth.from_json(record) for record in records}
+    with reading(path, "run the clips stage again"):
+        records = (json.loads(line) for line in path.read_text().splitlines())
+        return {record.pop("key"): Truth.from_json(record) for record in records}
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:

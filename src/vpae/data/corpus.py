@@ -154,7 +154,7 @@ def _rows(table: Path) -> Iterator[dict]:
                         yield dict(zip(header, line, strict=False))
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{table}: not UTF-8 text ({error}); convert it") from error
-    except (json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
+    except Exception as error:  # parquet's OSError, JSON's RecursionError: parsers raise more than they say
         raise ArtifactError(f"{table}: not a CSV, JSONL or parquet table: {error}") from error
 
 
@@ -236,9 +236,9 @@ def _seconds(value: object) -> float:
     """From a number, or from text such as 83.5 or 0:01:23.500."""
     try:
         parts = [float(part) for part in str(value).split(":")]
-    except ValueError:
-        parts = [math.nan]
-    seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    except (ValueError, OverflowError):
+        seconds = math.nan
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"{value!r} is no time")
     return seconds
@@ -247,5 +247,5 @@ def _seconds(value: object) -> float:
 def _number(value: object) -> float:
     try:
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan

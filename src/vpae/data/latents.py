@@ -25,7 +25,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import ArtifactError, digest, file_hashes, link, read_provenance, write_json, written
+from vpae.artifacts import ArtifactError, digest, file_hashes, link, read_provenance, reading, write_json, written
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
@@ -36,6 +36,7 @@ from vpae.progress import Progress
 from vpae.training.preemption import Interruption, Request
 
 INDEX = "index.json"
+AGAIN = "run its stage again: `vpae latents` makes it anew"
 ENCODERS = ("vae/", "text_encoder/", "tokenizer/", "image_encoder/", "image_processor/")
 
 
@@ -234,12 +235,14 @@ class LatentDataset:
     """
 
     def __init__(self, folder: Path, split: str):
-        index = json.loads((folder / INDEX).read_text())
         self.folder, self.whole = folder, set[str]()
         self.recorded = (read_provenance(folder) or {"outputs": {}})["outputs"]
-        self.entries = [Entry(**e) for e in index["entries"] if e["split"] == split]
-        self.text_tokens = index["text_tokens"]
-        self.empty_text_LD = pad_text(load_file(folder / "negative.safetensors")["text"].float(), self.text_tokens)
+        with reading(folder / INDEX, AGAIN):
+            index = json.loads((folder / INDEX).read_text())
+            self.entries = [Entry(**e) for e in index["entries"] if e["split"] == split]
+            self.text_tokens = index["text_tokens"]
+        with reading(folder / "negative.safetensors", AGAIN):
+            self.empty_text_LD = pad_text(load_file(folder / "negative.safetensors")["text"].float(), self.text_tokens)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -249,21 +252,23 @@ class LatentDataset:
         path = self.folder / shard
         if shard not in self.whole:
             if not path.is_file() or self.recorded.get(shard) not in (None, content(path)):
-                raise ArtifactError(f"{path} is damaged; run its stage again: `vpae latents` makes it anew")
+                raise ArtifactError(f"{path} is damaged; {AGAIN}")
             self.whole.add(shard)
         return path
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """x0, condition, image and text of one clip, as stored."""
         entry = self.entries[number]
-        with self._whole(entry.shard).open("rb") as file:
+        path = self._whole(entry.shard)
+        with reading(path, AGAIN), path.open("rb") as file:
             file.seek(entry.offset)
             return load(file.read(entry.size))
 
     def first_frame(self, number: int) -> Image.Image:
         """The first frame, as it went into the image encoder."""
         entry = self.entries[number]
-        with tarfile.open(self._whole(entry.shard)) as tar:
+        path = self._whole(entry.shard)
+        with reading(path, AGAIN), tarfile.open(path) as tar:
             return Image.open(io.BytesIO(tar.extractfile(f"{entry.key}.png").read())).convert("RGB")
 
     def batch(self, numbers: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Condition]:

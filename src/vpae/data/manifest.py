@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vpae.artifacts import ArtifactError, sha256
+from vpae.artifacts import ArtifactError, reading, sha256
 from vpae.config import Geometry
 from vpae.data.video import read_clip
 
@@ -101,8 +101,13 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict]) -> None:
 
 
 def iterate_manifest(folder: Path, split: str | None = None) -> Iterator[Clip]:
-    """The clips of a finished clips folder, in the order of their keys, a row group in memory at a time."""
-    with pq.ParquetFile(folder / MANIFEST) as file:
+    """The clips of a finished clips folder, in the order of their keys, a row group in memory at a time.
+
+    Raises:
+        ArtifactError: it is no manifest.
+    """
+    path = folder / MANIFEST
+    with reading(path, "run the clips stage again"), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS):
             for row in batch.to_pylist():
                 if split in (None, row["split"]):

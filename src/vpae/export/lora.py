@@ -5,6 +5,7 @@ that every one of them comes to the same weights without being told.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vpae.artifacts import ArtifactError
+from vpae.artifacts import ArtifactError, reading
 from vpae.export.keys import to_diffusers, to_original
 from vpae.teacher.folder import header
 
@@ -53,7 +54,7 @@ def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter; only a student trained as a LoRA has one")
     header(path)  # refuses what is not whole
-    with safe_open(path, framework="pt") as file:
+    with reading(path, "download it again"), safe_open(path, framework="pt") as file:
         settings = _settings(path, file.metadata() or {})
         tensors = {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118, it is no dict
     return unscaled(tensors, settings, str(path))
@@ -61,16 +62,28 @@ def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
     """What is said of an adapter's scale, by the names of PEFT's `LoraConfig`; empty where nothing is."""
-    try:
+    beside = path.with_name("adapter_config.json")
+    with reading(path, "what it says of its scale is damaged; download it again"):
         if ALPHA in metadata:
-            return {ALPHA: float(metadata[ALPHA])}
+            return _plain({ALPHA: metadata[ALPHA]})
         if "lora_adapter_metadata" in metadata:
             found = json.loads(metadata["lora_adapter_metadata"])
-            return {key.removeprefix("transformer."): value for key, value in found.items()}
-        beside = path.with_name("adapter_config.json")
-        return json.loads(beside.read_text()) if beside.is_file() else {}
-    except ValueError as error:
-        raise ArtifactError(f"{path}: what it says of its scale cannot be read ({error})") from error
+            return _plain({key.removeprefix("transformer."): value for key, value in found.items()})
+    with reading(beside, f"it has to say of what scale {path.name} is; download it again"):
+        return _plain(json.loads(beside.read_text())) if beside.is_file() else {}
+
+
+def _plain(found: dict) -> dict:
+    """What of a `LoraConfig` says something of the scale, if it is as it should be; else any exception."""
+    plain: dict = {key: bool(found.get(key)) for key in ("use_rslora", "use_dora")}
+    plain["alpha_pattern"] = {str(k): float(v) for k, v in (found.get("alpha_pattern") or {}).items()}
+    if ALPHA in found:
+        plain[ALPHA] = float(found[ALPHA])
+    if not all(map(math.isfinite, [plain.get(ALPHA, 0.0), *plain["alpha_pattern"].values()])):
+        raise ValueError("an alpha that is no finite number")
+    for pattern in plain["alpha_pattern"]:
+        re.compile(pattern)
+    return plain
 
 
 def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adapter") -> dict[str, Tensor]:
@@ -105,10 +118,12 @@ def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adap
         if not parts.keys() >= {"A", "B"}:
             raise ArtifactError(f"{name}: {module} has only one of its two factors; the file is incomplete")
         down, up = parts["A"], parts["B"]
-        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down):
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not len(down):
             shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
             raise ArtifactError(f"{name}: the factors of {module}, {shapes}, do not make a product of matrices")
         rank = len(down)
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise ArtifactError(f"{name}: the alpha of {module} is not one number; download it again")
         alpha = (
             float(parts["alpha"]) if "alpha" in parts else _alpha_of(module, settings, rank if scale_is_one else None)
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vpae.artifacts import ArtifactError
+from vpae.artifacts import ArtifactError, reading
 from vpae.config.teacher import file_and_strength
 from vpae.export.lora import ALPHA, read_adapter, unscaled
 from vpae.teacher.folder import header, headers
@@ -28,7 +28,8 @@ def require_fit(file: Path, model: Path, factors: dict[str, Tensor] | None = Non
     """
     if factors is None:
         shapes = {name: shape for name, shape in header(file).items() if not name.endswith(".alpha")}
-        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        with reading(file, "download it again"):
+            empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         factors = unscaled(empty, {ALPHA: 1}, str(file))
     there, wrong = headers(model / "transformer"), []
     for layer, up, down in _products(factors):

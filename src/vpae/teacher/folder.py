@@ -5,7 +5,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vpae.artifacts import ArtifactError, digest, sha256, write_json
+from vpae.artifacts import ArtifactError, digest, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.teacher import file_and_strength
 from vpae.graph import RESULTS
@@ -43,7 +43,10 @@ def _lora_identity(file: Path) -> str:
 
 def _hashes(files: list[Path]) -> list[str]:
     """The sha256 of each file; large ones are not read again while size, date and inode stay."""
-    known = json.loads(KNOWN.read_text()) if KNOWN.is_file() else {}
+    try:
+        known = json.loads(KNOWN.read_text())
+    except (OSError, ValueError):  # nothing is known yet, or nothing any more
+        known = {}
     learnt: dict[str, str] = {}
 
     def hash_of(path: Path) -> str:
@@ -83,26 +86,34 @@ def checked(folder: Path) -> Path:
 def faults(folder: Path) -> list[str]:
     """Why a pipeline folder cannot be taken as a teacher, from its configuration and the headers of its weights."""
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        return [f"{folder}: not a pipeline in diffusers format ({error}); download it again"]
+        index, config = _table(folder / "model_index.json"), _table(folder / "transformer" / "config.json")
+    except ArtifactError as error:
+        return [str(error)]
     if kind := _unsupported(index, config):
         return [f"{folder}: {kind}; name a Wan2.1 image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"]
     found = []
     for network in NETWORKS:
         try:
-            found += _other_than(config, headers(folder / network)) if network == "transformer" else []
-            headers(folder / network)
+            there = headers(folder / network)
+            if network == "transformer":
+                with reading(folder / network / "config.json", "download it again"):
+                    found += _other_than(config, there)
         except ArtifactError as error:
             found.append(str(error))
     return [line if line.startswith(str(folder)) else f"{folder}/transformer: {line}" for line in found]
 
 
+def _table(path: Path) -> dict:
+    with reading(path, "not of a pipeline in diffusers format: download it again"):
+        if isinstance(found := json.loads(path.read_text()), dict):
+            return found
+        raise TypeError(f"a {type(found).__name__}")
+
+
 def _unsupported(index: dict, config: dict) -> str:
     """The kind of a model that is not the one this project distils; empty for Wan2.1's image-to-video models."""
     kind = index.get("_class_name")
-    if any(index.get("transformer_2") or ()):
+    if index.get("transformer_2") not in (None, [None, None]):
         return "it has two experts (transformer_2, as Wan2.2-A14B), of which the second would be ignored"
     if index.get("expand_timesteps"):
         return "it gives each token a time of its own (expand_timesteps, as Wan2.2-TI2V-5B)"
@@ -122,7 +133,7 @@ def _unsupported(index: dict, config: dict) -> str:
 def _other_than(config: dict, found: dict[str, tuple[int, ...]]) -> list[str]:
     """How a transformer's weights, by name and shape, differ from what its configuration makes."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    blocks = range(config["num_layers"])
+    blocks = range(min(config["num_layers"], len(found)))  # so that a wrong number costs no memory
     wanted: dict[str, tuple[int, ...]] = {
         "patch_embedding.weight": (dim, config["in_channels"], *config["patch_size"]),
         "proj_out.weight": (config["out_channels"] * math.prod(config["patch_size"]), dim),
@@ -172,7 +183,8 @@ def _listed(network: Path, stem: str, variant: str) -> list[Path]:
     dotted = f".{variant}" if variant else ""
     index = network / f"{stem}.safetensors.index{dotted}.json"
     if index.is_file():
-        return [network / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        with reading(index, "download it again"):
+            return [network / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     single = network / f"{stem}{dotted}.safetensors"
     return [single] if single.is_file() else []
 
@@ -227,9 +239,11 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ValueError(f"it has {size} bytes, and a header of {length}")
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+            if any(n < 0 for shape in shapes.values() for n in shape):
+                raise ValueError("a shape below zero")
+            end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        except Exception as error:
             raise ArtifactError(f"{path}: no whole safetensors file ({error}); download it again") from error
     if size != 8 + length + end:
         raise ArtifactError(f"{path}: cut off or damaged, {size} of {8 + length + end} bytes; download it again")
