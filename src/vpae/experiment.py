@@ -65,8 +65,8 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     tree: dict = {"methods": dict(DEFAULT_METHODS)}
     for layer in layers.values():
         methods = layer.get("methods")
-        if isinstance(methods, list) or (methods is not None and not layer.get("extends")):  # its own: nothing of a base's is left
-            tree["methods"] = {}
+        if isinstance(methods, list) or (methods is not None and not layer.get("extends")):
+            tree["methods"] = {}  # its own: nothing of a base's is left
         if isinstance(methods, list):
             layer = {**layer, "methods": chained(methods)}
         _merge(tree, layer)
