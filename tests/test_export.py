@@ -386,6 +386,8 @@ PUBLIC = {
     "patterns": (f"transformer.{MODULE}.lora_A.weight", f"transformer.{MODULE}.lora_B.weight", PATTERNS, None, 0.5),
     "comfy": (f"diffusion_model.{WAN}.lora_A.weight", f"diffusion_model.{WAN}.lora_B.weight", {}, None, 1.0),
     "kohya": (f"diffusion_model.{WAN}.lora_down.weight", f"diffusion_model.{WAN}.lora_up.weight", {}, 2.0, 0.5),
+    "kohya, underscores": ("lora_unet_blocks_1_self_attn_q.lora_down.weight", "", {}, 2.0, 0.5),
+    "kohya, diffusers' names": ("lora_transformer_blocks_1_attn1_to_q.lora_down.weight", "", {}, None, 1.0),
 }
 
 
@@ -393,7 +395,7 @@ PUBLIC = {
 def test_every_public_format_of_a_lora_is_read_at_its_true_strength(tmp_path: Path, name: str) -> None:
     down_key, up_key, said, alpha, scale = PUBLIC[name]
     down, up = torch.randn(4, 24), torch.randn(24, 4)
-    tensors = {down_key: down, up_key: up}
+    tensors = {down_key: down, up_key or down_key.replace("down", "up"): up}
     if alpha is not None:
         tensors[down_key.replace("lora_down.weight", "alpha")] = torch.tensor(alpha)
     save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": said} if said else None)
@@ -420,7 +422,8 @@ def test_a_peft_adapter_needs_its_configuration_beside_it(tmp_path: Path) -> Non
         (f"diffusion_model.{WAN}.dora_scale", "DoRA"),
         (f"diffusion_model.{WAN}.hada_w1_a", "LoHa"),
         (f"diffusion_model.{WAN}.diff", "whole difference"),
-        ("lora_unet_blocks_1_self_attn_q.lora_down.weight", "underscores"),
+        ("lora_unet_blocks_1_self_attn_w.lora_down.weight", "blocks_1_self_attn_w: no module"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "only one of its two factors"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused_by_name(tmp_path: Path, key: str, said: str) -> None:

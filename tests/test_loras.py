@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import FRAMES, HEIGHT, SHIFT, WIDTH, picture
 from vpae import placement
@@ -18,6 +18,7 @@ from vpae.artifacts import ArtifactError, read_provenance
 from vpae.cli import main
 from vpae.config.teacher import file_and_strength
 from vpae.experiment import ConfigError, load
+from vpae.export.keys import to_original
 from vpae.graph import stage_settings
 from vpae.models.loras import merge_loras, read_loras, require_fit
 from vpae.models.wan import load_pipeline, load_sampler, load_transformer
@@ -73,6 +74,32 @@ def test_a_merged_weight_is_w_plus_strength_times_alpha_by_rank_times_b_a(
     change = strength * ALPHA / RANK * up.double() @ down.double()
     assert (after[f"{MODULE}.weight"] - (before[f"{MODULE}.weight"].double() + change)).abs().max() < 1e-6
     assert all(torch.equal(after[name], before[name]) for name in before if name != f"{MODULE}.weight")
+
+
+@pytest.mark.parametrize("names", ["original", "diffusers"])
+def test_names_with_underscores_for_dots_are_resolved_by_the_models_own_modules(
+    teacher: Path, tmp_path: Path, names: str
+) -> None:
+    """kohya's form, of every linear layer at once: each weight becomes W + strength x alpha / rank x B A, by itself."""
+    network, tensors, wanted = load_transformer(teacher, torch.float32), {}, {}
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    assert {"blocks.0.attn2.add_k_proj", "condition_embedder.time_proj", "blocks.3.ffn.net.0.proj"} <= linear.keys()
+    for seed, (name, module) in enumerate(linear.items()):
+        rng, (out, into) = torch.Generator().manual_seed(seed), module.weight.shape
+        up, down = torch.randn(out, RANK, generator=rng), torch.randn(RANK, into, generator=rng)
+        key = f"lora_unet_{(to_original(name) if names == 'original' else name).replace('.', '_')}"
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(ALPHA)}
+        change = STRENGTH * ALPHA / RANK * up.double() @ down.double()
+        wanted[f"{name}.weight"] = module.weight.double() + change
+    assert len(tensors) == 3 * len(linear), "no two modules have one name"
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    merge_loras(network, read_loras([f"{tmp_path}/kohya.safetensors:{STRENGTH}"], teacher))
+    for name, weight in network.state_dict().items():
+        if name in wanted:
+            assert (weight - wanted[name]).abs().max() < 1e-5, name
+        else:
+            assert torch.equal(weight, before[name]), name
 
 
 def test_several_loras_add_up_and_strength_zero_changes_no_bit(teacher: Path, tmp_path: Path) -> None:

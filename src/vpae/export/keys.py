@@ -4,6 +4,7 @@ Wan2.1's code, ComfyUI and LightX2V read the original names. Names are mapped by
 module (`weight`, `bias`, `lora_A.weight`) goes with it.
 """
 
+import re
 from collections.abc import Mapping
 
 from vpae.artifacts import ArtifactError
@@ -59,6 +60,23 @@ def to_diffusers(key: str) -> str:
         ArtifactError: Wan's own model has no such weight.
     """
     return _renamed(key, _inverse(OUTSIDE), _inverse(OF_A_BLOCK))
+
+
+def from_underscores(name: str) -> str:
+    """The name in diffusers of a module that kohya's tools call `blocks_0_self_attn_q`, e.g. `blocks.0.attn1.to_q`.
+
+    Modules have underscores of their own (`norm_q`, `k_img`), so that the name is looked up among those of the model,
+    diffusers' and the original ones.
+
+    Raises:
+        ArtifactError: no module is called so.
+    """
+    block = re.fullmatch(r"blocks_(\d+)_(.+)", name)
+    prefix, rest, names = (f"blocks.{block[1]}.", block[2], OF_A_BLOCK) if block else ("", name, OUTSIDE)
+    for pair in names.items():
+        if rest in [module.replace(".", "_") for module in pair]:
+            return prefix + pair[0]
+    raise ArtifactError(f"{name}: no module of a Wan image-to-video transformer is called so")
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:

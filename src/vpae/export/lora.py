@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpae.artifacts import ArtifactError, reading
-from vpae.export.keys import to_diffusers, to_original
+from vpae.export.keys import from_underscores, to_diffusers, to_original
 from vpae.teacher.folder import header
 
 ALPHA = "lora_alpha"  # in the metadata of an adapter's file: alpha of the scale alpha / rank
@@ -30,9 +30,9 @@ OTHER_KINDS = {
     "dora_scale": "of a DoRA adapter",
     "hada_": "of a LoHa adapter",
     "lokr_": "of a LoKr adapter",
-    "lora_unet_": "under names of which underscores hide the modules",
     ".diff": "a whole difference of weights",
 }
+KOHYA = ("lora_unet_", "lora_transformer_")  # before a module's name, whose dots are then underscores
 PREFIXES = {"lora": "transformer.", "lora-wan": "diffusion_model."}
 
 
@@ -41,7 +41,8 @@ def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
 
     Takes the files of this project, diffusers and PEFT (`lora_A`, `lora_B`; alpha and patterns in the metadata or in
     adapter_config.json beside), and of ComfyUI and kohya (`lora_down`, `lora_up`, `alpha`), under diffusers' or Wan's
-    names. Where a file says nothing of alpha, tools that write `transformer.` or `diffusion_model.` mean scale 1.
+    names, also with underscores for dots (`lora_unet_blocks_0_self_attn_q`). Where a file says nothing of alpha, tools
+    that write `transformer.`, `diffusion_model.` or `lora_down` mean scale 1.
 
     Args:
         path: the file.
@@ -109,6 +110,11 @@ def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adap
             kind = kind or "not a weight of a LoRA adapter"
             raise ArtifactError(f"{name}: {key} is {kind}; name the file of a LoRA adapter")
         module = match["module"]
+        if prefix := next((start for start in KOHYA if module.startswith(start)), ""):
+            try:
+                module = from_underscores(module.removeprefix(prefix))
+            except ArtifactError as error:
+                raise ArtifactError(f"{name}: {key}: {error}: it was made for another model") from error
         with suppress(ArtifactError):  # diffusers' own names stay
             module = to_diffusers(module)
         factors.setdefault(module, {})[PARTS[match["part"].partition(".")[0]]] = tensor
