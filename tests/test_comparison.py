@@ -32,6 +32,7 @@ def finish(source: Source, results: Path, frechet: float = 0.1, score: float = 0
         write_json(
             folder / "provenance.json",
             {
+                **{"settings": {}, "inputs": {}, "outputs": {}},
                 "counts": {"trained_parameters": weights},
                 "seconds": 7.0,
                 "peak_memory_bytes": memory,
@@ -47,7 +48,8 @@ def finish(source: Source, results: Path, frechet: float = 0.1, score: float = 0
     vbench = {row: {"i2v_score": 90.0, "quality_score": 80.0, "imaging_quality": 70.0} for row in rows}
     write_json(folder / "vbench.json", {"backbones": backbones, "rows": vbench})
     settings = stage_settings(source.settings, "evaluation")
-    write_json(folder / "provenance.json", {"settings": settings, "counts": {}, "code": {"commit": "evaluation"}})
+    made = {"settings": settings, "inputs": {}, "outputs": {}, "counts": {}, "code": {"commit": "evaluation"}}
+    write_json(folder / "provenance.json", made)
 
 
 def compared(folder: Path, names: list[str], **finished: dict) -> dict[str, dict]:
@@ -106,7 +108,15 @@ def test_csv_and_markdown_say_the_same_as_the_json(tmp_path):
         lines = {line["method"]: line for line in csv.DictReader(file)}
     assert list(lines) == list(rows) and lines["vpae"]["frechet_high"] == "0.6" and lines["vpae"]["seeds"] == "0"
     table = (tmp_path / "comparison.md").read_text()
-    assert "| vpae | 1 | 1 | 0.5000 ± 0.0000 | 0.1000 ± 0.1000 | 64 | 14 | 0.00M | 5.00 | equilib |" in table
+    assert "| vpae | 1 | 1 | 0.5000 ± 0.0000 | 0.1000 ± 0.1000 | 64 | 14 | 0.00M | 5.00 | equilib | 0.7992 |" in table
+    assert lines["vpae"]["paper_score"] == "0.7992" and lines["vpae-2nfe"]["paper_score"] == ""
+
+
+def test_the_paper_s_score_stands_beside_ours_where_the_paper_has_one(tmp_path):
+    rows = compared(overlays(tmp_path, ablation="equilibrium: {adversarial_weight: 0.0}\n"), ["micro", "ablation"])
+    assert rows["teacher-100nfe"]["paper_score"] == pytest.approx((92.90 + 80.82 + 70.44) / 300, abs=1e-4)
+    assert rows["priming"]["paper_score"] == pytest.approx((84.92 + 72.34 + 59.75) / 300, abs=1e-4)
+    assert not {"euler", "vpae-2nfe", "vpae (ablation)"} & {name for name, row in rows.items() if "paper_score" in row}
 
 
 def test_what_is_not_evaluated_or_was_with_other_settings_is_refused(tmp_path):
