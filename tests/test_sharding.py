@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_head, build_transformer, seeded
 from distributed.cases import accelerator_for
+from planned import SMALL, TOKENS, variant
 from vpae.config import R1, Lora, Sharding, Training
 from vpae.distill import equilibrium as phase_two
 from vpae.distill import priming as phase_one
@@ -20,11 +21,13 @@ from vpae.distill.priming import Priming
 from vpae.experiment import ConfigError
 from vpae.models.adapters import FAKE, STUDENT, SharedBase, lora_names, merge
 from vpae.models.wan import default_taps, features, predict_x0, velocity
+from vpae.planning.meter import Meter
+from vpae.planning.phase import execute
 from vpae.stages import _Task
 from vpae.training.ema import update_ema
 from vpae.training.loop import train
 from vpae.training.precision import INPUTS, take_exact_inputs
-from vpae.training.sharding import empty_transformer, run_again, unsharded
+from vpae.training.sharding import empty_transformer, run_again, run_again_but_for_attention, unsharded
 
 LORA = Lora(rank=4, alpha=8)
 WAN_14B = {
@@ -62,14 +65,15 @@ def with_adapters(*names: str) -> tuple[SharedBase, list]:
 # Activation checkpointing.
 
 
+@pytest.mark.parametrize("way", [run_again, run_again_but_for_attention])
 @pytest.mark.parametrize("backbone", ["ema", "teacher", "copy"])
-def test_recomputed_activations_change_no_gradient(backbone):
+def test_recomputed_activations_change_no_gradient(backbone, way):
     losses, grads = [], []
     for again in (False, True):
         phase = build_equilibrium(backbone=backbone)
         if again:
             for network in phase.networks.values():
-                network.enable_gradient_checkpointing(run_again)
+                network.enable_gradient_checkpointing(way)
         loss, _ = phase.loss("generator", build_batch(2), torch.Generator().manual_seed(0), 0)
         loss.backward()
         losses.append(loss), grads.append([p.grad for p in phase.generator.parameters()])
@@ -89,6 +93,46 @@ def test_a_frozen_backbone_passes_the_gradient_to_its_input_from_features_that_a
         found.append(gradients_of(sum(layer.square().sum() for layer in layers), [latents])[0])
         assert all(p.grad is None for p in model.parameters())
     assert found[0].equal(found[1]) and found[0].abs().sum() > 0
+
+
+def test_a_kept_attention_is_not_computed_again():
+    """By hand: of what is recomputed, two products of N x N x D for each block go, and their outputs stay."""
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    tokens, width = 2 * 2 * 2, 24
+    recomputed, alive, gradients = {}, {}, {}
+    for way in (run_again, run_again_but_for_attention):
+        model = build_transformer()
+        model.enable_gradient_checkpointing(way)
+        with Meter() as forward:
+            loss = velocity(model, x, t, c).square().mean()
+        alive[way] = forward.now
+        with Meter() as backward:
+            gradients[way] = gradients_of(loss, list(model.parameters()))
+        recomputed[way] = backward.counts["recomputed"]
+    assert recomputed[run_again] - recomputed[run_again_but_for_attention] == 4 * 2 * 2 * tokens * tokens * width
+    kept = 4 * tokens * (width + 2) * 4  # outputs and the two heads' logarithms of sums, in float32
+    assert alive[run_again_but_for_attention] - alive[run_again] >= kept
+    assert all(a.equal(b) for a, b in zip(*gradients.values(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_frozen_network_that_passes_no_gradient_on_runs_once_and_keeps_nothing():
+    plain, again, attention = (
+        execute(variant("micro", "equilibrium", activation_checkpointing=a), "equilibrium", SMALL, TOKENS, 1).turns
+        for a in (False, True, "attention")
+    )
+    assert plain["head"] == again["head"] == attention["head"] and plain["head"].recomputed == 0
+    assert again["generator"].recomputed > attention["generator"].recomputed > 0
+    assert again["generator"].peak <= attention["generator"].peak < plain["generator"].peak
+
+
+def test_compiled_blocks_hide_their_attention():
+    sharding = {"activation_checkpointing": "attention"}
+    with pytest.raises(ValidationError, match="compile = true hides a block's attention"):
+        Training(compile=True, sharding=sharding)
+    assert (
+        Training(compile=True, sharding={"activation_checkpointing": "true"}).sharding.activation_checkpointing is True
+    )
 
 
 def test_the_recomputation_has_the_adapter_of_its_forward_pass_whatever_ran_in_between():

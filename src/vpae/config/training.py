@@ -39,8 +39,10 @@ class Sharding(Section):
     strategy: Literal["none", "full"] = Field(
         "none", description="Whole networks in every process, or FSDP2 shards of all of them, frozen ones and EMA too."
     )
-    activation_checkpointing: bool = Field(
-        False, description="Keep only the input of each transformer block and run the block again going backward."
+    activation_checkpointing: bool | Literal["attention"] = Field(
+        False,
+        description="Keep only the input of each transformer block and run the block again going backward; attention: "
+        "keep the outputs of its self-attention too, which would take longest.",
     )
     context_parallel: Positive = Field(
         1, description="Processes that share each clip's tokens (Ulysses); divides processes, heads and tokens."
@@ -83,6 +85,15 @@ class Training(Section):
     )
     monitor: Monitor = Field(Monitor(), description="Watches a student for collapse.")
     sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")
+
+    @model_validator(mode="after")
+    def _attention_is_seen(self) -> "Training":
+        if self.compile and self.sharding.activation_checkpointing == "attention":
+            raise ValueError(
+                "compile = true hides a block's attention from sharding.activation_checkpointing = attention; set one "
+                "of them to false, or activation_checkpointing to true"
+            )
+        return self
 
 
 class Times(Section):

@@ -55,15 +55,20 @@ class Meter(LiveBytes):
             return result
         if func.namespace == "aten":
             if (operations := OPERATIONS.get(func.overloadpacket)) is not None:
-                self.counts[_kind()] += operations(*args, **(kwargs or {}), out_val=result)
+                self.counts[_kind(func.overloadpacket)] += operations(*args, **(kwargs or {}), out_val=result)
         elif func.namespace in ("c10d", "_c10d_functional"):
             self.counts["received"] += received(func, args)
         return result
 
 
-def _kind() -> str:
-    """Inside a backward pass only what checkpointing runs again does so with gradients on."""
-    again = in_backward() and torch.is_grad_enabled()
+def _kind(operation: torch._ops.OpOverloadPacket) -> str:
+    """Inside a backward pass only what checkpointing runs again does so with gradients on.
+
+    Attention over several processes is a function of its own, which has them off; no backward pass needs its operation.
+    """
+    name = operation.__name__
+    attention = name.startswith("_scaled_dot_product") and not name.endswith("backward")
+    again = in_backward() and (torch.is_grad_enabled() or attention)
     return "recomputed" if again else "model"
 
 

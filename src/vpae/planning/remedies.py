@@ -33,7 +33,7 @@ def switches(settings: Experiment, phase: str, network: Network, gpus: int) -> l
     found: list[dict] = []
     if sharding.strategy == "none" and gpus > 1:
         found.append({"strategy": "full"})
-    if not sharding.activation_checkpointing:
+    if sharding.activation_checkpointing is not True:
         found.append({"activation_checkpointing": True})
     if training.accumulate > 1 and not sharding.reduce_every_micro_batch and gpus > 1:
         found.append({"reduce_every_micro_batch": True})

@@ -14,6 +14,7 @@ averaged once per update.
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vpae.config import Sharding, Training
 from vpae.models.adapters import Adapted, adapted_layers, selected, selection_of
@@ -78,8 +79,9 @@ def spread(phase: Phase, training: Training, accelerator: Accelerator, empty: bo
     """
     sharding, networks = training.sharding, phase.networks
     if sharding.activation_checkpointing:
+        again = run_again if sharding.activation_checkpointing is True else run_again_but_for_attention
         for network in networks.values():
-            network.enable_gradient_checkpointing(run_again)
+            network.enable_gradient_checkpointing(again)
     if training.compile:
         for network in networks.values():
             compile_blocks(network)
@@ -104,13 +106,37 @@ def spread(phase: Phase, training: Training, accelerator: Accelerator, empty: bo
 # Activation checkpointing.
 
 
-def run_again(block: nn.Module, *inputs: Tensor) -> Tensor:
+_ATTENTION = tuple(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+)
+
+
+def _self_attention_alone(_context, operation: torch._ops.OpOverload, *args, **_options) -> CheckpointPolicy:
+    """Keep what has as many keys as queries; attention to text and image is cheap."""
+    kept = operation in _ATTENTION and args[0].shape[-2] == args[1].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_again_but_for_attention(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """As `run_again`, but the outputs of self-attention are kept: they take most to compute and little to hold."""
+    return run_again(block, *inputs, context_fn=partial(create_selective_checkpoint_contexts, _self_attention_alone))
+
+
+def run_again(block: nn.Module, *inputs: Tensor, **options) -> Tensor:
     """Run a block now and, instead of keeping its activations, once more in the backward pass.
+
+    Args:
+        block: of a transformer.
+        inputs: its.
+        options: of torch's `checkpoint`.
 
     Raises:
         RuntimeError: in the backward pass, if the weights have changed in between.
     """
     selection, weights = selection_of(adapted_layers(block)), list(block.parameters())
+    if not any(isinstance(t, Tensor) and t.requires_grad for t in (*inputs, *weights)):
+        return block(*inputs)  # no gradient passes, so that nothing is kept
     versions = _versions(weights)
 
     def run(*inputs: Tensor) -> Tensor:
@@ -122,7 +148,8 @@ def run_again(block: nn.Module, *inputs: Tensor) -> Tensor:
         with selected(selection):
             return block(*inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # Wan has no dropout
+    # Wan has no dropout.
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _versions(weights: Iterable[nn.Parameter]) -> list[int]:
