@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_priming, build_transformer
-from vpae.config import Optimizer, Times, Training
+from vpae.config import Experiment, Optimizer, Times, Training
+from vpae.distill import equilibrium
+from vpae.distill.budget import network_evaluations
 from vpae.distill.losses.adversarial import generator_adversarial
 from vpae.distill.losses.csds import csds_loss
 from vpae.distill.method import motion_monitors
+from vpae.experiment import load
 from vpae.flow import schedule, x0_from_velocity
 from vpae.models.wan import predict_x0, velocity
 from vpae.training.loop import train
 from vpae.training.randomness import generator_for
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 BUILD = {"priming": build_priming, "equilibrium": build_equilibrium}
 
 
@@ -299,6 +303,32 @@ def test_the_discriminator_compares_clip_and_video_at_one_time_and_probes_the_cl
     penalty = (d_real - d_spatial).square().mean() + (d_real - d_temporal).square().mean()
     torch.testing.assert_close(loss, hinge + 100 * penalty)
     torch.testing.assert_close(logs["str1"], penalty)
+
+
+@pytest.mark.parametrize("r1", [{}, {"generated_weight": 10.0, "probes": ("plain",)}], ids=str)
+def test_all_logits_of_the_head_s_turn_may_be_taken_in_one_pass(r1):
+    found, grads, batches = [], [], []
+    for at_once in (False, True):
+        phase = build_equilibrium(logits_at_once=at_once, r1=r1)
+        with calls_of(phase.backbone) as calls:
+            loss, logs = phase.loss("head", build_batch(3), rng(), 0)
+        loss.backward()
+        found.append({"loss": loss.item(), **{name: value.item() for name, value in logs.items()}})
+        grads.append([p.grad for p in phase.head.parameters()])
+        batches.append([len(call["timestep"]) for call in calls])
+    assert batches == [[3] * 4, [12]]
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6) and found[1]["str1"] > 0
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert phase.loss("head", build_batch(3), rng(), 0)[0].item() == pytest.approx(found[0]["loss"], rel=1e-4)
+    evaluations = [network_evaluations(settings_of(at_once, r1), "equilibrium") for at_once in (False, True)]
+    assert evaluations[0] == evaluations[1] == 2 * 2 * (5 + 3)
+
+
+def settings_of(at_once: bool, r1: dict) -> Experiment:
+    settings = load(CONFIGS / "micro.yaml", environment=False).settings
+    section = {**settings.equilibrium.model_dump(), "logits_at_once": at_once, "r1": r1}
+    return settings.model_copy(update={"equilibrium": equilibrium.Settings.model_validate(section)})
 
 
 @torch.no_grad()

@@ -50,7 +50,9 @@ CASES = {
     "equilibrium-copy": Case("equilibrium", {"backbone": "copy"}, {"activation_checkpointing": True}),
     "equilibrium-lora": Case("equilibrium", {"student_lora": LORA}, {"activation_checkpointing": True}),
     "priming-context": Case("priming", {}, {"context_parallel": 2, "activation_checkpointing": True}),
-    "equilibrium-context": Case("equilibrium", {}, {"context_parallel": 2, "activation_checkpointing": "attention"}),
+    "equilibrium-context": Case(
+        "equilibrium", {"logits_at_once": True}, {"context_parallel": 2, "activation_checkpointing": "attention"}
+    ),
     "equilibrium-context-lora": Case("equilibrium", {"student_lora": LORA}, {"context_parallel": 2}),
     "equilibrium-context-copy": Case("equilibrium", {"backbone": "copy"}, {"context_parallel": 2}),
     "priming-bf16": Case("priming", precision="bf16"),

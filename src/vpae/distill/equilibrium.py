@@ -70,6 +70,11 @@ class Settings(MethodSettings):
         "is trained with the head (the paper's ablations).",
     )
     head: Head = Field(Head(), description="The part of the discriminator that learns.")
+    logits_at_once: bool = Field(
+        False,
+        description="In the head's turn, take all logits (of clips, videos and probes) in one pass: fewer exchanges of "
+        "shards, more memory, other last bits.",
+    )
     r1: R1 = Field(R1(), description="Its regularisation.")
     g_loss: Literal["hinge_linear", "hinge_clipped"] = Field(
         "hinge_linear", description="-D(xh), or relu(1 - D(xh)) [choice]."
@@ -207,6 +212,13 @@ class Equilibrium(Method):
         with torch.autocast(xt_BCFHW.device.type, enabled=False):
             return self.head(layers, c)
 
+    def logits_of(self, seen: list[Tensor], t_B: Tensor, c: Condition) -> list[Tensor]:
+        """D of several noised latents at the same times: one pass after the other, or one of them all."""
+        if not self.config.logits_at_once:
+            return [self.logits(xt, t_B, c) for xt in seen]
+        n = len(seen)
+        return list(self.logits(torch.cat(seen), t_B.repeat(n), c.repeated(n)).chunk(n))
+
     def head_loss(self, clips: Clips) -> Loss:
         """Steps 4 and 5: hinge loss of clips and videos noised at the same t', and the probes of the regularisation."""
         with torch.no_grad():
@@ -216,10 +228,11 @@ class Equilibrium(Method):
         c, settings = clips.c, self.config.r1
         # The penalty is to measure the probes and not the rounding of the backbone's activations.
         with nullcontext() if self.config.backbone == "copy" else precision.finer_autocast(x_t.device.type):
-            real, fake = self.logits(x_t, t, c), self.logits(xh_t, t, c)
-            probes = {name: self.logits(x_t + self.perturbation(name, clips), t, c) for name in settings.probes}
-            fake_probes = settings.probes if settings.generated_weight > 0 else ()
-            r2 = [self.logits(xh_t + self.perturbation(name, clips), t, c) for name in fake_probes]
+            seen = [x_t, xh_t, *(x_t + self.perturbation(name, clips) for name in settings.probes)]
+            if settings.generated_weight > 0:
+                seen += [xh_t + self.perturbation(name, clips) for name in settings.probes]
+            real, fake, *others = self.logits_of(seen, t, c)
+            probes, r2 = dict(zip(settings.probes, others, strict=False)), others[len(settings.probes) :]
         hinge, penalty = adversarial.discriminator_hinge(real, fake), str1.str1_penalty(real, *probes.values())
         logs = {
             "hinge": hinge,

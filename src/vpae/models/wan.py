@@ -53,6 +53,11 @@ class Condition:
         """The unconditional branch of guidance: first frame, mask and image embeddings stay."""
         return replace(self, text_BLD=self.empty_text_LD.expand_as(self.text_BLD))
 
+    def repeated(self, times: int) -> "Condition":
+        """That of the same clips in the same order, several times in one batch."""
+        again = {name: torch.cat([getattr(self, name)] * times) for name in ("frame_BCFHW", "image_BND", "text_BLD")}
+        return replace(self, **again)
+
 
 def text_tokens_for(longest: int) -> int:
     """How many tokens L to pad captions to, given the longest one's tokens."""
