@@ -25,6 +25,7 @@ from vpae.export.card import licence_of, write_card
 from vpae.export.command import export
 from vpae.export.keys import to_diffusers, to_original
 from vpae.export.lora import read_adapter
+from vpae.flow import schedule
 from vpae.models.adapters import TARGETS
 from vpae.models.wan import GEOMETRY
 
@@ -264,6 +265,19 @@ def test_a_full_disk_is_noticed_before_anything_is_written(student, tmp_path, mo
 def test_an_export_into_the_model_s_own_folder_is_refused(student):
     with pytest.raises(ArtifactError, match="inside"):
         export(student, "diffusers", student / "copy")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_vllm_omni_samples_at_the_times_of_our_own_sampler(student, tmp_path, steps):
+    export(student, "vllm-omni", tmp_path / "out", steps=steps)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "WanI2VDMD2Pipeline" and index["transformer"][1] == "WanTransformer3DModel"
+    asked = index["dmd2_config"]
+    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["solver"]) == (steps, 1.0, "sde")
+    # What it does with these fields: a scheduler without a shift of its own, at just these times.
+    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, stochastic_sampling=True)
+    theirs.set_timesteps(timesteps=asked["denoising_timesteps"])
+    assert theirs.sigmas.tolist() == pytest.approx(schedule(steps, SHIFT).tolist(), abs=5e-4)  # whole numbers of 1,000
 
 
 # The card.

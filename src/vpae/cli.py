@@ -81,11 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a student in the form another tool reads")
     export.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. results/NAME/METHOD/student")
-    export.add_argument("--format", choices=("diffusers", "wan", "lora", "lora-wan"), required=True)
+    export.add_argument("--format", choices=("diffusers", "vllm-omni", "wan", "lora", "lora-wan"), required=True)
     export.add_argument("--out", type=Path, required=True, help="folder to make, or a .safetensors file")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
     export.add_argument("--scores", type=Path, help="for the model card; default: the evaluation's beside it")
     export.add_argument("--adapter", type=Path, help="the adapter of a LoRA student; default: the one beside it")
+    export.add_argument("--steps", type=int, default=1, help="of --format vllm-omni, whose requests cannot choose")
     export.set_defaults(run=_export)
 
     compare = commands.add_parser("compare", help="one table of several finished experiments, over their seeds")
@@ -191,6 +192,7 @@ def _export(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         scores=arguments.scores,
         adapter=arguments.adapter,
+        steps=arguments.steps,
     )
     print(arguments.out)
 

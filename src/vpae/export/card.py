@@ -22,7 +22,13 @@ PAPER = "https://arxiv.org/abs/2508.21019"
 STATED = ("code", "inputs", "packages")  # of a provenance; the rest is about the machine it was made on
 TRAINED_AS = ("seed", "geometry", *METHODS)  # of the settings
 RELEASED = {"frames": 81, "height": 480, "width": 832, "fps": 16}  # what Wan2.1-I2V-14B-480P was made for
-RELATIONS = {"diffusers": "finetune", "wan": "finetune", "lora": "adapter", "lora-wan": "adapter"}
+RELATIONS = {
+    "diffusers": "finetune",
+    "vllm-omni": "finetune",
+    "wan": "finetune",
+    "lora": "adapter",
+    "lora-wan": "adapter",
+}
 
 
 def stage_provenance(inputs: Mapping[str, Path]) -> dict[str, Any]:

@@ -11,17 +11,19 @@ import torch
 
 from vpae.artifacts import ArtifactError, identity, read_provenance
 from vpae.export.card import licence_of, read_facts, read_scores, write_card
-from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline
+from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline, write_served_index
 from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.stages import require_free_space
 
 FORMS = {
     "diffusers": "a pipeline folder",
+    "vllm-omni": "a pipeline folder that vLLM-Omni serves, always with the same number of steps",
     "wan": "the transformer under the key names of Wan's own repository",
     "lora": "the adapter of a student trained as a LoRA, for diffusers",
     "lora-wan": "the same for ComfyUI and LightX2V",
 }
+FOLDERS = ("diffusers", "vllm-omni")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILES = {
     "wan": "diffusion_pytorch_model.safetensors",
@@ -38,16 +40,18 @@ def export(
     dtype: str | None = None,
     scores: Path | None = None,
     adapter: Path | None = None,
+    steps: int = 1,
 ) -> Path:
     """Write a model in another form, with its model card.
 
     Args:
         model: the student's pipeline folder.
         form: one of `FORMS`.
-        out: a folder to make, or, for all but "diffusers", the name of a .safetensors file to make without a card.
+        out: a folder to make, or, where the form is no pipeline folder, a .safetensors file to make without a card.
         dtype: number format of the trained weights, one of `DTYPES`; as they are stored if not given.
         scores: a scores.json of the evaluation stage, for the card.
         adapter: the adapter's weights; found beside the student if not given.
+        steps: network steps of each video, for "vllm-omni".
 
     Returns:
         `out`.
@@ -56,6 +60,8 @@ def export(
         FileNotFoundError: there is no such model, adapter or scores file.
         ArtifactError: the result exists, the disk is too small, the model is no student, or the adapter not its.
     """
+    if steps < 1:
+        raise ArtifactError(f"--steps {steps}: at least 1")
     _check(model, form, out)
     facts = _facts(model)
     if scores := scores or find_scores(model):
@@ -64,8 +70,10 @@ def export(
     number_format = DTYPES[dtype] if dtype else None
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:
-        if form == "diffusers":
+        if form in FOLDERS:
             write_pipeline(model, place, number_format)
+            if form == "vllm-omni":
+                write_served_index(place, steps)
         elif out.suffix == ".safetensors":
             _write_file(form, source, model, place, number_format, facts)
         else:
@@ -161,8 +169,8 @@ def _check(model: Path, form: str, out: Path) -> None:
     _refuse_existing(out)
     if out.resolve().is_relative_to(model.resolve()):
         raise ArtifactError(f"{out} lies inside the model's own folder {model}; choose an --out elsewhere")
-    if form == "diffusers" and out.suffix == ".safetensors":
-        raise ArtifactError(f"{out}: --format diffusers makes a folder; name one without .safetensors")
+    if form in FOLDERS and out.suffix == ".safetensors":
+        raise ArtifactError(f"{out}: --format {form} makes a folder; name one without .safetensors")
 
 
 def _facts(model: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vpae.artifacts import PROVENANCE, write_json
 from vpae.export.card import CARD, FACTS
 from vpae.export.keys import to_original
 from vpae.export.lora import named_for, read_adapter
+from vpae.flow import schedule
 from vpae.models.loras import require_fit
 from vpae.models.sizes import stored_dtype, stored_weights
 from vpae.models.wan import TEXT_TOKENS, load_transformer
@@ -38,6 +39,19 @@ def write_pipeline(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         shutil.copytree(model / "transformer", out / "transformer")
     else:
         load_transformer(model, dtype).save_pretrained(out / "transformer")
+
+
+def write_served_index(folder: Path, steps: int) -> None:
+    """Tell vLLM-Omni how a pipeline folder samples: its pipeline for distilled Wan models, and the times of all steps.
+
+    Its times are whole numbers of 1,000, after the shift; between them it adds noise again (`sde`), as our scheduler.
+    Source: vllm-project/vllm-omni, pull request 2974 (`DMD2Config`).
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    times = [round(1000 * t) for t in schedule(steps, shift)[:-1].tolist()]
+    sampling = {"num_inference_steps": steps, "denoising_timesteps": times, "solver": "sde", "guidance_scale": 1.0}
+    write_json(folder / "model_index.json", {**index, "_class_name": "WanI2VDMD2Pipeline", "dmd2_config": sampling})
 
 
 def write_original(model: Path, out: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]) -> None:
