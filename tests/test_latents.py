@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tarfile
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 
 from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, read_provenance, sha256
-from vpae.data import manifest
+from vpae.data import latents, manifest
 from vpae.data.encoding import Encoders
-from vpae.data.latents import INDEX, LatentDataset, _parts
+from vpae.data.latents import INDEX, LatentDataset, _cut
 from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import write_video
 from vpae.experiment import Source, load
@@ -256,6 +258,64 @@ def test_a_caption_of_any_length_fits_the_text_tokens(place: Workplace) -> None:
     assert lengths[-1] == TEXT_TOKENS and lengths[0] < 5
 
 
+# Memory
+
+
+class StandIn:
+    """Encodes nothing; knows how long a text is."""
+
+    def texts(self, captions: Sequence[str]) -> list[torch.Tensor]:
+        return [torch.zeros(1, 4) for _ in captions]
+
+    def longest_text(self, captions: Sequence[str]) -> int:
+        return max(map(len, captions))
+
+
+def peak_of_python(work: Callable[[], object]) -> int:
+    """Most bytes of Python objects alive at once, over those before."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_the_stages_memory_does_not_grow_with_the_number_of_clips(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the whole stage nor of a part: what is alive is a row group of the manifest and one shard's clips."""
+
+    def write_shard(clips: Sequence[Clip], *others: object) -> bool:
+        with tarfile.open(others[3], "w") as tar:
+            for clip in clips:
+                tar.addfile(tarfile.TarInfo(f"{clip.key}.safetensors"))
+        return True
+
+    monkeypatch.setattr(latents, "_encode_shard", write_shard)
+    monkeypatch.setattr(latents, "_encoders", lambda _: StandIn)
+    monkeypatch.setattr(latents, "file_hashes", lambda _: {})
+    settings = place.source(world=True, shard_size=64).settings
+    peaks = {}
+    for number in (1500, 6000):
+        inputs = {"clips": place.folder / f"clips-{number}", "teacher": place.teacher}
+        inputs["clips"].mkdir()
+        rows = ((f"{i:040d}", "train" if i >= 64 else "held_out") for i in range(number))
+        long = "a caption of some length, " * 8
+        manifest.write_manifest(
+            inputs["clips"], (Clip(key, f"{key}.mp4", split, f"{key} {long}", 8, 8, 8.0, key) for key, split in rows)
+        )
+        out, state = place.folder / f"out-{number}", place.results / f"own-{number}" / ".state" / "latents"
+        out.mkdir()
+        part = peak_of_python(lambda i=inputs, s=state: latents.part(settings, i, s, Part(2, 8)))
+        whole = peak_of_python(lambda i=inputs, o=out, s=state: latents.run(settings, i, o, s))
+        assert len(index(out)) == number and len({entry["key"] for entry in index(out)}) == number
+        peaks[number] = part, whole
+    for few, many in zip(*peaks.values(), strict=True):
+        assert many < few + 1_000_000, (peaks, "4,500 more clips held would be more than 3 MB")
+
+
 # What is encoded again
 
 
@@ -313,7 +373,7 @@ def test_cuts_between_shards_fall_where_they_fell_before(size: int) -> None:
     """One clip replaced, one added and one removed in a thousand: few shards differ."""
 
     def parts(keys: Sequence[int]) -> set[tuple[str, ...]]:
-        return {tuple(c.key for c in part) for part in _parts(synthetic(keys), "train", size)}
+        return {tuple(c.key for c in part) for part in _cut(synthetic(keys), size)}
 
     before = parts(range(1000))
     assert sum(map(len, before)) == 1000 and max(map(len, before)) <= size

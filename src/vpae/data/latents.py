@@ -6,17 +6,20 @@ lie, so that clips can also be read one by one, what captions are padded to, and
 `negative.safetensors` is the empty caption, for guidance.
 
 A shard whose clips and encoders are unchanged is taken over from the last run, finished or not. Whoever reads a shard
-first compares its bytes with the hash in the provenance, once in a process.
+first compares its bytes with the hash in the provenance, once in a process. The stage itself holds the clips of one
+shard at a time, however many there are.
 """
 
 import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import torch
@@ -25,11 +28,11 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import ArtifactError, digest, file_hashes, link, read_provenance, reading, write_json, written
+from vpae.artifacts import ArtifactError, digest, file_hashes, link, read_provenance, reading, written
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
-from vpae.data.manifest import Clip, content, read_manifest
+from vpae.data.manifest import Clip, content, count_clips, iterate_manifest
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.parts import Part
 from vpae.progress import Progress
@@ -64,55 +67,66 @@ class Shard:
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:
     """Encode all clips; returns counts of clips and shards, and of shards taken over."""
-    clips, shards = _plan(settings, inputs)
-    encoders = _encoders(inputs)
-    encoded = _complete(shards, settings, inputs, state, encoders, "latents")
-    entries: list[Entry] = []
-    for shard in shards:
+    clips, encoders = count_clips(inputs["clips"]), _encoders(inputs)
+    encoded = _complete(_shards(settings, inputs), clips, settings, inputs, state, encoders, "latents")
+    negative, shards = settings.latents.negative_prompt, 0
+    save_file({"text": encoders().texts([negative])[0]}, out / "negative.safetensors")
+    longest = encoders().longest_text([negative])
+    for shard in _shards(settings, inputs):
         link(_in_state(state, shard), out / shard.name)
         (out / f"{shard.name}.recipe").write_text(shard.recipe)
-        entries += _entries(out / shard.name, shard.clips)
-    negative = settings.latents.negative_prompt
-    save_file({"text": encoders().texts([negative])[0]}, out / "negative.safetensors")
-    tokens = text_tokens_for(encoders().longest_text([negative, *{clip.caption for clip in clips}]))
-    hashes = {"encoders": _encoder_hash(inputs["teacher"])}
-    write_json(out / INDEX, {**hashes, "text_tokens": tokens, "entries": [asdict(e) for e in entries]})
-    return {"clips": len(clips), "shards": len(shards), "shards_taken_over": len(shards) - encoded}
+        longest = max(longest, encoders().longest_text([*{clip.caption for clip in shard.clips}]))
+        shards += 1
+    head = {"encoders": _encoder_hash(inputs["teacher"]), "text_tokens": text_tokens_for(longest)}
+    shards_again = _shards(settings, inputs)
+    _write_index(out / INDEX, head, (e for shard in shards_again for e in _entries(out / shard.name, shard.clips)))
+    return {"clips": clips, "shards": shards, "shards_taken_over": shards - encoded}
 
 
 def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
     """Encode one part's share of the shards into the state folder."""
-    mine = part.share(_plan(settings, inputs)[1])
-    _complete(mine, settings, inputs, state, _encoders(inputs), f"latents {part}")
+    mine = islice(_shards(settings, inputs), part.number - 1, None, part.of)
+    about = count_clips(inputs["clips"]) // part.of
+    _complete(mine, about, settings, inputs, state, _encoders(inputs), f"latents {part}")
 
 
-def _plan(settings: Experiment, inputs: dict[str, Path]) -> tuple[list[Clip], list[Shard]]:
-    """All clips, and the shards that they are to be stored in."""
-    clips, shards = read_manifest(inputs["clips"]), []
+def _shards(settings: Experiment, inputs: dict[str, Path]) -> Iterator[Shard]:
+    """The shards that all clips are to be stored in."""
+    number = count()
     made_with = [_encoder_hash(inputs["teacher"]), settings.latents.dtype, settings.geometry.model_dump()]
     for split in SPLITS:
-        for members in _parts(clips, split, settings.latents.shard_size):
+        for members in _cut(iterate_manifest(inputs["clips"], split), settings.latents.shard_size):
             made_of = [(clip.key, clip.sha256, clip.caption) for clip in members]
-            shards.append(Shard(f"{split}-{len(shards):05d}.tar", members, digest([*made_with, made_of])))
-    return clips, shards
+            yield Shard(f"{split}-{next(number):05d}.tar", members, digest([*made_with, made_of]))
+
+
+def _write_index(path: Path, head: dict, entries: Iterable[Entry]) -> None:
+    """As `write_json` would, with one entry in memory at a time."""
+    with written(path) as temporary, temporary.open("w") as file:
+        file.write(json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "entries": [')
+        for number, entry in enumerate(entries):
+            file.write(",\n" if number else "\n")
+            file.write(indent(json.dumps(asdict(entry), indent=2), "    "))
+        file.write("\n  ]\n}\n")
 
 
 def _complete(
-    shards: list[Shard],
+    shards: Iterable[Shard],
+    clips: int,
     settings: Experiment,
     inputs: dict[str, Path],
     state: Path,
     encoders: Callable[[], Encoders],
     label: str,
 ) -> int:
-    """See that each shard is in the state folder; returns how many had to be encoded.
+    """See that each shard, of about so many clips in all, is in the state folder; returns how many had to be encoded.
 
     Raises:
         Interruption: asked to end; finished shards are kept.
     """
     state.mkdir(parents=True, exist_ok=True)
     previous = _recipes(state.parents[1] / "latents")
-    progress, encoded = Progress(sum(len(shard.clips) for shard in shards), label), 0
+    progress, encoded = Progress(clips, label), 0
     with Interruption.watch() as request:
         for shard in shards:
             path = _in_state(state, shard)
@@ -153,19 +167,21 @@ def _encoder_hash(teacher: Path) -> str:
     return digest({name: value for name, value in hashes.items() if name.startswith(ENCODERS)})
 
 
-def _parts(clips: list[Clip], split: str, size: int) -> list[list[Clip]]:
+def _cut(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
     """Cut one split into shards of at most `size` clips.
 
     About one clip in `size` starts a shard because of its key: after a clip that came or went, the cuts soon fall where
     they fell before, and all later shards stay as they are.
     """
-    parts: list[list[Clip]] = []
-    for clip in (c for c in clips if c.split == split):
+    members: list[Clip] = []
+    for clip in clips:
         starts = int(digest(clip.key)[:8], 16) % size == 0
-        if not parts or starts or len(parts[-1]) == size:
-            parts.append([])
-        parts[-1].append(clip)
-    return parts
+        if members and (starts or len(members) == size):
+            yield members
+            members = []
+        members.append(clip)
+    if members:
+        yield members
 
 
 def _recipes(folder: Path) -> dict[str, tuple[Path, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vpae.artifacts import ArtifactError, reading, sha256
@@ -109,9 +110,14 @@ def iterate_manifest(folder: Path, split: str | None = None) -> Iterator[Clip]:
     path = folder / MANIFEST
     with reading(path, "run the clips stage again"), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS):
-            for row in batch.to_pylist():
-                if split in (None, row["split"]):
-                    yield Clip(**{**row, "path": os.fsdecode(row["path"])})
+            for row in (batch.filter(pc.equal(batch["split"], split)) if split else batch).to_pylist():
+                yield Clip(**{**row, "path": os.fsdecode(row["path"])})
+
+
+def count_clips(folder: Path) -> int:
+    """How many clips a manifest has."""
+    with reading(folder / MANIFEST, "run the clips stage again"):
+        return pq.read_metadata(folder / MANIFEST).num_rows
 
 
 def read_manifest(folder: Path, split: str | None = None) -> list[Clip]:
