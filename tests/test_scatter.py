@@ -171,6 +171,25 @@ def test_parts_in_any_order_and_with_a_kill_in_between_give_the_bytes_of_one_job
     assert place.states == []
 
 
+def test_a_changed_byte_in_what_a_part_left_is_named_and_that_piece_is_made_again(
+    place: Place, whole: Path, made: list[int], capsys: pytest.CaptureFixture
+) -> None:
+    place.part(1, 1)
+    [state] = place.states
+    files = sorted(path for path in state.rglob("*") if path.is_file() and not path.name.startswith("."))
+    kinds = {path.suffix: path for path in files}  # one of each kind
+    for path in kinds.values():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()
+        path.write_bytes(data)
+    made.clear()
+    assert file_hashes(place.run()) == file_hashes(whole / place.stage)
+    printed = capsys.readouterr().err
+    assert all(f"{path} is damaged; it is made again" in printed for path in kinds.values())
+    assert 0 < len(made) <= len(kinds)
+
+
 def test_what_parts_left_undone_the_stage_does_itself(place: Place, whole: Path, made: list[int]) -> None:
     place.part(1, 2)
     first = len(made)

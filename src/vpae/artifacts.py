@@ -76,6 +76,29 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def kept(path: Path) -> Iterator[Path]:
+    """As `written`, for what a state folder keeps for later: its hash, in a hidden file beside it, is there first."""
+    with written(path) as temporary:
+        yield temporary
+        with written(_seal(path)) as seal:
+            seal.write_text(sha256(temporary))
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a state folder has this file as it was kept; says so where its bytes have changed."""
+    if not path.is_file():
+        return False
+    whole = not _seal(path).is_file() or _seal(path).read_bytes() == sha256(path).encode()
+    if not whole:
+        print(f"vpae: {path} is damaged; it is made again", file=sys.stderr)
+    return whole
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON by way of a temporary file and a rename."""
     with written(path) as temporary:

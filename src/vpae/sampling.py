@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vpae.artifacts import ArtifactError, link, written
+from vpae.artifacts import ArtifactError, is_kept, kept, link
 from vpae.config import Experiment, Sampler, Samples
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.latents import LatentDataset
@@ -183,7 +183,15 @@ def _complete(
     dataset = LatentDataset(inputs["latents"], "held_out")
     suite = make_suite(dataset, settings.samples.count, settings.seed)
     rows = settings.samples.rows
-    missing = [batch for batch in batches if not batch.file(state).is_file()]
+
+    def decoded(batch: Batch) -> list[dict]:
+        return suite[batch.start : min(batch.start + batch.size, settings.samples.decode)]
+
+    def is_there(batch: Batch) -> bool:
+        videos = [state / batch.row / item["file"] for item in decoded(batch)]
+        return batch.file(state).is_file() and all(map(is_kept, [batch.file(state), *videos]))
+
+    missing = [batch for batch in batches if not is_there(batch)]
 
     def model_of(batch: Batch) -> str:
         return rows[batch.row].model if batch.row in rows else ""
@@ -203,11 +211,11 @@ def _complete(
                 if request.requested:
                     raise Interruption(f"{label}: {progress.done} more videos are in {state}")
                 x0, condition = dataset.batch(list(range(batch.start, batch.start + batch.size)), device)
-                items = suite[batch.start : batch.start + batch.size]
                 if model is not None:
+                    items = suite[batch.start : batch.start + batch.size]
                     seeds, row = [item["seed"] for item in items], rows[batch.row]
                     x0 = draw(model, row, settings.teacher.shift, condition, tuple(x0.shape[1:]), seeds)
-                _keep(batch, x0, items[: max(0, settings.samples.decode - batch.start)], vae, settings, state)
+                _keep(batch, x0, decoded(batch), vae, settings, state)
                 progress.update(batch.size, batch.row)
             model = None  # two large models at a time may be too many
     progress.close()
@@ -227,13 +235,13 @@ def _keep(batch: Batch, x0: Tensor, decoded: list[dict], vae, settings: Experime
     tensors, strips = {"x0": x0.cpu().contiguous()}, []
     for item, latents in zip(decoded, x0, strict=False):
         frames = decode_latents(vae, latents[None])[0].cpu().numpy()
-        with written(state / batch.row / item["file"]) as temporary:
+        with kept(state / batch.row / item["file"]) as temporary:
             write_video(temporary, frames, settings.geometry.fps, settings.samples.crf, reproducible=False)
         if batch.start + len(strips) < SHEET:
             strips.append(np.concatenate(frames[:: max(1, (len(frames) - 1) // 4)], axis=1))
     if strips:
         tensors["strips"] = torch.from_numpy(np.ascontiguousarray(np.stack(strips)))
-    with written(batch.file(state)) as temporary:
+    with kept(batch.file(state)) as temporary:
         save_file(tensors, temporary)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae.artifacts import ArtifactError, link, reading, sha256, write_json, written
+from vpae.artifacts import ArtifactError, is_kept, kept, link, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.clips import Filters
 from vpae.data import corpus
@@ -108,8 +108,8 @@ def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[
     )
     key = f"{split}-{index:06d}"
     path = Path("videos") / f"{key}.mp4"
-    if not (out / path).is_file():
-        with written(out / path) as temporary:
+    if not is_kept(out / path):
+        with kept(out / path) as temporary:
             write_video(temporary, render(truth, geometry.height, geometry.width), geometry.fps, world.crf)
     size = (geometry.width, geometry.height, geometry.fps)
     return Clip(key, str(path), split, truth.caption, *size, sha256(out / path)), truth
@@ -142,9 +142,9 @@ def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
 def _candidates(settings: Experiment, state: Path) -> Path:
     """The parquet file of all candidates, made by the first job that needs it."""
     plan = state / CANDIDATES
-    if not plan.is_file():
+    if not is_kept(plan):
         state.mkdir(parents=True, exist_ok=True)
-        with written(plan) as temporary:
+        with kept(plan) as temporary:
             corpus.write_candidates(temporary, settings.clips)
     if not corpus.count_candidates(plan):
         raise ArtifactError(f"clips.path = {settings.clips.path}: no videos there ({', '.join(corpus.SUFFIXES)})")
@@ -225,9 +225,10 @@ def _checked(work: list[range], settings: Experiment, state: Path, label: str) -
 def _check_stretch(stretch: range, settings: Experiment, state: Path) -> list[dict | str]:
     """Check rows, unless the state folder tells what was found; its name says from which videos and captions."""
     record = state / f"{stretch.start:08d}.json"
-    if not record.is_file():
+    if not is_kept(record):
         rows = corpus.read_candidates(state / CANDIDATES, stretch.start, len(stretch))
-        write_json(record, [_check_one(row, settings) for row in rows])
+        with kept(record) as temporary:
+            temporary.write_text(json.dumps([_check_one(row, settings) for row in rows]))
     return json.loads(record.read_text())
 
 

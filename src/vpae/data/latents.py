@@ -28,7 +28,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import ArtifactError, digest, file_hashes, link, read_provenance, reading, written
+from vpae.artifacts import ArtifactError, digest, file_hashes, is_kept, kept, link, read_provenance, reading, written
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
@@ -130,13 +130,13 @@ def _complete(
     with Interruption.watch() as request:
         for shard in shards:
             path = _in_state(state, shard)
-            if path.is_file():
+            if is_kept(path):
                 pass
             elif shard.recipe in previous and _is_whole(*previous[shard.recipe]):
-                with written(path) as temporary:
+                with kept(path) as temporary:
                     link(previous[shard.recipe][0], temporary)
             else:
-                with written(path) as temporary:
+                with kept(path) as temporary:
                     if not _encode_shard(shard.clips, settings, inputs["clips"], encoders(), temporary, request):
                         raise Interruption(f"{label}: {encoded} more shards are in {state}")
                 encoded += 1

@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpae.artifacts import link_tree, write_json, written
+from vpae.artifacts import is_kept, kept, link_tree, write_json
 from vpae.config import Experiment, Teacher, Training
 from vpae.data.encoding import Encoders, pad_text, to_signed
 from vpae.data.manifest import Clip, read_manifest
@@ -223,11 +223,11 @@ def _encoded(
 
     @cache
     def everything() -> dict[str, Tensor]:
-        kept = state / "encoded.safetensors"
-        if not kept.is_file():
-            with written(kept) as temporary:
+        file = state / "encoded.safetensors"
+        if not is_kept(file):
+            with kept(file) as temporary:
                 save_file(_encode(frames_NTHW3, clips, captions, encode), temporary)
-        return load_file(kept)
+        return load_file(file)
 
     def batch(drawn: int) -> tuple[Tensor, Condition]:
         corpus, chosen = everything(), numbers(drawn)
