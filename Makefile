@@ -53,7 +53,6 @@ cluster-up: $(READY) ## Start a SLURM cluster on this machine: two nodes with fa
 
 cluster-test: cluster-up ## Run the workflow on it, and interrupt the training in every way SLURM has
 	tests/cluster/in.sh sinfo
-	tests/cluster/in.sh $(BIN)/python tests/cluster/launch.py
 	tests/cluster/in.sh $(BIN)/python tests/cluster/run.py
 
 cluster-down: ## End it

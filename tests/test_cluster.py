@@ -143,6 +143,18 @@ def test_only_the_phases_may_have_several_processes(tmp_path: Path) -> None:
         load(tmp_path / "wrong.yaml", environment=False)
 
 
+def test_processes_that_share_clips_have_to_be_there(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs/micro.yaml", tmp_path)
+    shared = "extends: micro\ncluster: {priming: {nodes: 1, gpus: GPUS}}\n"
+    shared += "priming: {training: {sharding: {context_parallel: 2}}}\n"
+    for gpus in (0, 1, 4):  # one process alone keeps everything whole
+        (tmp_path / "shared.yaml").write_text(shared.replace("GPUS", str(gpus)))
+        load(tmp_path / "shared.yaml", environment=False)
+    (tmp_path / "shared.yaml").write_text(shared.replace("GPUS", "3"))
+    with pytest.raises(ConfigError, match=r"priming.training.sharding.context_parallel = 2 does not divide the 3 proc"):
+        load(tmp_path / "shared.yaml", environment=False)
+
+
 # The executor: what becomes of a job, given what SLURM says of it at one look after another.
 
 
@@ -246,6 +258,30 @@ def test_a_job_that_saved_queues_again_unless_it_was_cancelled(tmp_path: Path, s
         assert (tmp_path / "bin/said").read_text() == "scontrol requeue 7\n"
     assert launch(tmp_path, 1, 1, "bash", "-c", "exit 1", SLURM_JOB_ID="8").returncode == 1
     assert not (tmp_path / "bin/said").exists() or "requeue 8" not in (tmp_path / "bin/said").read_text()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variable"), [(8, "PYTORCH_CUDA_ALLOC_CONF=expandable"), (0, "ACCELERATE_USE_CPU=true")]
+)
+def test_the_processes_of_all_nodes_meet_on_the_first(tmp_path: Path, gpus: int, variable: str) -> None:
+    stand_ins = {
+        # Thousands of nodes: what it prints does not fit into a pipe that nobody reads to its end.
+        "scontrol": 'printf "node%s\\n" {1..20000}',
+        "srun": 'echo "srun $*" | head -n 1 >> calls; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "torchrun": 'echo "torchrun $*" | head -n 1 >> calls; env >> environment',
+    }
+    add_slurm(tmp_path / "bin")
+    for name, body in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    done = launch(tmp_path, 2, gpus, "vpae", "priming", **variables)
+    assert done.returncode == 0, done.stderr
+    srun, torchrun = (tmp_path / "calls").read_text().splitlines()
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=1" in srun
+    assert f"--nproc-per-node={max(1, gpus)} --max-restarts=0 --no-python" in torchrun
+    assert "--nnodes=2 --node-rank=1 --master-addr=node1 --master-port=20007" in torchrun
+    assert variable in (tmp_path / "environment").read_text()
 
 
 @pytest.mark.distributed

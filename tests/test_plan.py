@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from vpae.models.adapters import TARGETS, SharedBase
 from vpae.models.wan import velocity
 from vpae.planning.command import as_text, parse_bytes
 from vpae.planning.inference import network_use
-from vpae.planning.launch import Job, render
 from vpae.planning.meter import Meter
 from vpae.planning.network import Network, Sequence, count, pipeline_of, tokens_of
 from vpae.planning.phase import execute
@@ -458,107 +456,3 @@ def test_the_settings_of_full_scale_train_at_tiny_width(path: Path, phase: str) 
     for name, role in bench.phase.roles.items():
         assert all(torch.isfinite(p).all() for p in role.parameters())
         assert any(not torch.equal(p, q) for p, q in zip(role.parameters(), before[name], strict=True)), name
-
-
-# Launching
-
-STAND_INS = {
-    # Thousands of nodes: what it prints does not fit into a pipe that nobody reads to its end.
-    "scontrol": 'if [ "$1" = show ]; then printf "node%s\\n" {1..20000}; else echo "scontrol $*" >> calls; fi',
-    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@"',
-    "torchrun": 'echo "torchrun $*" >> calls; exit "${STATUS:-0}"',
-    "accelerate": 'echo "accelerate $*" >> calls',
-}
-
-
-def launched(script: str, folder: Path, **variables: str) -> tuple[int, list[str]]:
-    """Run a script with stand-ins for SLURM and the launchers; returns the exit code and what was called."""
-    programs = folder / ".venv" / "bin"
-    programs.mkdir(parents=True)
-    for name, body in STAND_INS.items():
-        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-        (programs / name).chmod(0o755)
-    environment = {
-        **os.environ,
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NODEID": "1",
-        **variables,
-    }
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, check=False, capture_output=True, text=True
-    )
-    return done.returncode, (folder / "calls").read_text().splitlines()
-
-
-def job(**changes) -> Job:
-    return Job(**{"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 64, **changes})
-
-
-def test_a_launch_brings_the_processes_of_all_nodes_together(tmp_path: Path) -> None:
-    script = render(load(CONFIG, environment=False), "priming", job(interface="ib0", partition="gpu"))
-    assert "export SRUN_CPUS_PER_TASK=64  #" in script  # else each node's eight processes share one core
-    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=gpu", "--requeue"):
-        assert f"#SBATCH {line}\n" in script
-    assert "export NCCL_SOCKET_IFNAME=ib0\n" in script
-    assert "64 clips a step" in script
-    code, calls = launched(script, tmp_path)
-    assert code == 0
-    assert calls == [
-        "torchrun --nnodes=2 --nproc-per-node=8 --max-restarts=0 --rdzv-id=7-0 --rdzv-backend=c10d "
-        f"--rdzv-endpoint=node1:29500 --no-python vpae priming --config {CONFIG}"
-    ]
-
-
-def test_accelerate_gets_the_same_job(tmp_path: Path) -> None:
-    script = render(load(CONFIG, environment=False), "equilibrium", job(launcher="accelerate"))
-    code, calls = launched(script, tmp_path)
-    assert code == 0
-    assert "--num_machines=2 --num_processes=16 --machine_rank=1 --main_process_ip=node1" in calls[0]
-    assert calls[0].endswith(f"vpae equilibrium --config {CONFIG}")
-
-
-def test_without_gpus_the_processes_meet_over_gloo(tmp_path: Path) -> None:
-    script = render(load(CONFIG, environment=False), "priming", job(gpus_per_node=0, interface="eth0"))
-    assert "--gpus-per-node" not in script
-    assert "NCCL" not in script
-    assert "export ACCELERATE_USE_CPU=true\n" in script
-    assert "export GLOO_SOCKET_IFNAME=eth0\n" in script
-    _, calls = launched(script, tmp_path)
-    assert "--nnodes=2 --nproc-per-node=2" in calls[0]
-
-
-def test_a_job_that_fails_early_is_not_queued_again(tmp_path: Path) -> None:
-    code, calls = launched(render(load(CONFIG, environment=False), "priming", job()), tmp_path, STATUS="1")
-    assert code == 1
-    assert not any(call.startswith("scontrol requeue") for call in calls)
-
-
-def test_a_job_whose_time_is_up_is_queued_again(tmp_path: Path) -> None:
-    script = render(load(CONFIG, environment=False), "priming", job(hours=1)).replace(
-        "set -euo", "SECONDS=3400; set -euo"
-    )
-    code, calls = launched(script, tmp_path, STATUS="1")
-    assert code == 0
-    assert calls[-1] == "scontrol requeue 7"
-
-
-@pytest.mark.parametrize(
-    ("changes", "overrides", "words"),
-    [
-        ({"nodes": 1, "gpus_per_node": 3}, ("priming.training.sharding.context_parallel=2",), "does not divide 3"),
-        ({"gpus_per_node": 0, "launcher": "accelerate"}, (), "needs GPUs"),
-        ({"nodes": 0}, (), "--nodes"),
-    ],
-)
-def test_impossible_launches_are_refused(changes: dict, overrides: tuple[str, ...], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        render(load(CONFIG, overrides, environment=False), "priming", job(**changes))
-
-
-def test_launch_prints_what_sbatch_takes(capsys: pytest.CaptureFixture) -> None:
-    assert main(["launch", "priming", "--config", str(CONFIG), "--nodes", "4", "--gpus-per-node", "8"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.startswith("#!/bin/bash\n")
-    assert "#SBATCH --nodes=4\n" in printed.out
-    assert f"`vpae latents --config {CONFIG}` first" in printed.err

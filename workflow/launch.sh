@@ -3,6 +3,11 @@
 #
 #     workflow/launch.sh NODES GPUS CPUS COMMAND...        GPUS and CPUS of each node
 #
+# `snakemake --profile slurm` calls it. Without Snakemake it goes to sbatch itself, from the repository's root:
+#
+#     sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=96 --mem=0 --time=24:00:00 --requeue \
+#         --signal=TERM@300 --open-mode=append workflow/launch.sh 2 8 96 vpae priming --config FILE
+#
 # One node with at most one GPU runs the command as it is. Otherwise there is a process for each GPU, or for each node
 # where there are none, started by torchrun, which srun starts on each node.
 #
@@ -20,6 +25,7 @@ trap : TERM USR1 # live on until the command has saved
 
 torchrun_here() { # RENDEZVOUS... COMMAND...
     ((gpus)) || export ACCELERATE_USE_CPU=true # or accelerate would not see that there are several processes
+    ((gpus == 0)) || export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
     # SLURM signals all processes. torchrun would pass it on, and kill after 30 seconds what is still saving.
     trap '' TERM USR1

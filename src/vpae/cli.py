@@ -96,7 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     planning.add_plan(commands)
-    planning.add_launch(commands)
     bench.add_bench(commands)
     versioning.add_commands(commands)
 

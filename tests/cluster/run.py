@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Thread
 
 import yaml
+from safetensors.torch import load_file
 
 from vpae.experiment import load
 from vpae.graph import stages_of
@@ -302,13 +303,39 @@ def whole_workflow() -> tuple[Copy, Copy]:
 
 
 def on_two_nodes(cluster: Copy) -> tuple[Copy, Copy]:
-    """A phase in two processes on two nodes: undisturbed, and ready to be disturbed."""
-    copies = [
-        Copy(name, cluster={"priming": {"nodes": 2, "gpus": 0}}) for name in ("two-nodes", "two-nodes-out-of-time")
-    ]
-    for copy in copies:
+    """A phase sharded over two processes on two nodes: undisturbed, and ready to be disturbed.
+
+    Undisturbed it has to end as one process does that accumulates twice as often.
+    """
+    shared = {"training": {"sharding": {"strategy": "full", "activation_checkpointing": True}}}
+    asked = {"priming": {"nodes": 2, "gpus": 0}}
+    two, out_of_time = (Copy(name, cluster=asked, priming=shared) for name in ("two-nodes", "two-nodes-out-of-time"))
+    alone = Copy("alone", priming={"training": {"accumulate": 2}})
+    for copy in (two, out_of_time, alone):
         copy.take(cluster, "clips", "teacher", "latents")
-    return copies[0], copies[1]
+    alone.run("results/micro/priming", "--config", "experiment=micro")
+    two.run("--profile", "slurm", "results/micro/priming")
+    if wrong := difference(two, alone):
+        raise Failed(f"two processes on two nodes do not what one does that accumulates twice as often: {wrong}")
+    say("two processes on two nodes trained as one does that accumulates twice as often")
+    return two, out_of_time
+
+
+def difference(found: Copy, expected: Copy) -> str:
+    """In what two primings differ by more than rounding; empty if in nothing."""
+    folders = [copy.micro / "priming" for copy in (found, expected)]
+    mine, theirs = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+    if [len(mine), len(theirs)] != [STEPS, STEPS]:
+        return f"{len(mine)} lines of metrics for {STEPS} steps"
+    for one, other in zip(mine, theirs, strict=True):
+        if any(abs(one[key] - value) > 1e-5 * max(1, abs(value)) for key, value in other.items() if "loss" in key):
+            return f"the losses {one}, not {other}"
+    for file in ("generator.safetensors", "fake_lora.safetensors"):
+        one, other = (load_file(folder / file) for folder in folders)
+        furthest = max((one[key] - other[key]).abs().max().item() for key in other)
+        if one.keys() != other.keys() or furthest > 1e-4:
+            return f"{file}: a weight differs by {furthest:.1e}"
+    return ""
 
 
 def main() -> int:
@@ -342,7 +369,6 @@ def main() -> int:
         thread.join()
 
     two, two_out_of_time = on_two_nodes(cluster)
-    two.run("--profile", "slurm", "results/micro/priming")
     if _weights(two, "priming") == _weights(local, "priming"):
         raise Failed("two processes see twice the clips of one, and yet have the same weights")
     check(two_out_of_time, two, out_of_time, ("priming",))

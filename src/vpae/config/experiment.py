@@ -145,7 +145,13 @@ class Experiment(_Methods):
                 "start from teacher"
             )
         self.chain(name)
-        section = getattr(self, name)
+        section, needs = getattr(self, name), getattr(self.cluster, name)
+        processes, shared = needs.nodes * max(1, needs.gpus), section.training.sharding.context_parallel
+        if processes > 1 and processes % shared:
+            raise ValueError(
+                f"{name}.training.sharding.context_parallel = {shared} does not divide the {processes} processes that "
+                f"cluster.{name} asks for; choose other nodes or gpus"
+            )
         if start != TEACHER and section.student_lora != getattr(self, start).student_lora:
             raise ValueError(
                 f"{name}.student_lora is not {start}.student_lora: the adapter that {start} trains is the one that "

@@ -1,1 +1,1 @@
-"""What an experiment will need, before anyone submits it: parameters, FLOPs, memory, GPU-hours, launch scripts."""
+"""What an experiment will need, before anyone submits it: parameters, FLOPs, memory, GPU-hours."""

@@ -1,15 +1,11 @@
-"""`vpae plan` and `vpae launch`: parse, delegate, print."""
+"""`vpae plan`: parse, delegate, print."""
 
 import argparse
 import json
 import re
-import sys
-from pathlib import Path
 
-from vpae.arguments import TINY, experiment_arguments
-from vpae.distill import METHODS
+from vpae.arguments import experiment_arguments
 from vpae.experiment import ConfigError, load
-from vpae.graph import stage_folder, upstream
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 PART_NAMES = {
@@ -39,23 +35,6 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("--overhead", default="4GB", help="memory for driver, libraries, fragmentation [assumption]")
     plan.add_argument("--json", action="store_true", help="print all figures as JSON")
     plan.set_defaults(run=_plan)
-
-
-def add_launch(commands: argparse._SubParsersAction) -> None:
-    """The arguments of `vpae launch`."""
-    launch = commands.add_parser("launch", help="print a script that runs a phase on several nodes")
-    launch.add_argument("stage", choices=tuple(METHODS))
-    launch.add_argument("--config", type=Path, default=TINY, help="an experiment's YAML file")
-    launch.add_argument("--nodes", type=int, default=2)
-    launch.add_argument("--gpus-per-node", type=int, default=8, help="0: two processes a node on CPUs, over gloo")
-    launch.add_argument("--launcher", choices=("torchrun", "accelerate"), default="torchrun")
-    launch.add_argument("--cpus-per-node", type=int, default=0, help="default: 8 for each GPU")
-    launch.add_argument("--hours", type=int, default=24, help="time limit; the state is saved before it is up")
-    launch.add_argument("--partition", default="", help="SLURM's partition")
-    launch.add_argument("--account", default="", help="SLURM's account")
-    launch.add_argument("--interface", default="", help="network interface of the first contact, e.g. ib0")
-    launch.add_argument("--port", type=int, default=29500, help="of the rendezvous on the first node")
-    launch.set_defaults(run=_launch)
 
 
 def parse_bytes(text: str, option: str) -> float:
@@ -89,28 +68,6 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     plan = make_plan(load(arguments.config, arguments.set), cluster)
     print(json.dumps(plan, indent=2) if arguments.json else as_text(plan))
-
-
-def _launch(arguments: argparse.Namespace) -> None:
-    from vpae.planning.launch import Job, render
-
-    source = load(arguments.config)
-    job = Job(
-        nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
-        cpus_per_node=arguments.cpus_per_node or 8 * max(1, arguments.gpus_per_node),
-        hours=arguments.hours,
-        partition=arguments.partition,
-        account=arguments.account,
-        interface=arguments.interface,
-        port=arguments.port,
-        launcher=arguments.launcher,
-    )
-    print(render(source, arguments.stage, job), end="")
-    for name in upstream(source.settings, arguments.stage):
-        folder = stage_folder(source, name)
-        if not (folder / "provenance.json").is_file():
-            print(f"vpae: {folder} is not there yet: `vpae {name} --config {arguments.config}` first", file=sys.stderr)
 
 
 def as_text(plan: dict) -> str:
