@@ -270,11 +270,13 @@ def test_the_processes_of_all_nodes_meet_on_the_first(tmp_path: Path, gpus: int,
         "srun": 'echo "srun $*" | head -n 1 >> calls; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         "torchrun": 'echo "torchrun $*" | head -n 1 >> calls; env >> environment',
     }
-    add_slurm(tmp_path / "bin")
+    first = tmp_path / "first"
+    first.mkdir()
     for name, body in stand_ins.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+        (first / name).write_text(f"#!/bin/bash\n{body}\n")
+        (first / name).chmod(0o755)
+    variables = {"PATH": f"{first}:{os.environ['PATH']}"}
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
     done = launch(tmp_path, 2, gpus, "vpae", "priming", **variables)
     assert done.returncode == 0, done.stderr
     srun, torchrun = (tmp_path / "calls").read_text().splitlines()
