@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vpae.distill.losses.adversarial import discriminator_hinge, generator_adversarial
 from vpae.distill.losses.csds import csds_loss
-from vpae.distill.losses.str1 import spatial_perturbation, str1_penalty, temporal_perturbation
+from vpae.distill.losses.probes import probe_penalty, spatial_perturbation, temporal_perturbation
 
 SHAPE = (4096, 2, 3, 4, 5)  # B C F H W
 PROBES = {"spatial": (spatial_perturbation, (2,)), "temporal": (temporal_perturbation, (3, 4))}
@@ -56,7 +56,7 @@ def test_the_generator_s_two_forms(form, logits, expected, gradient):
 
 def test_the_penalty_is_the_sum_of_both_mean_squares():
     logits, spatial, temporal = (torch.tensor(v) for v in ([1.0, 2.0], [1.5, 2.0], [0.0, 4.0]))
-    assert str1_penalty(logits, spatial, temporal) == 0.25 / 2 + (1 + 4) / 2
+    assert probe_penalty(logits, spatial, temporal) == 0.25 / 2 + (1 + 4) / 2
 
 
 @probes
@@ -72,7 +72,7 @@ def test_a_linear_discriminator_is_penalised_as_the_closed_form_says(name):
     probed = (probed, logits) if name == "spatial" else (logits, probed)
     # sigma^2 times the sum of squares of w, added up over the axes on which the probe is constant.
     expected = 0.1**2 * w.sum(dim=[axis - 1 for axis in constant_axes]).square().sum()
-    torch.testing.assert_close(str1_penalty(logits, *probed), expected, rtol=0.09, atol=0)  # four standard errors
+    torch.testing.assert_close(probe_penalty(logits, *probed), expected, rtol=0.09, atol=0)  # four standard errors
 
 
 def test_a_discriminator_of_movement_alone_feels_only_the_temporal_probe():

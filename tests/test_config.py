@@ -17,7 +17,7 @@ from vpae.cli import main
 from vpae.config import Experiment, Geometry, Teacher, TinyVae
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, Source, load, shipped
-from vpae.graph import fingerprint, owner, stage_folder
+from vpae.graph import fingerprint, owner, stage_folder, stage_settings
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = list(shipped(ROOT / "configs"))
@@ -33,6 +33,15 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper().startswith("VPAE_"):
             monkeypatch.delenv(name)
+
+
+def test_results_from_before_a_key_stay_what_they_are_while_it_is_off() -> None:
+    for stage, key in (("teacher", "loras"), ("equilibrium", "logits_at_once")):
+        source = load(ROOT / "configs/micro.yaml", environment=False)
+        assert key not in stage_settings(source.settings, stage)[stage]
+    changed = load(ROOT / "configs/micro.yaml", ["equilibrium.logits_at_once=true"], environment=False)
+    assert stage_settings(changed.settings, "equilibrium")["equilibrium"]["logits_at_once"] is True
+    assert fingerprint(changed.settings, "equilibrium") != fingerprint(source.settings, "equilibrium")
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from vpae.distill.method import TEACHER
 from vpae.experiment import Source
 
 RESULTS = Path("results")
+# Keys that change nothing where they are empty or off: results from before there were these keys stay what they are.
+NEWER = {"loras", "logits_at_once"}
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,16 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
     if stage == TEACHER and settings.teacher.source != "train":
         # The sizes of a network that is not trained here change nothing.
         unused += ("teacher.vae", "teacher.encoders", "teacher.transformer")
-    if stage == TEACHER and not settings.teacher.loras:
-        unused += ("teacher.loras",)  # teachers from before there was this key stay what they are
     for key in unused:
         *sections, name = key.split(".")
         place = values
         for section in sections:
             place = place[section]
         del place[name]
+    for section in STAGES[stage].sections:
+        for key in NEWER & values[section].keys():
+            if not values[section][key]:
+                del values[section][key]
     if STAGES[stage].shift:
         values["teacher"] = {"shift": settings.teacher.shift}
     return values

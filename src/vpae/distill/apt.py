@@ -15,7 +15,7 @@ from pydantic import Field
 from vpae.config.discriminator import Head
 from vpae.config.section import NonNegative, Positive
 from vpae.config.training import Optimizer, Times, Training
-from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
+from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, judged, motion_monitors
 from vpae.lazy import lazy
 from vpae.training.phase import Role
 
@@ -30,8 +30,8 @@ else:
     torch = lazy("torch")
 
 adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpae.models.wan")
-student, heads, sharding = lazy("vpae.distill.student"), lazy("vpae.models.heads"), lazy("vpae.training.sharding")
-gan, r1 = lazy("vpae.distill.losses.non_saturating"), lazy("vpae.distill.losses.r1")
+student, heads = lazy("vpae.distill.student"), lazy("vpae.models.heads")
+gan, probes = lazy("vpae.distill.losses.non_saturating"), lazy("vpae.distill.losses.probes")
 
 
 class Settings(MethodSettings):
@@ -118,10 +118,6 @@ class Apt(Method):
         """The discriminator learns first; then the generator moves once."""
         return ["discriminator"] * self.config.discriminator_steps_per_generator_step + ["generator"]
 
-    def generate(self, clips: Clips) -> Tensor:
-        """One step from pure noise."""
-        return wan.predict_x0(self.generator, clips.noise(), clips.ones(), clips.c)
-
     def ensemble(self, clips: Clips) -> list[Tensor]:
         """The times (B,) whose logits are averaged."""
         config = self.config
@@ -130,12 +126,8 @@ class Apt(Method):
 
     def logits(self, x_BCFHW: Tensor, times: list[Tensor], c: Condition) -> Tensor:
         """D(x) = mean over t of D(x, t), (B,)."""
-        found = []
-        for t in times:
-            seen = sharding.whole_sequence(self.backbone, wan.features(self.backbone, x_BCFHW, t, c, self.taps))
-            with torch.autocast(x_BCFHW.device.type, enabled=False):
-                found.append(self.head(seen, c))
-        return torch.stack(found).mean(dim=0)
+        seen = (wan.features(self.backbone, x_BCFHW, t, c, self.taps) for t in times)
+        return torch.stack([judged(self.head, self.backbone, layers, c) for layers in seen]).mean(dim=0)
 
     def discriminator_loss(self, clips: Clips) -> Loss:
         """-E log sigmoid(D(x)) - E log(1 - sigmoid(D(xh))) + weight E (D(x) - D(x + d))^2, all at the same times."""
@@ -147,8 +139,8 @@ class Apt(Method):
         loss = told_apart = gan.discriminator_loss(real, fake)
         logs = {"told_apart": told_apart, "logit_real": real.mean(), "logit_fake": fake.mean()}
         if config.r1_weight:
-            perturbed = self.logits(x + r1.isotropic_perturbation(x, config.r1_sigma, clips.rng), times, c)
-            logs["r1"] = r1.r1_penalty(real, perturbed)
+            perturbed = self.logits(x + probes.plain_perturbation(x, config.r1_sigma, clips.rng), times, c)
+            logs["r1"] = probes.probe_penalty(real, perturbed)
             loss = loss + config.r1_weight * logs["r1"]
         return loss, logs
 

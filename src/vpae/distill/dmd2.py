@@ -14,7 +14,7 @@ from vpae.config.discriminator import Head
 from vpae.config.section import NonNegative, Share
 from vpae.config.training import Times
 from vpae.distill import priming
-from vpae.distill.method import MOTION, Clips, Loss, Panel, motion_monitors
+from vpae.distill.method import MOTION, Clips, Loss, Panel, judged, motion_monitors
 from vpae.lazy import lazy
 from vpae.training.phase import Role
 
@@ -29,8 +29,7 @@ else:
     torch = lazy("torch")
 
 flow, wan, heads = lazy("vpae.flow"), lazy("vpae.models.wan"), lazy("vpae.models.heads")
-sharding, vsd = lazy("vpae.training.sharding"), lazy("vpae.distill.losses.vsd")
-gan = lazy("vpae.distill.losses.non_saturating")
+gan, vsd = lazy("vpae.distill.losses.non_saturating"), lazy("vpae.distill.losses.vsd")
 
 
 class Settings(priming.Settings):
@@ -114,9 +113,7 @@ class Dmd2(priming.Priming):
         """The fake model's velocity and, of the same pass, the head's logits (B,)."""
         with wan.tapped_blocks(self.fake, self.taps) as layers:
             v = wan.velocity(self.fake, xt_BCFHW, t_B, c)
-        seen = sharding.whole_sequence(self.fake, [layers[i] for i in self.taps])
-        with torch.autocast(xt_BCFHW.device.type, enabled=False):
-            return v, self.head(seen, c)
+        return v, judged(self.head, self.fake, [layers[i] for i in self.taps], c)
 
     def fake_loss(self, clips: Clips) -> Loss:
         """The fake model follows the generator by flow matching; with the head it tells real from generated."""

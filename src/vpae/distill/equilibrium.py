@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from vpae.config.discriminator import R1, Head
 from vpae.config.section import NonNegative, Positive, Section
 from vpae.config.training import Lora, Optimizer, Times, Training
-from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, motion_monitors
+from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, judged, motion_monitors
 from vpae.lazy import lazy
 from vpae.training.phase import Role
 
@@ -33,9 +33,9 @@ else:
 
 adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpae.models.wan")
 student, heads = lazy("vpae.distill.student"), lazy("vpae.models.heads")
-precision, sharding = lazy("vpae.training.precision"), lazy("vpae.training.sharding")
+precision = lazy("vpae.training.precision")
 adversarial, csds = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.csds")
-r1, str1, vsd = (lazy(f"vpae.distill.losses.{name}") for name in ("r1", "str1", "vsd"))
+probing, vsd = lazy("vpae.distill.losses.probes"), lazy("vpae.distill.losses.vsd")
 
 
 class Score(Section):
@@ -193,10 +193,6 @@ class Equilibrium(Method):
         fake = config.score.fake_steps_per_generator_step if self.fake is not None else 0
         return ["head"] * (warmup + head) + ["fake"] * fake + ["generator"]
 
-    def generate(self, clips: Clips) -> Tensor:
-        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise."""
-        return wan.predict_x0(self.generator, clips.noise(), clips.ones(), clips.c)
-
     def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
         """Step 2: xh_t', the t' at which the discriminator looks, and the noise."""
         t, noise = clips.times(self.config.discriminator_times), clips.noise()
@@ -207,10 +203,7 @@ class Equilibrium(Method):
 
         A backbone that is no copy of its own gets no gradient for its weights; its input may.
         """
-        layers = sharding.whole_sequence(self.backbone, wan.features(self.backbone, xt_BCFHW, t_B, c, self.taps))
-        # Logits that are compared with each other's perturbations must not be rounded to bf16.
-        with torch.autocast(xt_BCFHW.device.type, enabled=False):
-            return self.head(layers, c)
+        return judged(self.head, self.backbone, wan.features(self.backbone, xt_BCFHW, t_B, c, self.taps), c)
 
     def logits_of(self, seen: list[Tensor], t_B: Tensor, c: Condition) -> list[Tensor]:
         """D of several noised latents at the same times: one pass after the other, or one of them all."""
@@ -233,7 +226,7 @@ class Equilibrium(Method):
                 seen += [xh_t + self.perturbation(name, clips) for name in settings.probes]
             real, fake, *others = self.logits_of(seen, t, c)
             probes, r2 = dict(zip(settings.probes, others, strict=False)), others[len(settings.probes) :]
-        hinge, penalty = adversarial.discriminator_hinge(real, fake), str1.str1_penalty(real, *probes.values())
+        hinge, penalty = adversarial.discriminator_hinge(real, fake), probing.probe_penalty(real, *probes.values())
         logs = {
             "hinge": hinge,
             "str1": penalty,
@@ -244,9 +237,8 @@ class Equilibrium(Method):
         }
         # |grad D| along each kind of probe, to first order.
         slopes = {f"slope_{k}": (real - d).square().mean().sqrt() / self.sigma(k) for k, d in probes.items()}
-        return hinge + settings.weight * penalty + settings.generated_weight * str1.str1_penalty(
-            fake, *r2
-        ), logs | slopes
+        of_generated = settings.generated_weight * probing.probe_penalty(fake, *r2)
+        return hinge + settings.weight * penalty + of_generated, logs | slopes
 
     def sigma(self, probe: str) -> float:
         """The deviation of a probe."""
@@ -254,12 +246,7 @@ class Equilibrium(Method):
 
     def perturbation(self, probe: str, clips: Clips) -> Tensor:
         """Step 5: d_s, d_t or their plain form."""
-        draw = {
-            "spatial": str1.spatial_perturbation,
-            "temporal": str1.temporal_perturbation,
-            "plain": r1.isotropic_perturbation,
-        }[probe]
-        return draw(clips.x, self.sigma(probe), clips.rng)
+        return getattr(probing, f"{probe}_perturbation")(clips.x, self.sigma(probe), clips.rng)
 
     def fake_loss(self, clips: Clips) -> Loss:
         """The fake model follows the one-step videos by flow matching, as in phase I."""

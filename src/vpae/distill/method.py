@@ -32,7 +32,7 @@ else:
 
 adapters, ema, flow = lazy("vpae.models.adapters"), lazy("vpae.training.ema"), lazy("vpae.flow")
 loop, randomness = lazy("vpae.training.loop"), lazy("vpae.training.randomness")
-stored = lazy("vpae.distill.networks")
+sharding, stored, wan = lazy("vpae.training.sharding"), lazy("vpae.distill.networks"), lazy("vpae.models.wan")
 
 TEACHER = "teacher"  # what a chain of methods begins with
 
@@ -152,6 +152,10 @@ class Method(Phase):
         clips = Clips(x, c, rng, self.shift, loop.progress_at(step, self.config.training))
         return getattr(self, f"{turn}_loss")(clips)
 
+    def generate(self, clips: Clips) -> Tensor:
+        """xh = f_theta(eps, 1, c), one step from pure noise (step 1 of Phase II)."""
+        return wan.predict_x0(self.generator, clips.noise(), clips.ones(), clips.c)
+
     def pulled(self, xh: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
         """xh for one term of a loss; the norm of that term's gradient at xh is logged as `pull_NAME` once it is known.
 
@@ -191,6 +195,16 @@ class Method(Phase):
         with torch.random.fork_rng():
             torch.manual_seed(randomness.derived_seed(settings.seed, cls.name, what))
             yield
+
+
+def judged(head: nn.Module, network: nn.Module, layers_BND: list[Tensor], c: Condition) -> Tensor:
+    """A head's logits (B,) of a network's tapped layers, of which processes that share clips have a part each.
+
+    Logits are compared with those of tiny perturbations, so that no autocast may round them.
+    """
+    layers_BND = sharding.whole_sequence(network, layers_BND)
+    with torch.autocast(c.text_BLD.device.type, enabled=False):
+        return head(layers_BND, c)
 
 
 def motion_monitors(xh_BCFHW: Tensor, x_BCFHW: Tensor) -> dict[str, Tensor]:
