@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vpae.artifacts import ArtifactError
+from conftest import SHIFT, build_transformer
+from vpae.artifacts import ArtifactError, building
 from vpae.cli import main
+from vpae.distill.student import save_student
 from vpae.experiment import ConfigError, load
 from vpae.models.wan import load_pipeline, load_transformer
-from vpae.teacher.folder import checked, faults, header, variant_of
+from vpae.teacher.folder import checked, faults, header, require_whole, variant_of
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -126,3 +129,41 @@ def test_a_name_that_a_shell_would_take_apart_is_refused_when_loaded(tmp_path: P
     path.write_text(Path("configs/micro.yaml").read_text())
     with pytest.raises(ConfigError, match="letters, digits"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("sample", WEIGHTS),
+        ("sample", "vae/config.json"),
+        ("export", WEIGHTS),
+        ("export", "student_lora.safetensors"),
+    ],
+)
+def test_a_model_of_a_stage_whose_bytes_have_changed_is_refused_by_name_at_its_next_use(
+    command: str, name: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stage = tmp_path / "results/own/equilibrium"
+    with building(stage, {}, {}) as (out, _):
+        save_student(teacher, build_transformer(), SHIFT, out / "student")
+        (out / "student/README.md").write_text("a card")
+        save_file({"x": torch.ones(1)}, out / "student_lora.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
+    form = "lora" if name == "student_lora.safetensors" else "wan"
+    more = {
+        "sample": ["--image", f"{tmp_path}/first.png", "--prompt=x", "--num-frames=5", f"--out={tmp_path}/c.mp4"],
+        "export": ["--format", form, f"--out={tmp_path}/e"],
+    }[command]
+    (stage / "student/README.md").write_text("another card")  # whoever publishes a model writes on it
+    path = next(p for p in (stage / name, stage / "student" / name) if p.is_file())
+    require_whole(stage / "student")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.unlink()  # the teacher has a link to it
+    path.write_bytes(data)
+    code = main([command, "--model", str(stage / "student"), *more])
+    said = capsys.readouterr().err
+    assert code == 2 and f"{path} is damaged or was changed; run its stage again: `vpae equilibrium`" in said
+    assert not list(tmp_path.glob("c.mp4")) and not list(tmp_path.glob("e"))
+    shutil.copytree(stage / "student", tmp_path / "mine")
+    require_whole(tmp_path / "mine")  # nobody's but the user's

@@ -18,6 +18,7 @@ from vpae.models.formats import LARGE, formats
 from vpae.models.layout import channels_last
 from vpae.models.loras import merge_loras, read_loras
 from vpae.models.wan import load_pipeline
+from vpae.teacher.folder import require_whole
 
 OFFLOADS = {
     "none": "every network stays on the GPU",
@@ -115,11 +116,12 @@ def load_placed(
     Raises:
         FileNotFoundError: the folder is not a pipeline.
         ConfigError: int8 or products in float8 are wanted, and torchao is not installed, or the device has none.
-        ArtifactError: a LoRA does not fit the transformer.
+        ArtifactError: the model is a stage's and was changed since, or a LoRA does not fit the transformer.
     """
     device, dtypes = torch.device(device), placement.formats(model)
     # Whether it can be done, before minutes of loading.
     quantise = {"int8": _int8, "fp8-compute": fp8_products}.get(placement.quantize, lambda: None)()
+    require_whole(model)
     factors = read_loras(loras, model)
     pipeline = load_pipeline(model, dtypes)
     transformer = pipeline.transformer

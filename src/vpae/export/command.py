@@ -15,6 +15,7 @@ from vpae.export.files import write_lora, write_original, write_original_config,
 from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.stages import require_free_space
+from vpae.teacher.folder import require_whole
 
 FORMS = {
     "diffusers": "a pipeline folder",
@@ -58,7 +59,8 @@ def export(
 
     Raises:
         FileNotFoundError: there is no such model, adapter or scores file.
-        ArtifactError: the result exists, the disk is too small, the model is no student, or the adapter not its.
+        ArtifactError: the result exists, the disk is too small, the model is no student or was changed since its stage
+            finished, or the adapter is not its.
     """
     if steps < 1:
         raise ArtifactError(f"--steps {steps}: at least 1")
@@ -67,6 +69,7 @@ def export(
     if scores := scores or find_scores(model):
         facts["scores"] = read_scores(scores)
     source = adapter or find_adapter(model) if form.startswith("lora") else model
+    require_whole(source)
     number_format = DTYPES[dtype] if dtype else None
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:

@@ -5,7 +5,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vpae.artifacts import ArtifactError, digest, reading, sha256, write_json
+from vpae.artifacts import PROVENANCE, ArtifactError, digest, read_provenance, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.teacher import file_and_strength
 from vpae.graph import RESULTS
@@ -64,6 +64,26 @@ def _hashes(files: list[Path]) -> list[str]:
         KNOWN.parent.mkdir(exist_ok=True)
         write_json(KNOWN, known | learnt)
     return hashes
+
+
+def require_whole(path: Path) -> None:
+    """Refuse a model's folder, or a file, of a finished stage if its weights or settings are not what the stage wrote.
+
+    Raises:
+        ArtifactError: naming the first such file. What is no stage's has nothing to be compared with.
+    """
+    stage = next((folder for folder in (path, *path.parents[:2]) if (folder / PROVENANCE).is_file()), None)
+    if stage is None:
+        return
+    recorded = {stage / name: value for name, value in read_provenance(stage)["outputs"].items()}
+    mine = [file for file in recorded if file.is_relative_to(path) and file.suffix in (".safetensors", ".json")]
+    missing = [file for file in mine if not file.is_file()]
+    wrong = missing or [f for f, found in zip(mine, _hashes(mine), strict=True) if found != recorded[f]]
+    if wrong:
+        raise ArtifactError(
+            f"{wrong[0]} is damaged or was changed; run its stage again: `vpae {stage.name}` makes it anew. To use a "
+            f"model that you have changed, copy it out of {stage.parent}"
+        )
 
 
 def checked(folder: Path) -> Path:
