@@ -1,4 +1,4 @@
-"""`make drill`: kills, hostile inputs, flipped bytes and a full disk, on the experiment micro; it ends with a table.
+"""`make drill`: kills, hostile inputs, flipped bytes, fuzzing and a full disk, on micro; it ends with a table.
 
 Every stage is run once undisturbed, and once more in another folder, killed at random instants and only ever run again:
 what both folders hold must be equal to the last bit, but for what shows measured seconds.
@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from conftest import STAGES
+from test_fuzz import EXAMPLES
 from test_inputs import WRONG, cut_out, experiment, moving, write_clip, zeros
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main as vpae
@@ -204,6 +206,19 @@ def flips(whole: Path, place: Path, stages: list[str], rng: random.Random) -> li
     return rows
 
 
+def fuzz(seed: int, examples: int) -> list[Row]:
+    """Any bytes, changed bytes and odd values for every reader: `tests/test_fuzz.py` with other and more examples."""
+    file = Path(__file__).with_name("test_fuzz.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--hypothesis-seed={seed}", str(file)]
+    environment = {**os.environ, EXAMPLES: str(examples)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
+    if done.returncode:
+        print(done.stdout[-4000:])
+    tried = sum(counts.values())
+    return [("fuzzed readers", tried, counts.get("passed", 0), f"{examples} examples each: read, or refused by name")]
+
+
 def full_disk(whole: Path, place: Path, stages: list[str]) -> list[Row]:
     """No file may grow beyond some kilobytes while each stage runs: as on a full disk, the calls fail midway."""
     good, bad = 0, []
@@ -245,6 +260,7 @@ def main(words: list[str] | None = None) -> int:
         rows = kills(place / "killed", place / "whole", took, plan[:room])
         rows += hostile(place / "hostile", place / "whole/results/micro/teacher", rng, given.inputs)
         rows += flips(place / "whole", place / "flipped", stages, rng)
+        rows += fuzz(given.seed, given.inputs)
         rows += full_disk(place / "whole", place / "full", stages)
     print(f"\n| seed {given.seed} | tried | as defined | |\n|---|---|---|---|")
     for what, tried, good, remark in rows:

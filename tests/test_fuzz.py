@@ -3,6 +3,7 @@ the file. Never another exception, which a user would see as a traceback."""
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,12 @@ from vpae.models.loras import read_loras
 from vpae.teacher.folder import faults
 
 MICRO = Path(__file__).parents[1] / "configs" / "micro.yaml"
-QUICK = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+EXAMPLES = "FUZZ_EXAMPLES"  # variable: how many, and others each time
+QUICK = settings(
+    max_examples=int(os.environ.get(EXAMPLES, 20)),
+    derandomize=EXAMPLES not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 DEEP = 10_000  # brackets; a parser that recurses gives up long before
 
 
@@ -126,7 +132,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> dict[str
         "provenance": Reader(finished / "provenance.json", lambda: read_provenance(finished)),
         "suite": Reader(tables / "suite.json", lambda: read_suite(tables / "suite.json"), VBenchError),
         "lora": Reader(tables / "lora.safetensors", loras),
-        "adapter's settings": Reader(tables / "adapter_config.json", loras),
+        "adapter's settings": Reader(tables / "adapter_config.json", loras, named="lora.safetensors"),
         "model's index": Reader(model / "model_index.json", model_or_its_faults, named=str(model)),
         "transformer's settings": Reader(model / "transformer/config.json", model_or_its_faults, named=str(model)),
         "transformer's weights": Reader(model / "transformer/diffusion_pytorch_model.safetensors", model_or_its_faults),

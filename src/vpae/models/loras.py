@@ -58,7 +58,7 @@ def read_loras(named: Iterable[str], model: Path) -> Loras:
     found = [(read_adapter(file, torch.float32), strength) for file, strength in asked]
     for (file, _), (factors, _) in zip(asked, found, strict=True):
         if bad := next((name for name, factor in factors.items() if not factor.isfinite().all()), ""):
-            raise ArtifactError(f"{file}: {bad} holds values that are not finite; download it again")
+            raise ArtifactError(f"{file}: {bad}, at its scale, holds values that are not finite; download it again")
     return found
 
 
