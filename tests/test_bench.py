@@ -11,7 +11,7 @@ import torch._dynamo.exc
 import torch._inductor.exc
 
 from vpae import artifacts
-from vpae.bench import sampling, training
+from vpae.bench import COMPARISONS, sampling, training
 from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.measure import held_bytes, matmul_peak
 from vpae.bench.networks import Components, random_components, random_transformer
@@ -177,7 +177,7 @@ def test_what_is_found_is_kept_although_the_machine_goes_away(tmp_path: Path, mo
     def gone(*_arguments) -> dict:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "compare_fakes", gone)
+    monkeypatch.setattr(training, "compare", gone)
     arguments = ["bench", "--config", str(MICRO), "--random-weights", "--device", "cpu", "--repeats", "1"]
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--parts", "vae,fake", "--out", str(tmp_path / "found.json")])
@@ -351,11 +351,11 @@ def test_neither_of_two_is_measured_where_one_cannot_be(monkeypatch: pytest.Monk
     monkeypatch.setattr(training, "execute", lambda *arguments: planned(1e9))
     monkeypatch.setattr(training, "_too_large", lambda *rest: "too large")
     source = load(ROOT / "configs" / "wan2.1-i2v-14b-480p-lora.yaml", environment=False)
-    arguments = (source.settings, Network(), Sequence(32760, 512, 257), CPU, 1)
-    found = training.compare_fakes(*arguments)
+    arguments = (Network(), Sequence(32760, 512, 257), CPU, 1)
+    found = training.compare(source.settings, *COMPARISONS["fake"], *arguments)
     assert found["lora"]["skipped"] == found["copy"]["skipped"] == "too large"
     monkeypatch.setattr(training, "_too_large", lambda *rest: "")
-    found = training.compare_discriminators(*arguments)
+    found = training.compare(source.settings, *COMPARISONS["discriminator"], *arguments)
     assert "student_lora avoids" in found["copy"]["skipped"] and "other" in found["ema"]["skipped"]
     assert "ratio" not in found
 

@@ -31,9 +31,9 @@ from vpae.experiment import ConfigError, load
 from vpae.graph import stages_of
 from vpae.models.wan import load_pipeline
 from vpae.planning.presence import missing
+from vpae.preemption import EXIT_CODE, Interruption
 from vpae.stages import run_stage
 from vpae.teacher.stage import _encoded
-from vpae.training.preemption import EXIT_CODE, Interruption
 
 CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"
 ROWS = {"real", "teacher-100nfe", "teacher-1nfe", "priming-1nfe", "vpae-1nfe", "vpae-2nfe", "vpae-4nfe"}

@@ -18,8 +18,8 @@ from vpae.distill.method import motion_monitors
 from vpae.experiment import load
 from vpae.flow import schedule, x0_from_velocity
 from vpae.models.wan import predict_x0, velocity
+from vpae.randomness import generator_for
 from vpae.training.loop import train
-from vpae.training.randomness import generator_for
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUILD = {"priming": build_priming, "equilibrium": build_equilibrium}

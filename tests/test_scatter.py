@@ -21,8 +21,8 @@ from vpae.experiment import Source, load
 from vpae.graph import STAGES as TABLE
 from vpae.graph import stage_folder, stage_settings
 from vpae.parts import Part
+from vpae.preemption import Interruption
 from vpae.stages import run_part, run_stage
-from vpae.training.preemption import Interruption
 
 STAGES_IN_ORDER = ("clips", "teacher", "latents", "samples")
 # What makes one unit of a stage's work, and how many units of it the experiment has.

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from conftest import SHIFT, build_batch, build_equilibrium, build_priming, build_transformer
 from vpae.artifacts import ArtifactError
 from vpae.config import Head, Optimizer, TinyTransformer, Training
+from vpae.preemption import SIGNALS, Interruption
+from vpae.randomness import Shuffled, derived_seed, generator_for
 from vpae.teacher.flow_matching import FlowMatchingPhase
 from vpae.training import checkpoint
 from vpae.training.ema import make_ema, update_ema
 from vpae.training.loop import learning_rate, progress_at, train
 from vpae.training.phase import Phase, Role
-from vpae.training.preemption import SIGNALS, Interruption
-from vpae.training.randomness import Shuffled, derived_seed, generator_for
 
 BUILD = {"priming": build_priming, "equilibrium": build_equilibrium}
 STEPS = 3

@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     from vbench_i2v.errors import VBenchError
     from vpae.artifacts import ArtifactError
+    from vpae.preemption import EXIT_CODE, Interruption
     from vpae.training.phase import Collapse
-    from vpae.training.preemption import EXIT_CODE, Interruption
 
     try:
         return arguments.run(arguments) or 0

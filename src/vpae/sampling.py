@@ -38,9 +38,9 @@ from vpae.models.wan import (
 )
 from vpae.parts import Part
 from vpae.placement import DTYPES, compiling_pays
+from vpae.preemption import Interruption
 from vpae.progress import Progress
-from vpae.training.preemption import Interruption
-from vpae.training.randomness import derived_seed
+from vpae.randomness import derived_seed
 
 REAL = "real"  # the row of the clips themselves, which only go through the VAE
 SHEET = 16  # videos on a contact sheet

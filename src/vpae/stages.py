@@ -182,16 +182,3 @@ def run_part(source: Source, stage: str, part: Part, results: Path = RESULTS) ->
             task.require_whole_inputs()
             task.state.mkdir(parents=True, exist_ok=True)
             task.module.part(source.settings, task.folders, task.state, part)
-
-
-def require_free_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        ArtifactError: naming the folder and the space.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed_bytes:
-        raise ArtifactError(f"{folder}: needs {needed_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")

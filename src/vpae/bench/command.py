@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 from vpae.arguments import experiment_arguments
+from vpae.bench import COMPARISONS
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, load
 
-PARTS = ("sampling", *METHODS, "vae", "discriminator", "fake")
+PARTS = ("sampling", *METHODS, "vae", *COMPARISONS)
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:

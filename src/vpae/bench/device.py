@@ -1,6 +1,6 @@
 """Measure one GPU within minutes, most valuable first; every row is written as soon as it is known.
 
-    python -m vpae.bench.device --config CONFIG --part video|sampling|priming|equilibrium --out ROWS.jsonl
+    python -m vpae.bench.device --config CONFIG --part video|sampling|METHOD --out ROWS.jsonl
 
 Networks have the experiment's shapes and random weights, which are made on the device. A part that is killed leaves its
 rows; what a device lacks is a row that says so. `workflow/device.sh` runs the parts one after the other.
@@ -22,6 +22,7 @@ from vpae.bench.frames import realistic
 from vpae.bench.measure import first_line, free_memory, matmul_peak, seconds_of, synchronise
 from vpae.bench.networks import by_default, random_condition, random_transformer
 from vpae.data.video import write_video
+from vpae.distill import CHAIN
 from vpae.experiment import Source, load
 from vpae.models.layout import channels_last
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
@@ -30,7 +31,7 @@ from vpae.planning.inference import by_size, network_use
 from vpae.planning.network import Network, build_encoders, pipeline_of, tokens_of
 from vpae.planning.phase import execute
 
-PARTS = ("video", "sampling", "priming", "equilibrium")
+PARTS = ("video", "sampling", *(method.name for method in CHAIN))
 
 
 class Rows:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import torch
 
 from vpae.artifacts import code_version, device_name, package_versions
+from vpae.bench import COMPARISONS
 from vpae.bench.run import Options
 from vpae.distill import METHODS
 from vpae.experiment import Source
@@ -53,7 +54,7 @@ def as_text(found: dict) -> str:
     for name in METHODS:
         if name in found:
             lines += ["", *_phase(name, found[name])]
-    for name in ("discriminator", "fake"):
+    for name in COMPARISONS:
         if name in found:
             lines += ["", *_comparison(found[name])]
     return "\n".join(lines)

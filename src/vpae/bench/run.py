@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vpae.bench import encoding, sampling, training
+from vpae.bench import COMPARISONS, encoding, sampling, training
 from vpae.bench.measure import free_memory, if_it_fits, matmul_peak
 from vpae.bench.networks import found_components, random_components
 from vpae.distill import METHODS
@@ -88,8 +88,7 @@ def run(source: Source, options: Options, keep: Callable[[dict], None] = lambda 
         free_memory(device)
     work = {
         **{name: partial(training.measure_phase, settings, name) for name in METHODS},
-        "discriminator": partial(training.compare_discriminators, settings),
-        "fake": partial(training.compare_fakes, settings),
+        **{part: partial(training.compare, settings, *compared) for part, compared in COMPARISONS.items()},
     }
     for name, measure in work.items():
         if name in options.parts:

@@ -120,20 +120,17 @@ def _too_large(planned: Execution, device: torch.device) -> str:
     return f"needs about {planned.peak / 1e9:.0f} GB, and the GPU has {there / 1e9:.0f} GB; see `vpae plan`"
 
 
-def compare_discriminators(
-    settings: Experiment, network: Network, tokens: Sequence, device: torch.device, repeats: int
+def compare(
+    settings: Experiment,
+    name: str,
+    key: str,
+    values: tuple[str, str],
+    network: Network,
+    tokens: Sequence,
+    device: torch.device,
+    repeats: int,
 ) -> dict:
-    """Equilibrium with the generator's EMA as the discriminator's backbone, against a fully trained copy."""
-    return _compare(settings, "equilibrium", "backbone", ("ema", "copy"), network, tokens, device, repeats)
-
-
-def compare_fakes(settings: Experiment, network: Network, tokens: Sequence, device: torch.device, repeats: int) -> dict:
-    """Priming with the fake model as an adapter on the teacher's weights, against a full copy of it."""
-    return _compare(settings, "priming", "fake_form", ("lora", "copy"), network, tokens, device, repeats)
-
-
-def _compare(settings, name, key, values, network, tokens, device, repeats) -> dict:
-    """Both or neither: on a rented GPU, one of the two alone would be minutes for nothing."""
+    """A method with two values of a setting: both or neither, since on a rented GPU one alone would be for nothing."""
     variants, reasons = {}, {}
     for value in values:
         section = getattr(settings, name)

@@ -30,8 +30,8 @@ from vpae.data.names import check_names, file_names
 from vpae.data.video import VideoError, probe, read_clip, write_video
 from vpae.data.world import Truth, draw_truth, render
 from vpae.parts import Part
+from vpae.preemption import SIGNALS, Interruption
 from vpae.progress import Progress, track
-from vpae.training.preemption import SIGNALS, Interruption
 
 SPLITS = ("train", "held_out")
 STRETCH = 32

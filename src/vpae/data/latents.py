@@ -35,8 +35,8 @@ from vpae.data.encoding import Encoders, pad_text
 from vpae.data.manifest import Clip, content, count_clips, iterate_manifest
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.parts import Part
+from vpae.preemption import Interruption, Request
 from vpae.progress import Progress
-from vpae.training.preemption import Interruption, Request
 
 INDEX = "index.json"
 AGAIN = "run its stage again: `vpae latents` makes it anew"

@@ -1,6 +1,6 @@
 """Consistency distillation along the teacher's guided trajectory (LCM, arXiv 2310.04378).
 
-A rival, and the paper's alternative priming: `methods: [consistency, equilibrium]` starts phase II from its student.
+A rival, and the paper's alternative to phase I: in a chain, phase II can start from its student.
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ class Equilibrium(Method):
     )
     row = "vpae"
     steps = (1, 2, 4)
+    compared = ("discriminator", "backbone", ("ema", "copy"))
     Settings = Settings
 
     def __init__(

@@ -31,7 +31,7 @@ else:
     torch = lazy("torch")
 
 adapters, ema, flow = lazy("vpae.models.adapters"), lazy("vpae.training.ema"), lazy("vpae.flow")
-loop, randomness = lazy("vpae.training.loop"), lazy("vpae.training.randomness")
+loop, randomness = lazy("vpae.training.loop"), lazy("vpae.randomness")
 sharding, stored, wan = lazy("vpae.training.sharding"), lazy("vpae.distill.networks"), lazy("vpae.models.wan")
 
 TEACHER = "teacher"  # what a chain of methods begins with
@@ -115,6 +115,7 @@ class Method(Phase):
         panels: its curves.
         row, steps: where an experiment names no rows of its own, its tables have ROW-Nnfe for each number of steps N;
             an empty row stands for the method's name.
+        compared: a part of `vpae bench`, and the setting and two values of it that it compares; of this class alone.
         Settings: its section.
     """
 
@@ -125,6 +126,7 @@ class Method(Phase):
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Generator's loss", {"generator_loss": ""}), MOTION)
     row: ClassVar[str] = ""
     steps: ClassVar[tuple[int, ...]] = (1,)
+    compared: ClassVar[tuple[str, str, tuple[str, str]] | None] = None
     Settings: ClassVar[type[MethodSettings]]
     main = "generator"
 

@@ -79,6 +79,7 @@ class Priming(Method):
         Panel("Fake model: flow-matching loss", {"fake_loss": ""}),
         MOTION,
     )
+    compared = ("fake", "fake_form", ("lora", "copy"))
     Settings = Settings
 
     def __init__(self, config: Settings, shift: float, generator: nn.Module, teacher: nn.Module, fake: nn.Module):

@@ -21,9 +21,9 @@ from vpae.export.card import stage_provenance, write_card
 from vpae.lazy import lazy
 from vpae.models.wan import Condition, predict_x0
 from vpae.planning.network import Network, Sequence
+from vpae.randomness import Shuffled, generator_for
 from vpae.training.loop import SPEED, train
 from vpae.training.monitor import Watch
-from vpae.training.randomness import Shuffled, generator_for
 from vpae.training.sharding import data_rank, spread
 from vpae.training.speed import Cost, peak_of, summary
 

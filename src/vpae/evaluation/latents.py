@@ -18,8 +18,8 @@ from vpae.evaluation.frechet import RandomFeatures, frechet
 from vpae.evaluation.statistics import bootstrap, jackknife
 from vpae.models.wan import load_sampler
 from vpae.progress import track
+from vpae.randomness import derived_seed
 from vpae.sampling import draw, model_folder
-from vpae.training.randomness import derived_seed
 
 REAL = "real"
 JACKKNIFE_GROUPS = 20

@@ -1,6 +1,7 @@
 """`vpae export`: a student in the form another tool reads; the result appears whole or not at all."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline, write_served_index
 from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
-from vpae.stages import require_free_space
 from vpae.teacher.folder import require_whole
 
 FORMS = {
@@ -189,3 +189,16 @@ def _facts(model: Path) -> dict[str, Any]:
         )
     settings["teacher"] = {"shift": scheduler["shift"], **settings.get("teacher", {})}
     return {**facts, "settings": settings, "licence": facts.get("licence") or licence_of(model, settings)}
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        ArtifactError: naming the folder and the space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < needed_bytes:
+        raise ArtifactError(f"{folder}: needs {needed_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")

@@ -29,12 +29,12 @@ from vpae.models.wan import (
     load_transformer,
     text_tokens_for,
 )
+from vpae.preemption import Interruption
 from vpae.progress import track
+from vpae.randomness import Shuffled, derived_seed
 from vpae.teacher import encoders, flow_matching, vae
 from vpae.teacher.folder import NETWORKS, checked, external_inputs, variant_of  # noqa: F401, the stage's external inputs
 from vpae.training.loop import train
-from vpae.training.preemption import Interruption
-from vpae.training.randomness import Shuffled, derived_seed
 
 
 def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -> dict:

@@ -20,13 +20,13 @@ from torch import Tensor
 from vpae.artifacts import written
 from vpae.config import Optimizer, Training
 from vpae.experiment import ConfigError
+from vpae.preemption import Interruption
 from vpae.progress import Progress
+from vpae.randomness import generator_for
 from vpae.training import checkpoint, sharding
 from vpae.training.ema import update_ema
 from vpae.training.monitor import Watch
 from vpae.training.phase import Batch, Phase
-from vpae.training.preemption import Interruption
-from vpae.training.randomness import generator_for
 from vpae.training.skipping import Skipped
 from vpae.training.speed import Cost, Speed
 

@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from vbench_i2v.folder import score_folder
     from vpae.evaluation.vbench.processes import until_asked
     from vpae.evaluation.vbench.tiny import networks
-    from vpae.training.preemption import Interruption
+    from vpae.preemption import Interruption
 
     if settings.backbones == "off":
         raise ConfigError("--backbones: off measures nothing; choose official or tiny")

@@ -14,8 +14,8 @@ from vbench_i2v.errors import VBenchError
 from vbench_i2v.parts import Part
 from vbench_i2v.runner import Networks
 from vbench_i2v.suite import Clip
+from vpae.preemption import Interruption, Request
 from vpae.progress import track
-from vpae.training.preemption import Interruption, Request
 
 MOST = 8
 _WORTH_IT = 4  # videos for each process

@@ -17,9 +17,9 @@ from vpae.data.video import write_video
 from vpae.models.wan import GEOMETRY
 from vpae.parts import Part
 from vpae.placement import Placement, load_placed
+from vpae.preemption import Interruption
 from vpae.progress import Progress
 from vpae.sampling import animate
-from vpae.training.preemption import Interruption
 
 CRF = 10  # what VBench-I2V asks for
 
