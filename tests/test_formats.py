@@ -17,7 +17,7 @@ from vpae.experiment import Source, load
 from vpae.models import formats as formats_module
 from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
-from vpae.sampling import animate
+from vpae.sampling.single import animate
 from vpae.stages import run_stage
 
 STAGES = ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation")

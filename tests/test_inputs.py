@@ -321,7 +321,7 @@ def test_what_is_no_image_is_named(fault: str, tmp_path: Path) -> None:
 @pytest.fixture
 def asked(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run `vpae sample` with these options in place of good ones; a network that is loaded fails the test."""
-    monkeypatch.setattr("vpae.single.load_placed", lambda *_: pytest.fail("a network is loaded"))
+    monkeypatch.setattr("vpae.sampling.single.load_placed", lambda *_: pytest.fail("a network is loaded"))
     Image.fromarray(moving(32, 32, 1)[0]).save(tmp_path / "first.png")
     good = {"model": teacher, "image": tmp_path / "first.png", "prompt": "x", "out": tmp_path / "clip.mp4"}
 

@@ -12,7 +12,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from conftest import CAPTIONS, FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, one_step_by_diffusers, picture
 from vpae import placement as placement_module
-from vpae import sampling
 from vpae.artifacts import write_json
 from vpae.cli import main
 from vpae.distill.student import save_student
@@ -22,7 +21,8 @@ from vpae.models.sizes import Weight
 from vpae.models.wan import GEOMETRY, decode_latents, load_pipeline
 from vpae.out_of_memory import Sizes, advice, exhausted_memory
 from vpae.placement import Placement, load_placed
-from vpae.sampling import animate
+from vpae.sampling import single
+from vpae.sampling.single import animate
 
 NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def test_offloading_gives_the_same_video(student, plain, offload):
 def test_bfloat16_is_what_plain_diffusers_makes_of_it(student, plain, monkeypatch):
     """All is the same to the last bit but one cast: diffusers rounds what its scheduler returns to bfloat16."""
     drawn = []
-    monkeypatch.setattr(sampling, "decode_latents", lambda vae, x: drawn.append(x) or decode_latents(vae, x))
+    monkeypatch.setattr(single, "decode_latents", lambda vae, x: drawn.append(x) or decode_latents(vae, x))
     pipeline = load_placed(student, Placement(dtype="bfloat16"), "cpu")
     frames = video(pipeline)
     precision = {"default": torch.bfloat16, "vae": torch.float32, "image_encoder": torch.float32}

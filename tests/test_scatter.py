@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import STAGES
-from vpae import sampling
 from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, link_tree, locked, sha256
 from vpae.cli import main
 from vpae.data import catalog, latents
@@ -22,6 +21,7 @@ from vpae.graph import STAGES as TABLE
 from vpae.graph import stage_folder, stage_settings
 from vpae.parts import Part
 from vpae.preemption import Interruption
+from vpae.sampling import stage as sampling
 from vpae.stages import run_part, run_stage
 
 STAGES_IN_ORDER = ("clips", "teacher", "latents", "samples")

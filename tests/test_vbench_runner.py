@@ -32,7 +32,7 @@ from vpae.evaluation.vbench import processes, tiny
 from vpae.evaluation.vbench.rows import rank_correlations
 from vpae.models.wan import load_pipeline
 from vpae.parts import Part
-from vpae.sampling import animate
+from vpae.sampling.single import animate
 
 VIDEOS = 1000
 

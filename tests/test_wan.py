@@ -36,6 +36,7 @@ from vpae.models.wan import (
     text_tokens_for,
     velocity,
 )
+from vpae.sampling import single
 
 SEED = 11
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -138,9 +139,9 @@ def test_image_embeddings_are_diffusers_own(pipeline, height, width):
 def test_a_student_s_one_step_video_is_what_plain_diffusers_makes_of_its_folder(student, monkeypatch):
     theirs = WanImageToVideoPipeline.from_pretrained(student)
     image, prompt = Image.fromarray(picture()), CAPTIONS[0]
-    decoded, decode = [], sampling.decode_latents
-    monkeypatch.setattr(sampling, "decode_latents", lambda vae, x: decoded.append(x) or decode(vae, x))
-    ours = sampling.animate(load_pipeline(student), image, prompt, 1, 1.0, SEED, FRAMES)
+    decoded, decode = [], single.decode_latents
+    monkeypatch.setattr(single, "decode_latents", lambda vae, x: decoded.append(x) or decode(vae, x))
+    ours = single.animate(load_pipeline(student), image, prompt, 1, 1.0, SEED, FRAMES)
     torch.testing.assert_close(decoded[0][0], one_step_by_diffusers(theirs, SEED, "latent"), **CLOSE)
     assert ours.shape == (FRAMES, HEIGHT, WIDTH, 3) and ours.dtype == np.uint8
     frames = np.stack([np.asarray(f) for f in one_step_by_diffusers(theirs, SEED, "pil")]).astype(int)
@@ -179,7 +180,7 @@ def test_a_student_has_the_one_step_scheduler_whatever_the_teacher_has(unipc_tea
 
 def test_a_teacher_is_sampled_at_its_own_shift_whatever_its_scheduler_calls_it(teacher, unipc_teacher):
     first, second = (
-        sampling.animate(load_pipeline(folder), Image.fromarray(picture()), CAPTIONS[0], 2, 1.0, SEED, FRAMES)
+        single.animate(load_pipeline(folder), Image.fromarray(picture()), CAPTIONS[0], 2, 1.0, SEED, FRAMES)
         for folder in (teacher, unipc_teacher)
     )
     assert (first == second).all()

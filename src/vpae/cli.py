@@ -155,7 +155,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 def _sample(arguments: argparse.Namespace) -> None:
     from vpae.placement import Placement
-    from vpae.single import sample_one
+    from vpae.sampling.single import sample_one
 
     sample_one(
         arguments.model,

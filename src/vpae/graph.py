@@ -62,7 +62,7 @@ STAGES: dict[str, Stage] = {
     "latents": Stage("vpae.data.latents", lambda s: ("clips", TEACHER), ("geometry", "latents"), divisible=True),
     **{name: _method(name) for name in METHODS},
     "samples": Stage(
-        "vpae.sampling", lambda s: ("latents", *_models(s)), ("samples", "geometry"), shift=True, divisible=True
+        "vpae.sampling.stage", lambda s: ("latents", *_models(s)), ("samples", "geometry"), shift=True, divisible=True
     ),
     "evaluation": Stage(
         "vpae.evaluation.stage",

@@ -21,7 +21,9 @@ from vpae.models.wan import load_pipeline
 from vpae.parts import Part
 from vpae.placement import COMPILED_FROM, compiling_pays
 from vpae.progress import track
-from vpae.sampling import animate, draw, load_vae, model_folder
+from vpae.sampling import draw, model_folder
+from vpae.sampling.single import animate
+from vpae.sampling.stage import load_vae
 
 LATENCY_PASSES = 3
 SHARED = ("vae", "text_encoder", "image_encoder")  # a student's are the teacher's own

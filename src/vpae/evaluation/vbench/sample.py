@@ -19,7 +19,7 @@ from vpae.parts import Part
 from vpae.placement import Placement, load_placed
 from vpae.preemption import Interruption
 from vpae.progress import Progress
-from vpae.sampling import animate
+from vpae.sampling.single import animate
 
 CRF = 10  # what VBench-I2V asks for
 

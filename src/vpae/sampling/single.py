@@ -8,24 +8,58 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
 from vpae.artifacts import ArtifactError, written
-from vpae.config import PATCH, VAE_STRIDE
+from vpae.config import PATCH, VAE_STRIDE, Sampler
 from vpae.config.teacher import file_and_strength
+from vpae.data.encoding import Encoders, pad_text
 from vpae.data.image import ImageError, read_image, read_image_at
 from vpae.data.names import NAME_BYTES
 from vpae.data.video import write_video
 from vpae.experiment import ConfigError
 from vpae.models.loras import require_fit
-from vpae.models.wan import GEOMETRY
+from vpae.models.wan import GEOMETRY, Condition, decode_latents, first_frame_mask
 from vpae.out_of_memory import explained
 from vpae.placement import Placement, load_placed
-from vpae.sampling import animate
+from vpae.sampling import draw
 
 FRAMES, FPS = 81, 16.0  # of Wan2.1, where a model's folder says nothing
 LARGEST_SEED = 2**64 - 1  # of torch's generators
 CRF = 10  # x264's constant rate factor, as VBench-I2V asks for
+
+
+@torch.no_grad()
+def animate(
+    pipeline: WanImageToVideoPipeline,
+    picture: Image.Image,
+    prompt: str,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    num_frames: int,
+) -> np.ndarray:
+    """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not."""
+    encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
+    first = np.asarray(picture)
+    frame = encoders.conditions([first], num_frames)
+    texts = encoders.texts([prompt, ""])
+    condition = Condition(
+        frame_BCFHW=torch.cat([first_frame_mask(1, *frame.shape[2:]), frame], dim=1).to(device),
+        image_BND=encoders.images([first]).to(device),
+        text_BLD=pad_text(texts[0])[None].to(device),
+        empty_text_LD=pad_text(texts[1]).to(device),
+    )
+    student = bool(pipeline.scheduler.config.get("stochastic_sampling", False))
+    row = Sampler(model="student" if student else "teacher", steps=steps, guidance_scale=guidance_scale)
+    scheduler = pipeline.scheduler.config
+    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))  # the second is UniPC's, of released Wan pipelines
+    latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])
+    if not latents.isfinite().all():
+        raise ArtifactError(f"guidance {guidance_scale} and {steps} steps gave no finite numbers; lower the guidance")
+    return decode_latents(pipeline.vae, latents)[0].cpu().numpy()
 
 
 @torch.no_grad()

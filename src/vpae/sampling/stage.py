@@ -1,116 +1,39 @@
-"""Sampling, and the stage `samples`.
-
-Teachers integrate the flow by Euler steps with guidance; students jump to x0 and, with more steps, add noise again at
-the next smaller time. With one step and no guidance the two are the same.
-"""
+"""Stage `samples`: the videos of every row of the tables, drawn in batches that resume by themselves."""
 
 import json
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
-from diffusers.utils.torch_utils import get_module_execution_device
+from diffusers import AutoencoderKLWan
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpae.artifacts import ArtifactError, is_kept, kept, link
-from vpae.config import Experiment, Sampler, Samples
-from vpae.data.encoding import Encoders, pad_text
+from vpae.artifacts import is_kept, kept, link
+from vpae.config import Experiment, Samples
 from vpae.data.latents import LatentDataset
 from vpae.data.names import file_names
 from vpae.data.video import write_video
-from vpae.flow import add_noise, schedule, x0_from_velocity
 from vpae.models.formats import formats
 from vpae.models.layout import channels_last
-from vpae.models.wan import (
-    Condition,
-    decode_latents,
-    first_frame_mask,
-    guided_velocity,
-    load_pipeline,
-    load_sampler,
-)
+from vpae.models.wan import decode_latents, load_pipeline, load_sampler
 from vpae.parts import Part
 from vpae.placement import DTYPES, compiling_pays
 from vpae.preemption import Interruption
 from vpae.progress import Progress
 from vpae.randomness import derived_seed
+from vpae.sampling import draw, model_folder
 
 REAL = "real"  # the row of the clips themselves, which only go through the VAE
 SHEET = 16  # videos on a contact sheet
 # How many network evaluations a decoding counts for when work is shared out. In a large model it takes about as long as
 # one, in a small one as dozens; and there it is more of the work.
 DECODING = 10
-
-
-def euler(
-    model: nn.Module, noise_BCFHW: Tensor, condition: Condition, steps: int, shift: float, guidance_scale: float = 1.0
-) -> Tensor:
-    """Integrate dx/dt = v from t = 1 to 0 over the shifted schedule; returns x0 like `noise_BCFHW`."""
-    x, times = noise_BCFHW, schedule(steps, shift).tolist()
-    for t, t_next in pairwise(times):
-        v = guided_velocity(model, x, x.new_full((len(x),), t), condition, guidance_scale)
-        x = x + (t_next - t) * v
-    return x
-
-
-def few_step(
-    model: nn.Module,
-    noise_BCFHW: Tensor,
-    condition: Condition,
-    steps: int,
-    shift: float,
-    rngs: list[torch.Generator],
-    guidance_scale: float = 1.0,
-) -> Tensor:
-    """Predict x0, add fresh noise at the next smaller time, predict again.
-
-    Args:
-        model: a one-step student.
-        noise_BCFHW: noise at t = 1.
-        condition: of each video.
-        steps: network steps.
-        shift: timestep shift of the times in between.
-        rngs: one generator per video, so that a video does not depend on its batch.
-        guidance_scale: w in u + w (c - u).
-
-    Returns:
-        x0 like `noise_BCFHW`.
-    """
-    times = schedule(steps, shift).tolist()
-    x = noise_BCFHW
-    for t, t_next in pairwise(times):
-        t_B = x.new_full((len(x),), t)
-        x0 = x0_from_velocity(x, guided_velocity(model, x, t_B, condition, guidance_scale), t_B)
-        if t_next == 0:
-            return x0
-        x = add_noise(x0, noise_of(rngs, x.shape[1:], x.device), x.new_full((len(x),), t_next))
-    raise ValueError(f"steps = {steps}: at least one step is needed")
-
-
-def noise_of(rngs: list[torch.Generator], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    """One draw (B, *shape) from each video's own CPU generator: the noise `WanImageToVideoPipeline` would draw."""
-    return torch.cat([torch.randn((1, *shape), generator=rng) for rng in rngs]).to(device)
-
-
-def draw(model: nn.Module, row: Sampler, shift: float, condition: Condition, shape: tuple, seeds: list[int]) -> Tensor:
-    """Sample latents (B, *shape) as one row of the tables does, one seed a video."""
-    rngs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = noise_of(rngs, shape, condition.text_BLD.device)
-    if row.model == "teacher":
-        return euler(model, noise, condition, row.steps, shift, row.guidance_scale)
-    return few_step(model, noise, condition, row.steps, shift, rngs, row.guidance_scale)
-
-
-def model_folder(inputs: dict[str, Path], model: str) -> Path:
-    """The pipeline folder of a row's model."""
-    return inputs["teacher"] if model == "teacher" else inputs[model] / "student"
 
 
 @dataclass(frozen=True)
@@ -255,34 +178,3 @@ def make_suite(dataset: LatentDataset, count: int, seed: int) -> list[dict]:
         noise_seed = derived_seed(seed, "samples", entry.caption, index) % 2**31
         suite.append({"key": entry.key, "prompt": entry.caption, "index": index, "file": name, "seed": noise_seed})
     return suite
-
-
-@torch.no_grad()
-def animate(
-    pipeline: WanImageToVideoPipeline,
-    picture: Image.Image,
-    prompt: str,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    num_frames: int,
-) -> np.ndarray:
-    """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not."""
-    encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
-    first = np.asarray(picture)
-    frame = encoders.conditions([first], num_frames)
-    texts = encoders.texts([prompt, ""])
-    condition = Condition(
-        frame_BCFHW=torch.cat([first_frame_mask(1, *frame.shape[2:]), frame], dim=1).to(device),
-        image_BND=encoders.images([first]).to(device),
-        text_BLD=pad_text(texts[0])[None].to(device),
-        empty_text_LD=pad_text(texts[1]).to(device),
-    )
-    student = bool(pipeline.scheduler.config.get("stochastic_sampling", False))
-    row = Sampler(model="student" if student else "teacher", steps=steps, guidance_scale=guidance_scale)
-    scheduler = pipeline.scheduler.config
-    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))  # the second is UniPC's, of released Wan pipelines
-    latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])
-    if not latents.isfinite().all():
-        raise ArtifactError(f"guidance {guidance_scale} and {steps} steps gave no finite numbers; lower the guidance")
-    return decode_latents(pipeline.vae, latents)[0].cpu().numpy()

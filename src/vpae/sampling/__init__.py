@@ -1,0 +1,79 @@
+"""Sampling.
+
+Teachers integrate the flow by Euler steps with guidance; students jump to x0 and, with more steps, add noise again at
+the next smaller time. With one step and no guidance the two are the same.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vpae.config import Sampler
+from vpae.flow import add_noise, schedule, x0_from_velocity
+from vpae.models.wan import Condition, guided_velocity
+
+
+def euler(
+    model: nn.Module, noise_BCFHW: Tensor, condition: Condition, steps: int, shift: float, guidance_scale: float = 1.0
+) -> Tensor:
+    """Integrate dx/dt = v from t = 1 to 0 over the shifted schedule; returns x0 like `noise_BCFHW`."""
+    x, times = noise_BCFHW, schedule(steps, shift).tolist()
+    for t, t_next in pairwise(times):
+        v = guided_velocity(model, x, x.new_full((len(x),), t), condition, guidance_scale)
+        x = x + (t_next - t) * v
+    return x
+
+
+def few_step(
+    model: nn.Module,
+    noise_BCFHW: Tensor,
+    condition: Condition,
+    steps: int,
+    shift: float,
+    rngs: list[torch.Generator],
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Predict x0, add fresh noise at the next smaller time, predict again.
+
+    Args:
+        model: a one-step student.
+        noise_BCFHW: noise at t = 1.
+        condition: of each video.
+        steps: network steps.
+        shift: timestep shift of the times in between.
+        rngs: one generator per video, so that a video does not depend on its batch.
+        guidance_scale: w in u + w (c - u).
+
+    Returns:
+        x0 like `noise_BCFHW`.
+    """
+    times = schedule(steps, shift).tolist()
+    x = noise_BCFHW
+    for t, t_next in pairwise(times):
+        t_B = x.new_full((len(x),), t)
+        x0 = x0_from_velocity(x, guided_velocity(model, x, t_B, condition, guidance_scale), t_B)
+        if t_next == 0:
+            return x0
+        x = add_noise(x0, noise_of(rngs, x.shape[1:], x.device), x.new_full((len(x),), t_next))
+    raise ValueError(f"steps = {steps}: at least one step is needed")
+
+
+def noise_of(rngs: list[torch.Generator], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """One draw (B, *shape) from each video's own CPU generator: the noise `WanImageToVideoPipeline` would draw."""
+    return torch.cat([torch.randn((1, *shape), generator=rng) for rng in rngs]).to(device)
+
+
+def draw(model: nn.Module, row: Sampler, shift: float, condition: Condition, shape: tuple, seeds: list[int]) -> Tensor:
+    """Sample latents (B, *shape) as one row of the tables does, one seed a video."""
+    rngs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = noise_of(rngs, shape, condition.text_BLD.device)
+    if row.model == "teacher":
+        return euler(model, noise, condition, row.steps, shift, row.guidance_scale)
+    return few_step(model, noise, condition, row.steps, shift, rngs, row.guidance_scale)
+
+
+def model_folder(inputs: dict[str, Path], model: str) -> Path:
+    """The pipeline folder of a row's model."""
+    return inputs["teacher"] if model == "teacher" else inputs[model] / "student"
