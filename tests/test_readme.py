@@ -44,6 +44,23 @@ def test_every_make_target_exists(document):
         assert target in targets
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_test_that_is_named_exists(document):
+    known = {name for file in (ROOT / "tests").rglob("test_*.py") for name in (file.stem, *names_in(file))}
+    named = set(re.findall(r"\btest_\w+", (ROOT / document).read_text()))
+    assert named <= known, named - known
+
+
+def names_in(file):
+    return re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+
+
+def test_each_kind_of_input_names_the_test_that_holds_it():
+    rows = re.findall(r"^\| ([A-Z]) \|.*\| (.*) \|$", (ROOT / "docs/inputs.md").read_text(), re.MULTILINE)
+    assert [kind for kind, _ in rows] == list("ABCDEFGHIJKLMN")
+    assert all(re.search(r"`test_\w+`", tests) for _, tests in rows)
+
+
 def test_the_method_map_names_functions_and_settings_that_exist():
     for line in (ROOT / "docs/method.md").read_text().splitlines():
         if not line.startswith("|"):
