@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from vbench_i2v import camera
@@ -106,7 +107,7 @@ def _window(x: Tensor) -> Tensor:
 def _median(motion: Tensor) -> Tensor:
     """Of 3 x 3 pixels, which takes away lone outliers."""
     around = F.unfold(F.pad(motion, (1, 1, 1, 1), mode="replicate"), 3)
-    return around.unflatten(1, (2, 9)).median(2).values.unflatten(2, motion.shape[-2:])
+    return rearrange(around, "n (c k) (h w) -> n c h w k", k=9, w=motion.shape[-1]).median(-1).values
 
 
 def warp(frames_N3HW: Tensor, motion: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def _sample(images: Tensor, points_N2hw: Tensor) -> Tensor:
     """Bilinear values of images (N, C, H, W) at pixel positions, (N, C, h, w)."""
     height, width = images.shape[-2:]
     size = points_N2hw.new_tensor([width - 1, height - 1])
-    grid = 2 * points_N2hw.permute(0, 2, 3, 1) / size - 1
+    grid = 2 * rearrange(points_N2hw, "n xy h w -> n h w xy") / size - 1
     return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
 
 
@@ -135,9 +136,9 @@ def middle(first_N3HW: Tensor, second_N3HW: Tensor) -> Tensor:
 def tracks(video: Video) -> Tensor:
     """First and last positions of CoTracker's grid, carried along the flow from frame to frame, (2, 10, 10, 2)."""
     start = camera.grid(video.height, video.width)
-    points = start.permute(2, 0, 1)[None]
+    points = rearrange(start, "h w xy -> 1 xy h w")
     for run in video.runs():
         frames = run.float() / 255
         for motion_2HW in flow(frames[:-1], frames[1:]):
             points = points + _sample(motion_2HW[None], points)
-    return torch.stack([start, points[0].permute(1, 2, 0)])
+    return torch.stack([start, rearrange(points, "1 xy h w -> h w xy")])

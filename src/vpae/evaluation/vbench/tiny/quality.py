@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ def statistics(frames_N3HW: Tensor) -> Tensor:
     filters = torch.einsum("ui,vj->uvij", _cosines(4), _cosines(4)).reshape(16, 1, 4, 4)[1:].to(frames_N3HW)
     found = []
     for frames in (frames_N3HW, F.avg_pool2d(frames_N3HW, 2)):
-        answers = F.conv2d(frames.flatten(0, 1)[:, None], filters).abs()
-        answers = answers.unflatten(0, (len(frames), 3)).transpose(1, 2).flatten(2)
+        answers = F.conv2d(rearrange(frames, "n c h w -> (n c) 1 h w"), filters).abs()
+        answers = rearrange(answers, "(n c) k h w -> n k (c h w)", c=3)
         found += [answers.mean(2), answers.square().mean(2).sqrt(), answers.pow(4).mean(2).pow(0.25)]
     for axis in (2, 3):
         jumps = frames_N3HW.diff(dim=axis).abs().mean([i for i in (1, 2, 3) if i != axis])
@@ -149,10 +150,9 @@ def blocks(frame_3HW: Tensor, strength: float, _rng: np.random.Generator) -> Ten
     basis = _cosines(8)
     k = torch.arange(8, dtype=torch.float32)
     step = 0.8 * strength * (1 + k[:, None] + k[None]) / 8
-    height, width = frame_3HW.shape[-2:]
-    tiles = frame_3HW.reshape(3, height // 8, 8, width // 8, 8).transpose(2, 3)
+    tiles = rearrange(frame_3HW, "c (h p) (w q) -> c h w p q", p=8, q=8)
     kept = (basis @ tiles @ basis.T / step).round() * step
-    return (basis.T @ kept @ basis).transpose(2, 3).reshape(3, height, width)
+    return rearrange(basis.T @ kept @ basis, "c h w p q -> c (h p) (w q)")
 
 
 def ringing(frame_3HW: Tensor, strength: float, _rng: np.random.Generator) -> Tensor:
