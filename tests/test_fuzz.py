@@ -1,6 +1,7 @@
 """Every reader of a user's or a stage's file: whatever the bytes, it returns, or raises the project's error that names
 the file. Never another exception, which a user would see as a traceback."""
 
+import argparse
 import csv
 import json
 import os
@@ -20,7 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from test_latents import Workplace
+from vbench_i2v.command import _account_beside, folder_settings
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.runner import read_records
+from vbench_i2v.scores import read_results
 from vbench_i2v.suite import read_suite
 from vpae.artifacts import ArtifactError, read_provenance
 from vpae.config.clips import Clips
@@ -117,6 +121,15 @@ def readers(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> dict[str
         if found := faults(model):
             raise ArtifactError("\n".join(found))
 
+    score = {"i2v_subject": [0.5, [{"video_path": "a-0.mp4", "video_results": 0.5}]], "camera_motion": [0.25, []]}
+    account = {"dimensions": {"i2v_subject": {"expected": 5}, "camera_motion": {"expected": 5, "reason": "none"}}}
+    (tables / "x_eval_results.json").write_text(json.dumps(score))
+    (tables / "x_scores.json").write_text(json.dumps({**account, "backbones": "official"}))
+    (tables / "folder.yaml").write_text("videos: a\nimages: b\nout: c\nname: d\nsampling: {steps: 1}\n")
+    (tables / "records").mkdir()
+    (tables / "records/a.jsonl").write_text('{"key": "a", "value": 1.0}\n{"key": "b", "value": 2.0}\n')
+    asked_of_vbench = argparse.Namespace(folder_config=tables / "folder.yaml")
+
     some_shard = sorted(latents.glob("held_out-*.tar"))[0]
     loras = lambda: read_loras([str(tables / "lora.safetensors")], model)  # noqa: E731
     return {
@@ -131,6 +144,14 @@ def readers(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> dict[str
         "negative": Reader(latents / "negative.safetensors", everything),
         "provenance": Reader(finished / "provenance.json", lambda: read_provenance(finished)),
         "suite": Reader(tables / "suite.json", lambda: read_suite(tables / "suite.json"), VBenchError),
+        "scores": Reader(
+            tables / "x_eval_results.json", lambda: read_results([tables / "x_eval_results.json"]), VBenchError
+        ),
+        "account": Reader(
+            tables / "x_scores.json", lambda: _account_beside(tables / "x_eval_results.json"), VBenchError
+        ),
+        "records": Reader(tables / "records/a.jsonl", lambda: read_records(tables / "records"), VBenchError),
+        "folder": Reader(tables / "folder.yaml", lambda: folder_settings(asked_of_vbench), VBenchError),
         "lora": Reader(tables / "lora.safetensors", loras),
         "adapter's settings": Reader(tables / "adapter_config.json", loras, named="lora.safetensors"),
         "model's index": Reader(model / "model_index.json", model_or_its_faults, named=str(model)),
@@ -141,16 +162,27 @@ def readers(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> dict[str
 
 ALL = (
     *("configuration", "csv", "jsonl", "parquet", "manifest", "truth", "index", "shard", "negative", "provenance"),
-    *("suite", "lora", "adapter's settings", "model's index", "transformer's settings", "transformer's weights"),
+    *("suite", "scores", "account", "records", "folder", "lora", "adapter's settings"),
+    *("model's index", "transformer's settings", "transformer's weights"),
 )
 # Those that people write, and how they are parsed and written.
 TREES = {
     "configuration": (yaml.safe_load, lambda tree: yaml.safe_dump(tree).encode()),
+    "folder": (yaml.safe_load, lambda tree: yaml.safe_dump(tree).encode()),
+    "records": (lambda data: [json.loads(line) for line in data.splitlines()], lambda tree: lines(tree) + b"\n"),
     "jsonl": (lambda data: [json.loads(line) for line in data.splitlines()], lambda tree: lines(tree)),
     "truth": (lambda data: [json.loads(line) for line in data.splitlines()], lambda tree: lines(tree)),
 } | {
     name: (json.loads, lambda tree: json.dumps(tree).encode())
-    for name in ("provenance", "suite", "adapter's settings", "model's index", "transformer's settings")
+    for name in (
+        "provenance",
+        "suite",
+        "scores",
+        "account",
+        "adapter's settings",
+        "model's index",
+        "transformer's settings",
+    )
 }
 
 

@@ -102,17 +102,28 @@ def _score(arguments: argparse.Namespace) -> None:
 
         expected, source = counts(read_suite(arguments.suite)), str(arguments.suite)
     elif (own := _account_beside(arguments.files[0])) is not None:
-        expected = {name: entry["expected"] for name, entry in own["dimensions"].items()}
-        gaps = {name: entry["reason"] for name, entry in own["dimensions"].items() if "reason" in entry}
-        source = f"what was to be scored; networks: {own['backbones']}"
+        expected, gaps, source = own
     print(scores.table(found.values, found.counts, expected, gaps))
     print(f"\nvideos: measured / {source}")
 
 
-def _account_beside(results: Path) -> dict | None:
-    """What `run` wrote beside VBench's file, if it did."""
+def _account_beside(results: Path) -> tuple[dict[str, int], dict[str, str], str] | None:
+    """Of what `run` wrote beside VBench's file, if it did: videos of each dimension, reasons of those left out, source.
+
+    Raises:
+        VBenchError: it cannot be read.
+    """
     path = results.with_name(results.name.replace("_eval_results", "_scores"))
-    return json.loads(path.read_text(encoding="utf-8-sig")) if path != results and path.is_file() else None
+    if path == results or not path.is_file():
+        return None
+    try:
+        own = json.loads(path.read_text(encoding="utf-8-sig"))
+        dimensions = own["dimensions"].items()
+        expected = {name: int(entry["expected"]) for name, entry in dimensions}
+        gaps = {name: str(entry["reason"]) for name, entry in dimensions if "reason" in entry}
+        return expected, gaps, f"what was to be scored; networks: {own['backbones']}"
+    except Exception as error:
+        raise VBenchError(f"{path}: cannot be read ({error!r}); score the videos again, or delete it") from error
 
 
 def folder_settings(arguments: argparse.Namespace, kind: type[Settings] = Folder) -> Settings:
@@ -127,7 +138,7 @@ def folder_settings(arguments: argparse.Namespace, kind: type[Settings] = Folder
             raise VBenchError(f"{path} does not exist; docs/vbench.md shows one")
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except Exception as error:  # a date that is none is a ValueError, deep nesting a RecursionError
             raise VBenchError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise VBenchError(f"{path}: the file must hold settings (key: value)")

@@ -89,7 +89,7 @@ def read_records(folder: Path) -> dict[str, dict]:
             try:
                 record = json.loads(line)
                 found[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise VBenchError(
                     f"{path}: line {number} is damaged ({error}); delete the line, what it held is computed again"
                 ) from error

@@ -10,6 +10,7 @@ A dimension that is absent is absent: what needs it has no value and a reason. V
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def _read_dict(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file; give a file that VBench or `vbench-i2v run` has written")
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise VBenchError(f"{path}: not JSON ({error}); is the file complete?") from error
     if not isinstance(tree, dict):
         raise VBenchError(f"{path}: holds a {type(tree).__name__}, not VBench's {{dimension: [value, ...]}}")
@@ -159,7 +160,7 @@ def _read_dict(path: Path) -> dict:
 def _value(path: Path, name: str, entry: object) -> float:
     if not isinstance(entry, list) or not entry or isinstance(entry[0], bool) or not isinstance(entry[0], int | float):
         raise VBenchError(f"{path}: {name}: index [0] must be the dimension's value, as in VBench's own files")
-    value = float(entry[0])
+    value = math.inf if abs(entry[0]) > sys.float_info.max else float(entry[0])
     if not math.isfinite(value):
         raise VBenchError(f"{path}: {name} is {value}; a video that could not be measured spoils the mean")
     if abs(value) > _POINTS:
