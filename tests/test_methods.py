@@ -1,5 +1,6 @@
 """A method is one file, one row and one YAML; which ones are trained, and from what, is an experiment's."""
 
+import json
 import os
 import re
 import shutil
@@ -237,3 +238,21 @@ def test_a_method_of_another_package_goes_all_the_way_to_the_report(toy: tuple[P
     assert "distilled by plain regression" in card
     again = asked(toy, sys.executable, "-m", "snakemake", "all", "--cores", "2", "--config", "experiment=toyed")
     assert "Nothing to be done" in again
+
+    asked(toy, "git", "init", "--quiet")
+    asked(toy, "dvc", "init", "--quiet")
+    (project / "dvc.yaml").write_text(
+        subprocess.check_output(["vpae", "dvc", "toyed"], cwd=project, env=toy[1], text=True)
+    )
+    printed = asked(toy, "dvc", "repro", "report@toyed")
+    assert "toy@toyed" in printed and "equilibrium@micro" in printed and "Nothing to be done" in printed
+    assert "toy@toyed" in (project / "dvc.lock").read_text()
+
+
+@pytest.mark.slow
+def test_a_method_of_another_package_is_planned_and_timed(toy: tuple[Path, dict]) -> None:
+    plan = asked(toy, "vpae", "plan", "--config", "configs/toyed.yaml", "--gpus", "1")
+    assert re.search(r"^toy, .*fits", plan, re.MULTILINE)
+    asked(toy, "vpae", "bench", "--config", "configs/toyed.yaml", "--device", "cpu", "--parts", "toy", "--repeats", "1")
+    turns = json.loads((toy[0] / "results/bench/toyed.json").read_text())["toy"]["turns"]
+    assert list(turns) == ["generator"] and turns["generator"]["seconds"] > 0

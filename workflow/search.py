@@ -2,6 +2,7 @@
 
     python workflow/search.py run docs/search/phase2.yaml --teacher data/teachers/tiny --out docs/search/phase2.jsonl
     python workflow/search.py table docs/search/phase2.jsonl
+    python workflow/search.py means docs/search/phase2.jsonl --pair joint score-only
 
 The methods' own losses are trained, on clips of the procedural world that are made and encoded on the machine (frames
 are not stored as H.264 in between). On a GPU each turn is captured as a CUDA graph, since Python needs longer to start
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.multiprocessing
 import yaml
+from scipy import stats
 from torch import Tensor, nn
 
 from vpae.config import Sampler
@@ -361,8 +363,41 @@ def table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def over_seeds(file: Path, pairs: list[list[str]]) -> str:
+    """Markdown: each variant's mean over its seeds, then the differences of pairs of variants from the same seeds.
+
+    Behind ± stands half of Student's 95% interval over the seeds, which a single seed does not have.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for row in map(json.loads, file.read_text().splitlines()):
+        found.setdefault(row["variant"], {})[row["seed"]] = row
+    columns = [key for key in (*COLUMNS, "evaluations") if any(key in r for v in found.values() for r in v.values())]
+    lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+
+    def line(name: str, values: list[dict]) -> None:
+        cells = (interval([value[key] for value in values]) if key in values[0] else "" for key in columns)
+        lines.append(f"| {name} | {len(values)} | " + " | ".join(cells) + " |")
+
+    for name, seeds in found.items():
+        line(name, list(seeds.values()))
+    for one, other in pairs:
+        both = found[one].keys() & found[other].keys()
+        pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
+        line(f"{one} - {other}", [{k: a[k] - b[k] for k in columns if k in a and k in b} for a, b in pair])
+    return "\n".join(lines)
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of Student's 95% interval."""
+    mean, digits = np.mean(values), 0 if abs(values[0]) > 1000 else 4
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
 def main() -> None:
-    """`run` trains and judges, `table` prints what was found."""
+    """`run` trains and judges, `table` and `means` print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(required=True)
     runs = actions.add_parser("run", help="train and judge the variants of a plan")
@@ -375,6 +410,10 @@ def main() -> None:
     tables = actions.add_parser("table", help="print what a run found")
     tables.add_argument("file", type=Path)
     tables.set_defaults(run=lambda a: print(table(a.file)))
+    means = actions.add_parser("means", help="means over seeds, and differences of pairs of variants")
+    means.add_argument("file", type=Path)
+    means.add_argument("--pair", nargs=2, action="append", default=[], metavar=("ONE", "OTHER"))
+    means.set_defaults(run=lambda a: print(over_seeds(a.file, a.pair)))
     arguments = parser.parse_args()
     arguments.run(arguments)
 
