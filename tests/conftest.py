@@ -26,11 +26,26 @@ settings.load_profile("tests")
 
 # Of an experiment with the paper's two methods, in order.
 STAGES = ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation", "report")
+# Fixtures that run a whole experiment or benchmark: every test that asks for one counts as slow.
+SLOW_FIXTURES = {
+    "test_bench": "measured",
+    "test_dvc": "recorded",
+    "test_finished": "finished",
+    "test_vbench_runner": "scored",
+    "test_workflow": "finished",
+}
 SHIFT = 3.0
 FRAMES, HEIGHT, WIDTH = 5, 32, 32
 LATENTS = (16, 2, 4, 4)
 TEXT_DIM = IMAGE_DIM = 16
 CAPTIONS = ["a red disc moves to the left", "a green square stands still", "the camera moves"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not wanted are left out
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if SLOW_FIXTURES.get(item.path.stem) in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 def seeded(seed: int, build: Callable):

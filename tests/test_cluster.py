@@ -84,6 +84,7 @@ def clone(tmp_path: Path) -> Clone:
     return clone
 
 
+@pytest.mark.slow
 def test_the_cluster_is_asked_for_what_the_experiment_needs(clone: Clone) -> None:
     (clone.folder / "configs/large.yaml").write_text(LARGE)
     code, printed = clone.snakemake("--profile", "slurm", "all", "--config", "experiment=large")
@@ -286,6 +287,7 @@ def test_the_processes_of_all_nodes_meet_on_the_first(tmp_path: Path, gpus: int,
     assert variable in (tmp_path / "environment").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_one_process_for_each_gpu(tmp_path: Path) -> None:
     show = 'echo "$RANK of $WORLD_SIZE: $0"; if (( RANK == 1 )); then exit $1; fi'

@@ -504,6 +504,7 @@ def test_experiments_are_shipped() -> None:
     assert {"tiny", "micro"} <= {path.stem for path in SHIPPED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_experiment_runs_through_every_command(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path

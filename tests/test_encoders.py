@@ -78,6 +78,7 @@ def test_without_the_places_of_words_both_captions_are_one_and_half_of_what_diff
     assert read <= 1 - differing / 2
 
 
+@pytest.mark.slow
 def test_reading_teaches_the_encoder_the_places_of_words(captions):
     tokenizer, phase = start(captions, stay_weight=0.0)
     before = train(tokenizer, phase, captions, 1)["read"]

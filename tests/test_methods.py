@@ -219,6 +219,7 @@ def asked(toy: tuple[Path, dict], *command: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_is_planned_beside_the_others(toy: tuple[Path, dict]) -> None:
     plan = asked(toy, sys.executable, "-m", "snakemake", "-n", "--quiet", "host", "--config", "experiment=toyed")
     made = re.findall(r"^ +output: results/(\S+)", plan, re.MULTILINE)

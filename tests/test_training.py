@@ -106,7 +106,7 @@ def states(folder: Path) -> list[str]:
 
 @phases
 @pytest.mark.parametrize("call", [0, 1])
-@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_dies_anywhere_resumes_bit_for_bit(name, step, call, uninterrupted, tmp_path, accelerator):
     with pytest.raises(Crash):
         fit(at(BUILD[name](), step, call, crash), tmp_path, accelerator)
@@ -475,6 +475,7 @@ def test_different_keys_have_different_seeds(keys):
     assert all(0 <= derived_seed(*key) < 2**63 for key in keys)
 
 
+@pytest.mark.slow
 def test_a_teacher_trains_alike_with_compiled_blocks() -> None:
     found = []
     for compiled in (False, True):

@@ -102,6 +102,7 @@ def test_an_experiment_is_its_eight_stages(clone: Clone) -> None:
     assert clone.planned("--config", "experiment=micro") == sorted(folders("micro", *STAGES))
 
 
+@pytest.mark.slow
 def test_an_overlay_shares_the_stages_it_leaves_alone(clone: Clone) -> None:
     clone.edit("ablation", lambda tree: tree.update(extends="micro", equilibrium={"backbone": "teacher"}))
     own = folders("ablation", "equilibrium", "samples", "evaluation", "report")

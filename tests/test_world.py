@@ -154,6 +154,7 @@ def test_one_caption_has_many_speeds(moving: list[Truth]) -> None:
     assert all(max(lengths) / min(lengths) > 2.5 for lengths in common)
 
 
+@pytest.mark.slow
 def test_one_first_frame_and_caption_have_many_futures() -> None:
     """Where sprites that begin in the same small cell, described alike, go: everywhere, at every speed."""
     same = [t for t in (draw(i, hidden=1.0, bystanders=0.0) for i in range(12000)) if t.motion == "moves"]
