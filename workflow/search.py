@@ -383,7 +383,7 @@ def over_seeds(file: Path, pairs: list[list[str]]) -> str:
     for one, other in pairs:
         both = found[one].keys() & found[other].keys()
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
-        line(f"{one} - {other}", [{k: a[k] - b[k] for k in columns if k in a and k in b} for a, b in pair])
+        line(f"{one} - {other}", [{k: a[k] - b[k] for k in COLUMNS if k in a and k in b} for a, b in pair])
     return "\n".join(lines)
 
 
