@@ -54,7 +54,7 @@ vpae.stages.STAGES = {{name: replace(stage, module=body(name)) for name, stage i
 vpae.artifacts.device_name = lambda: "none"  # finding out takes torch, which takes seconds
 sys.exit(main())
 """
-REAL = f"#!{sys.executable}\nimport sys\nfrom vpae.cli import main\nsys.exit(main())\n"
+REAL = f"#!{sys.executable}\nimport sys\nfrom vpae.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 VERSIONING = ("dvc.yaml", ".dvcignore", ".gitignore")
 
 
