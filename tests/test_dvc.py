@@ -320,15 +320,19 @@ def test_a_fresh_clone_is_restored_and_then_sees_changes(recorded: Clone, tmp_pa
     fresh = recorded.clone(tmp_path / "fresh")
     shutil.copytree(recorded.folder / "store", fresh.folder / "store", dirs_exist_ok=True)
     assert (fresh.folder / "metrics/micro/scores.json").is_file()
-    # The teacher of `tiny`, which the repository brings.
+    # Teacher and student of `tiny`, which the repository brings.
     shutil.copytree(ROOT / "store", fresh.folder / "store", dirs_exist_ok=True)
-    (fresh.folder / "data/teachers").mkdir(parents=True)
-    shutil.copy(ROOT / "data/teachers/tiny.dvc", fresh.folder / "data/teachers/tiny.dvc")
+    brought = [fresh.folder / "data/teachers", fresh.folder / "data/students"]
+    for folder in brought:
+        folder.mkdir(parents=True)
+        shutil.copy(ROOT / "data" / folder.name / "tiny.dvc", folder / "tiny.dvc")
     fresh("dvc", "pull")
     fresh("dvc", "status", "--quiet")
-    shutil.rmtree(fresh.folder / "data/teachers/tiny")
+    for folder in brought:
+        shutil.rmtree(folder / "tiny")
     fresh.follow(commands(*pages()["Get what others have made"]))
     assert (fresh.folder / "data/teachers/tiny/model_index.json").is_file()
+    assert (fresh.folder / "data/students/tiny/student/model_index.json").is_file()
     assert is_clean(fresh)
     assert fresh.snakemake_plan() == set()
     assert fresh.contents() == recorded.contents()
