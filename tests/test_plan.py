@@ -359,7 +359,7 @@ def test_every_shipped_experiment_can_be_planned(path: Path, capsys: pytest.Capt
     [
         (["--gpu-memory", "much"], "--gpu-memory much"),
         (["--gpus", "0"], "--gpus 0"),
-        (["--set", "priming.training.sharding.context_parallel=3"], "does not divide the 16 GPUs"),
+        (["--set", "priming.training.sharding.context_parallel=3"], "does not divide the 16 processes"),
         (["--set", "teacher.architecture=", "--set", "teacher.path=someone/else"], "teacher.architecture"),
     ],
 )
