@@ -144,7 +144,7 @@ def test_each_of_the_recipes_scripts_is_one(name: str) -> None:
 
 
 @pytest.fixture
-def post(tmp_path: Path) -> Callable[[str], tuple[int, str]]:
+def post(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Runs the recipe's installation with stand-ins that note how they were called; exit code, and the calls."""
     place, programs, calls = tmp_path / "vpae", tmp_path / "bin", tmp_path / "calls"
     place.mkdir()
@@ -155,29 +155,31 @@ def post(tmp_path: Path) -> Callable[[str], tuple[int, str]]:
     for name in ("constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, place)
 
-    def run(device: str) -> tuple[int, str]:
-        script = filled(PARTS["post"], device=device).replace("/opt/vpae", str(place))
+    def run(device: str, **arguments: str) -> tuple[int, str]:
+        script = filled(PARTS["post"], device=device, **arguments).replace("/opt/vpae", str(place))
         done = subprocess.run(["sh"], input=script, text=True, check=False, env={"PATH": f"{programs}:/usr/bin:/bin"})
         return done.returncode, calls.read_text()
 
     return run
 
 
-@pytest.mark.parametrize(("device", "index"), [("cuda", False), ("cpu", True)])
+@pytest.mark.parametrize("arguments", [{"device": "cuda"}, {"device": "cpu", "index": "https://index.invalid/cpu"}])
 def test_the_recipe_installs_torch_for_the_device_and_then_the_tested_versions(
-    device: str, index: bool, post: Callable[[str], tuple[int, str]]
+    arguments: dict[str, str], post: Callable[..., tuple[int, str]]
 ) -> None:
-    code, calls = post(device)
+    code, calls = post(**arguments)
     assert code == 0 and "git reset --hard" in calls
     torch, project = [line for line in calls.splitlines() if line.startswith("pip ")]
-    assert torch.endswith(" torch") and ("whl/cpu" in torch) == index
+    assert torch.endswith(" torch")
+    assert ("--extra-index-url https://index.invalid/cpu" in torch) == (arguments["device"] == "cpu")
     assert all(" -c constraints.txt " in line for line in (torch, project)) and "torch" in CONSTRAINTS
     [extras] = re.findall(r"-e \.\[(.+)\]$", project)
     assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
 
 
-def test_the_recipe_refuses_a_device_that_it_does_not_know(post: Callable[[str], tuple[int, str]]) -> None:
-    code, calls = post("rocm")
+@pytest.mark.parametrize("device", ["rocm", "cpu"])  # builds for CPUs are in an index of their own
+def test_the_recipe_refuses_what_it_cannot_install(device: str, post: Callable[..., tuple[int, str]]) -> None:
+    code, calls = post(device)
     assert code == 1 and "pip" not in calls
 
 

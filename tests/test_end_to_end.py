@@ -343,13 +343,15 @@ def test_a_student_from_elsewhere_makes_the_videos_that_it_made_where_it_was_tra
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     shutil.rmtree(results.parent / "shipped/samples")
-    with pytest.raises(ArtifactError, match=r"students/found/student/transformer/.*safetensors is damaged"):
+    with pytest.raises(ArtifactError, match=r"students/found/student/.*safetensors is damaged; bring it once more"):
         run_stage(source, "samples", results.parent)
     shutil.rmtree(tmp_path / "students")
     assert "students.found: " in missing(source)[0]
+    with pytest.raises(ConfigError, match=r"students\.found: .*/found is no finished folder .* `dvc pull`"):
+        run_stage(source, "samples", results.parent)
 
 
-@pytest.mark.parametrize("name", ["teacher", "equilibrium", "dmd2"])
+@pytest.mark.parametrize("name", ["teacher", "equilibrium", "dmd2", "latents", "samples"])
 def test_a_student_from_elsewhere_has_a_name_of_its_own(name):
     with pytest.raises(ConfigError, match=rf"students\.{name}: "):
         load(CONFIG, [f"students.{name}=data/students/micro"])

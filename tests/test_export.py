@@ -280,6 +280,13 @@ def test_vllm_omni_samples_at_the_times_of_our_own_sampler(student, tmp_path, st
     assert theirs.sigmas.tolist() == pytest.approx(schedule(steps, SHIFT).tolist(), abs=5e-4)  # whole numbers of 1,000
 
 
+@pytest.mark.parametrize(("form", "steps"), [("vllm-omni", 0), ("diffusers", 4), ("wan", -1)])
+def test_steps_that_a_form_cannot_hold_are_refused(student, tmp_path, form, steps):
+    with pytest.raises(ArtifactError, match=f"--steps {steps}: "):
+        export(student, form, tmp_path / "out", steps=steps)
+    assert list(tmp_path.iterdir()) == []
+
+
 # The card.
 
 

@@ -381,6 +381,8 @@ def over_seeds(file: Path, pairs: list[list[str]]) -> str:
     for name, seeds in found.items():
         line(name, list(seeds.values()))
     for one, other in pairs:
+        if unknown := {one, other} - found.keys():
+            raise SystemExit(f"--pair {one} {other}: {file} has no {', '.join(unknown)}; it has {', '.join(found)}")
         both = found[one].keys() & found[other].keys()
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
         line(f"{one} - {other}", [{k: a[k] - b[k] for k in COLUMNS if k in a and k in b} for a, b in pair])

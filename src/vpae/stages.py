@@ -85,7 +85,18 @@ class _Task:
         """
         for name, folder in self.folders.items():
             if wrong := damaged(folder, unread=BULK if name in ("clips", "latents") else ()):
-                raise ArtifactError(f"{folder / wrong[0]} is damaged; run its stage again: `vpae {name}` makes it anew")
+                again = f"run its stage again: `vpae {name}` makes it anew" if name in STAGES else "bring it once more"
+                raise ArtifactError(f"{folder / wrong[0]} is damaged; {again}")
+
+
+def missing_students(source: Source) -> list[str]:
+    """Which students that were trained before are not there, each with its remedy."""
+    return [
+        f"{source.path}: students.{name}: {folder} is no finished folder of a method's stage; correct the key, or `dvc "
+        "pull` what DVC versions"
+        for name, folder in source.settings.students.items()
+        if not all((Path(folder) / file).is_file() for file in (PROVENANCE, "student/model_index.json"))
+    ]
 
 
 def _task(source: Source, stage: str, results: Path) -> _Task:
@@ -94,6 +105,8 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
             f"{source.path}: methods: {stage} is not among {', '.join(source.settings.methods)}; add it, for instance "
             f"`--set methods.{stage}={TEACHER}`"
         )
+    if problems := missing_students(source):
+        raise ConfigError("\n".join(problems))
     folder = stage_folder(source, stage, results)
     recover(folder)
     settings = stage_settings(source.settings, stage)

@@ -6,12 +6,12 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from vpae.artifacts import PROVENANCE, ArtifactError
+from vpae.artifacts import ArtifactError
 from vpae.config.teacher import file_and_strength
 from vpae.experiment import ConfigError, load
 from vpae.graph import STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
-from vpae.stages import standing
+from vpae.stages import missing_students, standing
 
 DIVISIBLE = [name for name, stage in STAGES.items() if stage.divisible]
 
@@ -93,8 +93,8 @@ def upstream_folders(name, stage):
     source = experiment(name)
     if owner(source, stage) is not source:
         stop(f"{source.path} leaves {stage} as it is in its base; ask for {stage_folder(source, stage)}")
-    for student, folder in source.settings.students.items():
-        existing(Path(folder) / PROVENANCE, source, f"students.{student}")
+    if problems := missing_students(source):
+        stop("\n".join(problems))
     return [str(stage_folder(source, above)) for above in upstream(source.settings, stage)]
 
 

@@ -123,8 +123,8 @@ class Experiment(_Methods):
         for name, start in self.methods.items():
             self._require_possible(name, start)
         for name in self.students:
-            if name == TEACHER or name in METHODS:
-                raise ValueError(f"students.{name}: the experiment's own {name} has this name; choose another")
+            if name in type(self).model_fields:  # methods and all other stages are sections
+                raise ValueError(f"students.{name}: a section of the experiment has this name; choose another")
         least, why = self.training_clips_needed()
         if least > self.clips.train:
             raise ValueError(f"{why} is more than clips.train = {self.clips.train}")

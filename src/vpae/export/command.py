@@ -62,8 +62,10 @@ def export(
         ArtifactError: the result exists, the disk is too small, the model is no student or was changed since its stage
             finished, or the adapter is not its.
     """
-    if steps < 1:
-        raise ArtifactError(f"--steps {steps}: at least 1")
+    if steps < 1 or (steps > 1 and form != "vllm-omni"):
+        raise ArtifactError(
+            f"--steps {steps}: at least 1, and more with --format vllm-omni alone, which holds them fast"
+        )
     _check(model, form, out)
     facts = _facts(model)
     if scores := scores or find_scores(model):

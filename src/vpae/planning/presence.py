@@ -4,10 +4,11 @@ import json
 import os
 from pathlib import Path
 
-from vpae.artifacts import PROVENANCE, ArtifactError
+from vpae.artifacts import ArtifactError
 from vpae.config.teacher import file_and_strength
 from vpae.experiment import Source
 from vpae.graph import RESULTS, stage_folder
+from vpae.stages import missing_students
 from vpae.teacher.folder import faults, header
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -20,13 +21,7 @@ def missing(source: Source, results: Path = RESULTS) -> list[str]:
     found = []
     if clips.source != "world" and not Path(clips.path).exists():
         found.append(f"{source.path}: clips.path: {clips.path} does not exist; correct the key, or bring the videos")
-    for name, folder in source.settings.students.items():
-        if not (Path(folder) / PROVENANCE).is_file():
-            found.append(
-                f"{source.path}: students.{name}: {folder} is no finished folder of a method's stage; correct the key, "
-                "or `dvc pull` what DVC versions"
-            )
-    return found + missing_teacher(source, results)
+    return found + missing_students(source) + missing_teacher(source, results)
 
 
 def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:
