@@ -165,7 +165,7 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
     labels = _labels(methods)
     rows = {labels[method]: _line(found) for method, found in methods.items()}
     for name in rows.keys() & PAPER.keys():
-        rows[name]["paper_score"] = round(float(np.mean(PAPER[name])) / 100, 4)
+        rows[name]["paper_score"] = round(float(np.mean(PAPER[name])), 2)
     return rows
 
 
@@ -266,15 +266,15 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
             ]
         )
         commits = " ".join(commit[:7] for commit in row["commits"])
-        paper = f"{row['paper_score']:.4f}" if "paper_score" in row else ""
+        paper = f"{row['paper_score']:.2f}" if "paper_score" in row else ""
         cells = [name, str(row["nfe"]), str(len(row["seeds"])), *scores, *costs, commits, paper]
         lines.append("| " + " | ".join(cells) + " |")
     notes = (
         f"Mean score: that of {score_of}. ± is half a 95% interval: Student's over seeds, of one seed over videos. "
         "Cost: of training a seed, from the teacher to the row's model; clips through a network (a guided step counts "
         "twice, a backward pass not), seconds on the machine at hand, weights trained and memory at most at once. "
-        "Paper: the mean of SA, TC and FQ that it reports of Wan2.1-I2V-14B; of another model and other clips, so that "
-        "only the order compares."
+        "Paper: the mean of SA, TC and FQ that it reports of Wan2.1-I2V-14B, in percent; of another model and other "
+        "clips, so that only the order compares."
     )
     return "\n".join([*lines, "", notes, ""])
 
