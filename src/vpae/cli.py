@@ -38,15 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
+    except Interruption as interruption:
+        print(f"vpae: {interruption}; run the same command again to go on", file=sys.stderr)
+        return EXIT_CODE
     except Exception as error:
         # safetensors has the number only in its text.
         if getattr(error, "errno", None) not in FULL and not any(f"(os error {n})" in str(error) for n in FULL):
             raise
         print(f"vpae: {error}: make room and run the same command again; what is finished stands", file=sys.stderr)
         return 2
-    except Interruption as interruption:
-        print(f"vpae: {interruption}; run the same command again to go on", file=sys.stderr)
-        return EXIT_CODE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,65 @@
+"""How the command line ends: the exit code and the sentence for each kind of end."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from vpae import stages
+from vpae.artifacts import ArtifactError
+from vpae.cli import main
+from vpae.data import catalog
+from vpae.experiment import ConfigError
+from vpae.preemption import EXIT_CODE, Interruption
+from vpae.training.phase import Collapse
+
+MICRO = str(Path(__file__).parents[1] / "configs/micro.yaml")
+SAVED = Interruption("priming: stopped by a signal after step 3; the state is in results")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (SAVED, EXIT_CODE, "run the same command again to go on"),
+        (ConfigError("micro.yaml: seed: no number"), 2, "micro.yaml: seed: no number"),
+        (ArtifactError("latents: index.json: missing"), 2, "index.json: missing"),
+        (Collapse("equilibrium: accuracy 1"), 2, "accuracy 1"),
+        (FloatingPointError("fake_loss is nan"), 2, "fake_loss is nan"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "make room"),
+        (RuntimeError("I/O error: File too large (os error 27)"), 2, "make room"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_foreseen_end_has_its_code_and_one_sentence(end, code, said, monkeypatch, capsys):
+    def run_stage(*_):
+        raise end
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    assert main(["priming", "--config", MICRO]) == code
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("vpae: ") and "Traceback" not in error
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
+    def run_stage(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["priming", "--config", MICRO])
+
+
+def test_a_signal_ends_a_stage_with_the_code_that_puts_a_job_back_into_the_queue(monkeypatch, tmp_path, capsys):
+    """`workflow/launch.sh` requeues on this code and on no other."""
+    in_processes = catalog._in_processes
+
+    def with_a_signal(*arguments):
+        for done in in_processes(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield done
+
+    monkeypatch.setattr(catalog, "_in_processes", with_a_signal)
+    assert main(["clips", "--config", MICRO, "--results", str(tmp_path)]) == EXIT_CODE
+    assert "finished ones are kept" in capsys.readouterr().err
