@@ -268,6 +268,16 @@ def test_without_weight_the_adversarial_term_is_not_even_computed():
     torch.testing.assert_close(loss, 7 * logs["csds"])
 
 
+def test_without_weight_the_conditional_term_asks_no_teacher():
+    phase = build_equilibrium(adversarial_weight=0.5, csds_weight=0.0)
+    asked: list[int] = []
+    handle = phase.teacher.register_forward_hook(lambda *_: asked.append(1))
+    loss, logs = phase.loss("generator", build_batch(2), rng(), 0)
+    handle.remove()
+    assert not asked and "csds" not in logs
+    torch.testing.assert_close(loss, 0.5 * logs["adversarial"])
+
+
 @pytest.mark.parametrize("form", ["hinge_linear", "hinge_clipped"])
 def test_the_generator_s_loss_is_the_weighted_sum_of_the_adversarial_and_the_teacher_s_term(form):
     phase, (x, c) = build_equilibrium(g_loss=form, adversarial_weight=0.5, csds_weight=7.0), build_batch(2)

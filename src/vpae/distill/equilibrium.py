@@ -260,17 +260,19 @@ class Equilibrium(Method):
     def generator_loss(self, clips: Clips) -> Loss:
         """Steps 4 and 6: L_G = -E D(xh_t') + lambda L_CSDS, and the score loss where it is kept on."""
         config, xh, logs = self.config, self.generate(clips), {}
-        xh_t, t, _ = self.noised_again(self.pulled(xh, "adversarial", logs), clips)
-        distance = csds.csds_loss(self.pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
-        loss = config.csds_weight * distance
-        logs |= {"csds": distance, **motion_monitors(xh, clips.x)}
+        loss = xh.new_zeros(())
         if config.adversarial_weight > 0:
+            xh_t, t, _ = self.noised_again(self.pulled(xh, "adversarial", logs), clips)
             opposed = adversarial.generator_adversarial(self.logits(xh_t, t, clips.c), config.g_loss)
             loss = loss + config.adversarial_weight * opposed
             logs["adversarial"] = opposed
+        if config.csds_weight > 0:
+            distance = csds.csds_loss(self.pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
+            loss = loss + config.csds_weight * distance
+            logs["csds"] = distance
         if self.fake is not None:
             loss = loss + config.score.weight * self.score_loss(self.pulled(xh, "score", logs), clips)
-        return loss, logs
+        return loss, logs | motion_monitors(xh, clips.x)
 
     def score_loss(self, xh: Tensor, clips: Clips) -> Tensor:
         """Phase I's steps 3 to 5 on the videos of this phase."""
