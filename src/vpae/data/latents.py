@@ -15,11 +15,10 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from textwrap import indent
 
 import numpy as np
 import torch
@@ -28,32 +27,19 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
-from vpae.artifacts import ArtifactError, digest, file_hashes, is_kept, kept, link, read_provenance, reading, written
+from vpae.artifacts import ArtifactError, digest, file_hashes, is_kept, kept, link, read_provenance, reading
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
+from vpae.data.index import INDEX, Entry, read_index, write_index
 from vpae.data.manifest import Clip, content, count_clips, iterate_manifest
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.parts import Part
 from vpae.preemption import Interruption, Request
 from vpae.progress import Progress
 
-INDEX = "index.json"
 AGAIN = "run its stage again: `vpae latents` makes it anew"
 ENCODERS = ("vae/", "text_encoder/", "tokenizer/", "image_encoder/", "image_processor/")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one clip's safetensors lie."""
-
-    key: str
-    split: str
-    caption: str
-    clip_sha256: str
-    shard: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         shards += 1
     head = {"encoders": _encoder_hash(inputs["teacher"]), "text_tokens": text_tokens_for(longest)}
     shards_again = _shards(settings, inputs)
-    _write_index(out / INDEX, head, (e for shard in shards_again for e in _entries(out / shard.name, shard.clips)))
+    write_index(out / INDEX, head, (e for shard in shards_again for e in _entries(out / shard.name, shard.clips)))
     return {"clips": clips, "shards": shards, "shards_taken_over": shards - encoded}
 
 
@@ -98,16 +84,6 @@ def _shards(settings: Experiment, inputs: dict[str, Path]) -> Iterator[Shard]:
         for members in _cut(iterate_manifest(inputs["clips"], split), settings.latents.shard_size):
             made_of = [(clip.key, clip.sha256, clip.caption) for clip in members]
             yield Shard(f"{split}-{next(number):05d}.tar", members, digest([*made_with, made_of]))
-
-
-def _write_index(path: Path, head: dict, entries: Iterable[Entry]) -> None:
-    """As `write_json` would, with one entry in memory at a time."""
-    with written(path) as temporary, temporary.open("w") as file:
-        file.write(json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "entries": [')
-        for number, entry in enumerate(entries):
-            file.write(",\n" if number else "\n")
-            file.write(indent(json.dumps(asdict(entry), indent=2), "    "))
-        file.write("\n  ]\n}\n")
 
 
 def _complete(
@@ -254,9 +230,8 @@ class LatentDataset:
         self.folder, self.whole = folder, set[str]()
         self.recorded = (read_provenance(folder) or {"outputs": {}})["outputs"]
         with reading(folder / INDEX, AGAIN):
-            index = json.loads((folder / INDEX).read_text())
-            self.entries = [Entry(**e) for e in index["entries"] if e["split"] == split]
-            self.text_tokens = index["text_tokens"]
+            head, self.entries = read_index(folder / INDEX, split)
+            self.text_tokens = head["text_tokens"]
         with reading(folder / "negative.safetensors", AGAIN):
             self.empty_text_LD = pad_text(load_file(folder / "negative.safetensors")["text"].float(), self.text_tokens)
 

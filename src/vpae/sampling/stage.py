@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +172,7 @@ def make_suite(dataset: LatentDataset, count: int, seed: int) -> list[dict]:
     """What to animate: key, prompt, index among equal prompts, file, seed, which depends on prompt and index alone."""
     seen, names = Counter[str](), file_names([entry.caption for entry in dataset.entries])
     suite = []
-    for entry, name in zip(dataset.entries[:count], names, strict=False):
+    for entry, name in zip(islice(dataset.entries, count), names, strict=False):
         index = seen[entry.caption]
         seen[entry.caption] += 1
         noise_seed = derived_seed(seed, "samples", entry.caption, index) % 2**31
