@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ from vpae.data.latents import INDEX, LatentDataset, _cut
 from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import write_video
 from vpae.experiment import Source, load
-from vpae.models.wan import TEXT_TOKENS, text_tokens_for
+from vpae.models.wan import TEXT_TOKENS, load_pipeline, text_tokens_for
 from vpae.parts import Part
+from vpae.preemption import Request
 from vpae.stages import run_part, run_stage
 
 STAGES = ("clips", "teacher", "latents")
@@ -293,7 +295,7 @@ def test_the_stages_memory_does_not_grow_with_the_number_of_clips(
                 tar.addfile(tarfile.TarInfo(f"{clip.key}.safetensors"))
         return True
 
-    monkeypatch.setattr(latents, "_encode_shard", write_shard)
+    monkeypatch.setattr(latents, "encode_shard", write_shard)
     monkeypatch.setattr(latents, "_encoders", lambda _: StandIn)
     monkeypatch.setattr(latents, "file_hashes", lambda _: {})
     settings = place.source(world=True, shard_size=64).settings
@@ -314,6 +316,39 @@ def test_the_stages_memory_does_not_grow_with_the_number_of_clips(
         peaks[number] = part, whole
     for few, many in zip(*peaks.values(), strict=True):
         assert many < few + 1_000_000, (peaks, "4,500 more clips held would be more than 3 MB")
+
+
+# Time
+
+
+def test_the_next_batch_is_decoded_while_one_is_encoded(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, lock, waited = [], threading.Condition(), []
+    frames, videos = Clip.frames, Encoders.videos
+
+    def noted_frames(self: Clip, *others: object) -> np.ndarray:
+        found = frames(self, *others)
+        with lock:
+            decoded.append(self.key)
+            lock.notify_all()
+        return found
+
+    def patient_videos(self: Encoders, frames_BTHW3: np.ndarray) -> torch.Tensor:
+        number = len(waited) + 1
+        with lock:
+            waited.append(lock.wait_for(lambda: len(decoded) >= min(2 * number + 2, 6), timeout=10))
+        return videos(self, frames_BTHW3)
+
+    monkeypatch.setattr(Clip, "frames", noted_frames)
+    monkeypatch.setattr(Encoders, "videos", patient_videos)
+    for number in range(6):
+        place.write_video(number)
+    source = place.source(shard_size=100)
+    clips = run_stage(source, "clips", place.results)
+    teacher = run_stage(source, "teacher", place.results)
+    rows = [*manifest.iterate_manifest(clips)]
+    encoders = Encoders(load_pipeline(teacher, transformer=None))
+    assert latents.encode_shard(rows, source.settings, clips, encoders, place.folder / "a.tar", Request())
+    assert waited == [True, True, True] and decoded == [clip.key for clip in rows]
 
 
 # What is encoded again

@@ -26,7 +26,7 @@ from vpae.stages import run_part, run_stage
 
 STAGES_IN_ORDER = ("clips", "teacher", "latents", "samples")
 # What makes one unit of a stage's work, and how many units of it the experiment has.
-MAKERS = {"clips": (catalog, "write_video"), "latents": (latents, "_encode_shard"), "samples": (sampling, "_keep")}
+MAKERS = {"clips": (catalog, "write_video"), "latents": (latents, "encode_shard"), "samples": (sampling, "_keep")}
 
 
 def experiment(folder: Path, teacher: Path, **changes: object) -> Source:

@@ -141,7 +141,8 @@ def test_the_time_left_falls_and_the_first_steps_do_not_foretell_the_others(tmp_
     assert [line["tokens_per_second"] for line in lines] == [10.0, 300.0, 300.0, 150.0, 300.0]
     assert lines[1]["utilisation"] == 0.5 and words[1] == "1 s/step, 300 tokens/s, 50% of the peak"
     (tmp_path / SPEED).open("a").write('{"step": 11, "sec')  # a kill
-    assert summary(tmp_path / SPEED) == {"seconds_per_step": 1.0, "tokens_per_second": 300.0, "utilisation": 0.5}
+    speeds = {"seconds_per_step": 1.0, "tokens_per_second": 300.0, "utilisation": 0.5}
+    assert summary(tmp_path / SPEED) == {**speeds, "waiting_for_data": 0.0}
 
 
 def test_a_resumed_run_tells_its_own_speed(tmp_path):
@@ -149,8 +150,27 @@ def test_a_resumed_run_tells_its_own_speed(tmp_path):
     speed = Speed(tmp_path / SPEED, 10, 6, Cost(), clock)
     clock.now = 3.0
     assert speed.lap(7) == "3 s/step"
-    assert json.loads((tmp_path / SPEED).read_text()) == {"step": 7, "seconds_per_step": 3.0, "seconds_left": 9.0}
+    wanted = {"step": 7, "seconds_per_step": 3.0, "seconds_left": 9.0, "waiting_for_data": 0.0}
+    assert json.loads((tmp_path / SPEED).read_text()) == wanted
     assert summary(tmp_path / "none.jsonl") == {}
+
+
+def test_the_time_that_batches_take_is_told_apart(tmp_path):
+    clock = Clock()
+    speed = Speed(tmp_path / SPEED, 4, 0, Cost(), clock)
+
+    def slow(drawn: int) -> int:
+        clock.now += drawn
+        return drawn
+
+    batches, words = speed.noting_waits(slow), []
+    for done, (first, second) in ((1, (0, 0)), (2, (1, 2)), (3, (0, 0))):
+        assert (batches(first), batches(second)) == (first, second)
+        clock.now += 9
+        words.append(speed.lap(done))
+    assert words == ["9 s/step", "12 s/step, 25% waiting for data", "9 s/step"]
+    lines = [json.loads(line) for line in (tmp_path / SPEED).read_text().splitlines()]
+    assert [line["waiting_for_data"] for line in lines] == [0.0, 0.25, 0.0]
 
 
 class Waits(TorchDispatchMode):

@@ -9,7 +9,8 @@ from vpae.bench import COMPARISONS
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, load
 
-PARTS = ("sampling", *METHODS, "vae", *COMPARISONS)
+RUNS_ON_RANDOM_WEIGHTS = ("sampling", *METHODS, "vae", *COMPARISONS)
+PARTS = (*RUNS_ON_RANDOM_WEIGHTS, "data")
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -17,7 +18,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser("bench", help="measure sampling, training steps and encoding; write JSON")
     experiment_arguments(bench, Path("configs/micro.yaml"))
     bench.add_argument("--device", default="", help="cuda, cuda:1, cpu ...; default: a GPU if there is one")
-    bench.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; separated by commas")
+    named = f"of {', '.join(PARTS)}; separated by commas; default: all but data, which reads finished stages"
+    bench.add_argument("--parts", default=",".join(RUNS_ON_RANDOM_WEIGHTS), help=named)
     bench.add_argument("--steps", default="1,50", help="sampling steps; with guidance each but 1 takes two evaluations")
     bench.add_argument("--guidance", type=float, default=5.0, help="of the rows with several steps; 1 = off")
     bench.add_argument("--batch-sizes", default="1", help="videos sampled together, separated by commas")

@@ -57,7 +57,19 @@ def as_text(found: dict) -> str:
     for name in COMPARISONS:
         if name in found:
             lines += ["", *_comparison(found[name])]
+    if "data" in found:
+        lines += ["", *_data(**found["data"])]
     return "\n".join(lines)
+
+
+def _data(encoding: dict, training: dict) -> list[str]:
+    stage, bare = encoding["stage_clips_per_second"], encoding["encoders_clips_per_second"]
+    return [
+        f"encoding of {encoding['clips']} clips: {stage:.4g} a second, the encoders alone {bare:.4g}; "
+        f"{encoding['share']:.1%} of their speed ({encoding['cpu_share']:.1%} by CPU-seconds)",
+        f"{training['method']}: {training['seconds_per_step']:.4g} s a step, "
+        f"{training['waiting_for_data']:.2%} of it waiting for data",
+    ]
 
 
 def _sampling(sampling: dict) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vpae.bench import COMPARISONS, encoding, sampling, training
+from vpae.bench.data import measure_data
 from vpae.bench.measure import free_memory, if_it_fits, matmul_peak
 from vpae.bench.networks import found_components, random_components
 from vpae.distill import METHODS
@@ -94,6 +95,9 @@ def run(source: Source, options: Options, keep: Callable[[dict], None] = lambda 
         if name in options.parts:
             found[name] = measure(network, tokens, device, options.repeats)
             done(name)
+    if "data" in options.parts:
+        found["data"] = measure_data(source, options.results, device, options.repeats)
+        done("data")
     return found
 
 

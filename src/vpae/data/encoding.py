@@ -53,6 +53,12 @@ class Encoders:
         images = [Image.fromarray(f) for f in first_frames]
         return self.pipeline.encode_image(images, "cpu")
 
+    def clips(self, frames_BTHW3: np.ndarray, captions: Sequence[str]) -> dict[str, Sequence[Tensor]]:
+        """All that is stored of each of these clips, by its name in a shard; uint8 frames (B, T, H, W, 3)."""
+        first = list(frames_BTHW3[:, 0])
+        x0, condition = self.videos(frames_BTHW3), self.conditions(first, frames_BTHW3.shape[1])
+        return {"x0": x0, "condition": condition, "image": self.images(first), "text": self.texts(captions)}
+
     @torch.no_grad()
     def videos(self, frames_BTHW3: np.ndarray) -> Tensor:
         """Normalised latents (B, 16, F, H, W) of uint8 frames (B, T, H, W, 3)."""

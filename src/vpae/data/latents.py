@@ -27,6 +27,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from webdataset import TarWriter
 
+from vpae.ahead import Ahead
 from vpae.artifacts import ArtifactError, digest, file_hashes, is_kept, kept, link, read_provenance, reading
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
@@ -113,7 +114,7 @@ def _complete(
                     link(previous[shard.recipe][0], temporary)
             else:
                 with kept(path) as temporary:
-                    if not _encode_shard(shard.clips, settings, inputs["clips"], encoders(), temporary, request):
+                    if not encode_shard(shard.clips, settings, inputs["clips"], encoders(), temporary, request):
                         raise Interruption(f"{label}: {encoded} more shards are in {state}")
                 encoded += 1
             progress.update(len(shard.clips))
@@ -179,28 +180,29 @@ def _is_whole(shard: Path, wanted: str) -> bool:
     return False
 
 
-def _encode_shard(
+def encode_shard(
     clips: list[Clip], settings: Experiment, folder: Path, encoders: Encoders, path: Path, request: Request
 ) -> bool:
-    """Write a shard; returns whether it is whole, which it is not after a request to end."""
+    """Write a shard, decoding one batch while another is encoded; returns whether it is whole.
+
+    It is not after a request to end.
+    """
     dtype, geometry, step = getattr(torch, settings.latents.dtype), settings.geometry, settings.latents.batch_size
+    batches = [clips[start : start + step] for start in range(0, len(clips), step)]
+    decoded = Ahead(lambda number: np.stack([clip.frames(geometry, folder) for clip in batches[number]]), len(batches))
     with TarWriter(str(path), mtime=0, user="vpae", group="vpae") as tar:
-        for start in range(0, len(clips), step):
+        for number, batch in enumerate(batches):
             if request.requested:
                 return False
-            batch = clips[start : start + step]
-            frames_BTHW3 = np.stack([clip.frames(geometry, folder) for clip in batch])
-            first = list(frames_BTHW3[:, 0])
-            x0, condition = encoders.videos(frames_BTHW3), encoders.conditions(first, geometry.frames)
-            image, text = encoders.images(first), encoders.texts([clip.caption for clip in batch])
+            frames_BTHW3 = decoded(number)
+            encoded = encoders.clips(frames_BTHW3, [clip.caption for clip in batch])
             for i, clip in enumerate(batch):
-                tensors = {"x0": x0[i], "condition": condition[i], "image": image[i], "text": text[i]}
                 png = io.BytesIO()
-                Image.fromarray(first[i]).save(png, format="PNG")
+                Image.fromarray(frames_BTHW3[i, 0]).save(png, format="PNG")
                 tar.write(
                     {
                         "__key__": clip.key,
-                        "safetensors": save({k: v.to(dtype).contiguous() for k, v in tensors.items()}),
+                        "safetensors": save({k: v[i].to(dtype).contiguous() for k, v in encoded.items()}),
                         "png": png.getvalue(),
                         "json": json.dumps({"caption": clip.caption}).encode(),
                     }

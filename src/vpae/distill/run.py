@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vpae.ahead import Ahead
 from vpae.config import Experiment, Training
 from vpae.data.latents import LatentDataset
 from vpae.distill import METHODS
@@ -48,10 +49,14 @@ def accelerator_for(training: Training) -> Accelerator:
 
 
 class Batches:
-    """Number of a micro-batch -> this process's latents and condition; every pass is shuffled anew."""
+    """Number of a micro-batch -> this process's latents and condition; every pass is shuffled anew.
+
+    While one is trained on, the next is read.
+    """
 
     def __init__(self, dataset: LatentDataset, training: Training, seed: int, name: str, accelerator: Accelerator):
-        self.dataset, self.device, self.size = dataset, accelerator.device, training.batch_size
+        self.dataset, self.size = dataset, training.batch_size
+        self.read = Ahead(lambda drawn: dataset.batch(self.numbers(drawn), accelerator.device))
         self.order, self.share = Shuffled(len(dataset), seed, name), data_rank(training.sharding, accelerator)
 
     def numbers(self, drawn: int) -> list[int]:
@@ -60,7 +65,7 @@ class Batches:
         return [self.order((drawn * ranks + rank) * self.size + i) for i in range(self.size)]
 
     def __call__(self, drawn: int) -> tuple[Tensor, Condition]:
-        return self.dataset.batch(self.numbers(drawn), self.device)
+        return self.read(drawn)
 
     def keys(self, drawn: int) -> list[str]:
         """The clips' keys."""

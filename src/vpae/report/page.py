@@ -125,10 +125,10 @@ def training(name: str, folder: Path) -> dict[str, object]:
 
 
 def speed(folder: Path) -> str:
-    """Seconds a step, tokens a second and utilisation of a training, as far as its provenance has them."""
+    """Seconds a step, tokens a second, utilisation and waiting of a training, as far as its provenance has them."""
     counts = (read_provenance(folder) or {}).get("counts", {})
     forms = {"seconds_per_step": "{:.3g} s a step", "tokens_per_second": "{:,.0f} tokens a second"}
-    forms["utilisation"] = "{:.0%} of the device's peak"
+    forms |= {"utilisation": "{:.0%} of the device's peak", "waiting_for_data": "{:.1%} of it waiting for data"}
     return ", ".join(form.format(counts[key]) for key, form in forms.items() if key in counts)
 
 

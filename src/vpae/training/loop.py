@@ -96,6 +96,7 @@ def train(
         watch.begin(state, accelerator.is_main_process)
     progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
     speed, text = Speed(state / SPEED, training.steps, start, cost or Cost()), ""
+    batches = speed.noting_waits(batches)
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
             logs: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""How fast a run is: seconds a step, tokens a second, the share of the device's peak, and the time left."""
+"""How fast a run is: seconds a step, tokens a second, shares of the device's peak and of waiting, the time left."""
 
 import json
 import sys
@@ -10,8 +10,11 @@ from statistics import median
 
 import torch
 
+from vpae.training.phase import Batch
+
 # Dense bf16 operations per second, by a part of the device's name [the makers' data sheets].
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+NOTABLE_WAIT = 0.03  # share of the time above which a log's line speaks of it
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,30 @@ class Speed:
     def __init__(self, file: Path, total: int, done: int, cost: Cost, clock: Callable[[], float] = time.monotonic):
         self.file, self.total, self.cost, self.clock = file, total, cost, clock
         self._last = self._steady = done, clock()
-        self._warm = False
+        self._warm, self._waited = False, 0.0
+
+    def noting_waits(self, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        """The same batches; the time they take counts as waiting for data (on a GPU more than it stands still)."""
+
+        def batch(drawn: int) -> Batch:
+            start = self.clock()
+            found = batches(drawn)
+            self._waited += self.clock() - start
+            return found
+
+        return batch
 
     def lap(self, done: int) -> str:
         """Note the speed since the last log, after so many steps; returns it in words."""
         now = self.clock()
         seconds = self._per_step(self._last, done, now)
+        waiting = self._waited / max(now - self._last[1], 1e-9)
         # The first lap compiles and warms up: it does not foretell the others, unless there is no other.
         left = (self.total - done) * self._per_step(self._steady, done, now)
         if not self._warm:
             self._steady, self._warm = (done, now), True
-        self._last = done, now
-        found = {"step": done, "seconds_per_step": seconds, "seconds_left": left}
+        self._last, self._waited = (done, now), 0.0
+        found = {"step": done, "seconds_per_step": seconds, "seconds_left": left, "waiting_for_data": waiting}
         words = [f"{seconds:.3g} s/step"]
         if self.cost.tokens:
             found["tokens_per_second"] = self.cost.tokens / seconds
@@ -71,6 +86,8 @@ class Speed:
         if self.cost.operations and self.cost.peak:
             found["utilisation"] = self.cost.operations / (seconds * self.cost.peak)
             words.append(f"{found['utilisation']:.0%} of the peak")
+        if waiting >= NOTABLE_WAIT:
+            words.append(f"{waiting:.0%} waiting for data")
         with self.file.open("a") as file:
             file.write(json.dumps({key: float(f"{value:.6g}") for key, value in found.items()}) + "\n")
         return ", ".join(words)
