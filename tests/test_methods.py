@@ -180,6 +180,20 @@ def test_every_method_is_documented_for_report_and_card() -> None:
         assert name in STAGES and STAGES[name].sections == (name,)
 
 
+def test_no_file_names_the_papers_phases_but_their_own_and_the_table() -> None:
+    source = ROOT / "src"
+    files = [path for path in source.rglob("*") if path.suffix in (".py", ".j2", ".html", ".yaml", ".json")]
+    texts = {
+        path: path.read_text().replace("One-Step Adversarial Equilibrium", "") for path in files
+    }  # the paper's title
+    naming = {path for path, text in texts.items() if re.search("priming|equilibrium", text, re.IGNORECASE)}
+    assert {path.relative_to(source / "vpae/distill").as_posix() for path in naming} == {
+        "priming.py",
+        "equilibrium.py",
+        "__init__.py",
+    }
+
+
 def test_reading_settings_imports_no_torch() -> None:
     code = "import sys, vpae.graph, vpae.distill; print('torch' in sys.modules, 'diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

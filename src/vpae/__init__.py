@@ -1,3 +1,3 @@
-"""V-PAE: phased one-step adversarial equilibrium for video diffusion models."""
+"""V-PAE: image-to-video diffusion models distilled to one step, in two phases."""
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from vpae.config.discriminator import Head
 from vpae.config.section import NonNegative, Share
 from vpae.config.training import Times
-from vpae.distill import priming
+from vpae.distill import score
 from vpae.distill.method import MOTION, Clips, Loss, Panel, judged, motion_monitors
 from vpae.lazy import lazy
 from vpae.training.phase import Role
@@ -32,7 +32,7 @@ flow, wan, heads = lazy("vpae.flow"), lazy("vpae.models.wan"), lazy("vpae.models
 gan, vsd = lazy("vpae.distill.losses.non_saturating"), lazy("vpae.distill.losses.vsd")
 
 
-class Settings(priming.Settings):
+class Settings(score.Settings):
     """Stage `dmd2`: score distillation and a GAN on the fake model's features."""
 
     fake_form: Literal["lora", "copy"] = Field(
@@ -61,11 +61,11 @@ class Settings(priming.Settings):
         return self
 
 
-class Dmd2(priming.Priming):
+class Dmd2(score.ScoreDistillation):
     """Roles: generator (trained; has the EMA) and fake (trained, with the head); the teacher is frozen.
 
     Args:
-        config, shift, generator, teacher, fake: as of `Priming`.
+        config, shift, generator, teacher, fake: as of `ScoreDistillation`.
         head: the discriminator's, and `taps`, the fake model's blocks whose outputs it sees; None: no adversary.
     """
 
@@ -178,9 +178,5 @@ class Dfd(Dmd2):
     label = "Data-Forcing"
     about = "score distillation with the teacher's scores taken at real clips half of the time"
     caption = "The loss shows the size of score distillation's direction, not a distance from the goal."
-    panels = (
-        Panel("Generator: VSD loss", {"generator_loss": ""}),
-        Panel("Fake model: flow-matching loss", {"fake_loss": ""}),
-        MOTION,
-    )
+    panels = score.ScoreDistillation.panels
     Settings = DfdSettings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from vpae.config.section import Share
-from vpae.distill import priming
+from vpae.distill import score
 from vpae.lazy import lazy
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 adapters = lazy("vpae.models.adapters")
 
 
-class Settings(priming.Settings):
+class Settings(score.Settings):
     """Stage `magic`: variational score distillation from a weak-to-strong teacher."""
 
     fake_form: Literal["lora"] = Field("lora", description="The fake model: its adapter is what weakens the teacher.")
     alpha_weak: Share = Field(0.25, description="Share of the fake model's adapter in the teacher (paper: 0.25).")
 
 
-class Magic(priming.Priming):
-    """Roles: as of `Priming`; the teacher is the base with a share of the fake model's adapter."""
+class Magic(score.ScoreDistillation):
+    """Roles: as of `ScoreDistillation`; the teacher is the base with a share of the fake model's adapter."""
 
     name = "magic"
     title = "MagicDistillation"
