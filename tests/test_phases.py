@@ -204,20 +204,36 @@ def test_the_generator_sees_the_noised_real_clip_at_times_of_its_interval(turn):
     torch.testing.assert_close(step, (10 * (1 - t)).reshape(-1, 1, 1, 1, 1).expand(x.shape), atol=1e-5, rtol=0)
 
 
-# Phase II.
+# Both phases.
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(share):
-    phase, times = build_priming(few_step_share=share, few_steps=4), []
+@pytest.mark.parametrize(("build", "first"), [(build_priming, 0.9), (build_equilibrium, 1.0)])
+def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(build, first, share):
+    phase, times = build(few_step_share=share, few_steps=4), []
+    turn = "fake" if build is build_priming else "head"
     with calls_of(phase.generator) as calls, torch.no_grad():
         for seed in range(20):
-            phase.loss("fake", build_batch(2), rng(seed), 0)
+            phase.loss(turn, build_batch(2), rng(seed), 0)
     times = torch.cat([call["timestep"] for call in calls]) / 1000
     later = schedule(4, phase.shift)[1:-1].float()
     found = (times[:, None] - later).abs().min(dim=1).values < 1e-6
     assert abs(found.float().mean().item() - share) <= (0.25 if share == 0.5 else 0)
-    assert (times[~found] >= 0.9).all()
+    assert (times[~found] >= first).all()
+
+
+def test_at_a_later_time_the_equilibrium_s_generator_sees_the_clip_through_less_noise():
+    phase, (x, c) = build_equilibrium(few_step_share=1.0, few_steps=2), build_batch(2)
+    with calls_of(phase.generator) as calls:
+        for clips in (x, x + 10):
+            phase.loss("head", (clips, c), rng(), 0)
+    seen, moved = calls
+    t = seen["timestep"] / 1000
+    step = (moved["hidden_states"] - seen["hidden_states"])[:, :16]
+    torch.testing.assert_close(step, (10 * (1 - t)).reshape(-1, 1, 1, 1, 1).expand(x.shape), atol=1e-5, rtol=0)
+
+
+# Phase II.
 
 
 def test_the_head_learns_before_the_generator_moves():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from vpae.config.discriminator import R1, Head
-from vpae.config.section import NonNegative, Positive, Section
+from vpae.config.section import NonNegative, Positive, Section, Share
 from vpae.config.training import Lora, Optimizer, Times, Training
 from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, judged, motion_monitors
 from vpae.lazy import lazy
@@ -87,6 +87,10 @@ class Settings(MethodSettings):
     same_noise: bool = Field(
         False, description="Noise a real clip and its generated one alike, so that their logits differ less by chance."
     )
+    few_step_share: Share = Field(
+        0.0, description="Share of the clips at which the generator learns the later times of few-step sampling."
+    )
+    few_steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
     score: Score = Field(Score(), description="The score loss of phase I, kept on.")
 
     @model_validator(mode="after")
@@ -193,6 +197,11 @@ class Equilibrium(Method):
         warmup = config.discriminator_warmup_steps if head and step == 0 else 0
         fake = config.score.fake_steps_per_generator_step if self.fake is not None else 0
         return ["head"] * (warmup + head) + ["fake"] * fake + ["generator"]
+
+    def generate(self, clips: Clips) -> Tensor:
+        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise; a share from real latents that are noised less."""
+        t = clips.sometimes_later(clips.ones(), self.config.few_step_share, self.config.few_steps)
+        return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
 
     def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
         """Step 2: xh_t', the t' at which the discriminator looks, and the noise."""

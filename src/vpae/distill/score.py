@@ -117,8 +117,7 @@ class ScoreDistillation(Method):
     def generate(self, clips: Clips) -> Tensor:
         """Steps 1 and 2: xh = f_theta(x_t, t, c), one-step videos from real latents noised at a low SNR."""
         t = clips.times(self.config.generator_times)
-        if self.config.few_step_share > 0:
-            t = clips.sometimes_later(t, self.config.few_step_share, self.config.few_steps)
+        t = clips.sometimes_later(t, self.config.few_step_share, self.config.few_steps)
         return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
 
     def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
