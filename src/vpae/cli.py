@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge a LoRA; may be repeated"
     )
+    sample.add_argument("--decoder", type=Path, metavar="FILE", help="decode by taew2.1, from its file")
     sample.add_argument("--frames", type=Path, help="also write the exact uint8 frames (T, H, W, 3) as .npy")
     _placement_arguments(sample)
     sample.set_defaults(run=_sample)
@@ -177,6 +178,7 @@ def _sample(arguments: argparse.Namespace) -> None:
             arguments.channels_last,
         ),
         loras=arguments.lora,
+        decoder=arguments.decoder,
     )
     print(arguments.out)
 

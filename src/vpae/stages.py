@@ -27,8 +27,10 @@ from vpae.distill.method import TEACHER
 from vpae.experiment import ConfigError, Source
 from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, upstream
 from vpae.parts import Part
-from vpae.teacher.folder import external_inputs
+from vpae.teacher.folder import decoder_inputs, external_inputs
 
+# What stages read beside the results of others and that is small enough to be hashed before any job.
+OUTSIDE = {TEACHER: external_inputs, "samples": decoder_inputs}
 # Ends of names in clips and latents: may be terabytes, so that each is hashed when it is opened, not before the stage.
 BULK = (".tar", ".mp4")
 
@@ -140,7 +142,7 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
         elif all(found.get(name) for name in above):
             found[stage] = (
                 all(inputs.get(name) == made[name] for name in above)
-                and not (stage == "teacher" and outside != external_inputs(settings))
+                and not (stage in OUTSIDE and outside != OUTSIDE[stage](settings))
                 and not (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder))
             )
     return {stage: stands for stage, stands in found.items() if stage not in settings.students}

@@ -139,6 +139,13 @@ def teacher_files(wildcards):
     return undated(files, wildcards.experiment, "teacher")
 
 
+def decoder_file(wildcards):
+    """Input function: the file of a small decoder, if one is named."""
+    source = experiment(wildcards.experiment)
+    file = source.settings.samples.decoder
+    return undated([existing(file, source, "samples.decoder")] if file else [], wildcards.experiment, "samples")
+
+
 def existing(path, source, key):
     """The path, if there is something."""
     if not Path(path).exists():
@@ -156,7 +163,9 @@ def settings_of(stage):
 
     def settings(wildcards):
         found = dependencies(wildcards.experiment, stage)
-        return found if stage not in FILES_READ else f"{found} {FILES_READ[stage](wildcards)}"
+        if stage == "samples" or stage not in FILES_READ:  # a decoder stands among the settings already
+            return found
+        return f"{found} {FILES_READ[stage](wildcards)}"
 
     return settings
 
@@ -169,7 +178,7 @@ def dependencies(name, stage):
 
 
 # What stages read beside the results of others.
-FILES_READ = {"clips": videos, "teacher": teacher_files}
+FILES_READ = {"clips": videos, "teacher": teacher_files, "samples": decoder_file}
 
 
 def needs(stage):

@@ -25,6 +25,7 @@ from vpae.data.video import write_video
 from vpae.distill import CHAIN
 from vpae.experiment import Source, load
 from vpae.models.layout import channels_last
+from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import fp8_products
 from vpae.planning.inference import by_size, network_use
@@ -98,6 +99,9 @@ def video(rows: Rows, source: Source, work: Path) -> None:
     rows.time("condition bfloat16", lambda: encode_condition(vae, first, geometry.frames))
     channels_last(vae)
     rows.time("decode bfloat16 channels-last", lambda: decode_latents(vae, latents), 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        small = SmallDecoder().to(device, dtype)
+        rows.time(f"decode {str(dtype).removeprefix('torch.')} small", partial(decode_latents, small, latents), 1)
     vae.to(torch.float32)
     rows.time("decode float32 channels-last", lambda: decode_latents(vae, latents), 1)
     rows.time("condition channels-last", lambda: encode_condition(vae, first, geometry.frames))

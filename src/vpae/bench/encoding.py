@@ -5,6 +5,7 @@ import torch
 from vpae.bench.measure import timed
 from vpae.bench.networks import Components
 from vpae.config import Experiment
+from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import decode_latents, encode_condition, encode_video
 
 
@@ -18,11 +19,13 @@ def measure_vae(settings: Experiment, parts: Components, device: torch.device, b
     video_B3THW = torch.rand(batch, 3, g.frames, g.height, g.width, device=device) * 2 - 1
     first_then_grey = torch.cat([video_B3THW[:, :, :1], torch.zeros_like(video_B3THW[:, :, 1:])], dim=2)
     latents = encode_video(parts.vae, video_B3THW)
+    small = SmallDecoder().to(device, parts.vae.dtype)  # of any weights: they change no time
     work = {
         "encode": lambda: encode_video(parts.vae, video_B3THW),
         "condition": lambda: encode_condition(parts.vae, video_B3THW[:, :, 0], g.frames),
         "condition, frame by frame": lambda: encode_video(parts.vae, first_then_grey),
         "decode": lambda: decode_latents(parts.vae, latents),
+        "decode, small decoder": lambda: decode_latents(small, latents),
     }
     found = {name: timed(run, device, repeats) for name, run in work.items()}
     for row in found.values():

@@ -44,6 +44,11 @@ class Samples(Section):
     )
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the VAE decodes in.")
     vae_channels_last: bool = Field(False, description="The VAE's memory layout for a GPU's tensor cores.")
+    decoder: str = Field(
+        "",
+        description="File of a small decoder (taew2_1.safetensors) that decodes in the VAE's place, for all rows and "
+        "the real clips; empty: the VAE.",
+    )
     crf: int = Field(10, ge=0, le=51, description="x264's constant rate factor (VBench-I2V: 10).")
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from vpae.placement import COMPILED_FROM, compiling_pays
 from vpae.progress import track
 from vpae.sampling import draw, model_folder
 from vpae.sampling.single import animate
-from vpae.sampling.stage import load_vae
+from vpae.sampling.stage import load_vae, small_decoder
 
 LATENCY_PASSES = 3
 SHARED = ("vae", "text_encoder", "image_encoder")  # a student's are the teacher's own
@@ -105,6 +105,8 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"latency_diffusion_s": [], "latency_total_s": []} for name in settings.samples.rows
     }
+    small = small_decoder(settings.samples)
+    small = small and small.to(device)
     vae = load_vae(inputs["teacher"], settings.samples)
     parts = load_pipeline(inputs["teacher"], transformer=None, vae=vae).to(device)
     shared = {name: getattr(parts, name) for name in SHARED}
@@ -122,7 +124,7 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
                 draw(pipeline.transformer, row, settings.teacher.shift, condition, shape, [0])
 
             def everything(pipeline=pipeline, row: Sampler = row) -> None:
-                animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames)
+                animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames, small)
 
             # A hundred network evaluations are their own average; a single one is not.
             repeats = config.latency_repeats * (1 if row.nfe >= 50 else 5)

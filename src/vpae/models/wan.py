@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vpae.flow import x0_from_velocity
 from vpae.models.formats import formats
+from vpae.models.small_decoder import SmallDecoder
 from vpae.models.still import can_encode_still, encode_still
 from vpae.teacher.folder import variant_of
 
@@ -216,13 +217,18 @@ def encode_condition(vae: AutoencoderKLWan, first_B3HW: Tensor, frames: int) -> 
     return _normalised(vae, encode_still(vae, _placed(vae, video), frames).chunk(2, dim=1)[0])  # the mode
 
 
-def decode_latents(vae: AutoencoderKLWan, x_BCFHW: Tensor) -> Tensor:
-    """Decode normalised latents to uint8 frames (B, T, H, W, 3), as the pipeline does."""
+def decode_latents(vae: AutoencoderKLWan | SmallDecoder, x_BCFHW: Tensor) -> Tensor:
+    """Decode normalised latents to uint8 frames (B, T, H, W, 3), as the pipeline does, or by a small decoder."""
+    if isinstance(vae, SmallDecoder):
+        return _bytes(vae.decode(x_BCFHW).float())
     mean, std = _latent_statistics(vae, x_BCFHW)
     z = _placed(vae, x_BCFHW / (1.0 / std) + mean)
     video = vae.decode(z, return_dict=False)[0]
-    scaled = (video.float() * 0.5 + 0.5).clamp(0, 1) * 255
-    return rearrange(scaled.round().to(torch.uint8), "b c t h w -> b t h w c")
+    return _bytes((video.float() * 0.5 + 0.5).clamp(0, 1))
+
+
+def _bytes(video_B3THW: Tensor) -> Tensor:
+    return rearrange((video_B3THW * 255).round().to(torch.uint8), "b c t h w -> b t h w c")
 
 
 def load_pipeline(

@@ -21,7 +21,19 @@ def missing(source: Source, results: Path = RESULTS) -> list[str]:
     found = []
     if clips.source != "world" and not Path(clips.path).exists():
         found.append(f"{source.path}: clips.path: {clips.path} does not exist; correct the key, or bring the videos")
-    return found + missing_students(source) + missing_teacher(source, results)
+    return found + missing_students(source) + missing_teacher(source, results) + _missing_decoder(source)
+
+
+def _missing_decoder(source: Source) -> list[str]:
+    if not (file := source.settings.samples.decoder):
+        return []
+    from vpae.models.small_decoder import load_small_decoder  # brings torch, which few need here
+
+    try:
+        load_small_decoder(file)
+    except ArtifactError as error:
+        return [f"{source.path}: samples.decoder: {error}"]
+    return []
 
 
 def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:

@@ -21,9 +21,10 @@ from vpae.data.names import NAME_BYTES
 from vpae.data.video import write_video
 from vpae.experiment import ConfigError
 from vpae.models.loras import require_fit
+from vpae.models.small_decoder import SmallDecoder, load_small_decoder
 from vpae.models.wan import GEOMETRY, Condition, decode_latents, first_frame_mask
 from vpae.out_of_memory import explained
-from vpae.placement import Placement, load_placed
+from vpae.placement import DTYPES, Placement, load_placed
 from vpae.sampling import draw
 
 FRAMES, FPS = 81, 16.0  # of Wan2.1, where a model's folder says nothing
@@ -40,8 +41,12 @@ def animate(
     guidance_scale: float,
     seed: int,
     num_frames: int,
+    decoder: SmallDecoder | None = None,
 ) -> np.ndarray:
-    """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not."""
+    """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not.
+
+    `decoder` decodes in the VAE's place.
+    """
     encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
     first = np.asarray(picture)
     frame = encoders.conditions([first], num_frames)
@@ -59,7 +64,7 @@ def animate(
     latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])
     if not latents.isfinite().all():
         raise ArtifactError(f"guidance {guidance_scale} and {steps} steps gave no finite numbers; lower the guidance")
-    return decode_latents(pipeline.vae, latents)[0].cpu().numpy()
+    return decode_latents(decoder or pipeline.vae, latents)[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -75,10 +80,12 @@ def sample_one(
     frames_out: Path | None,
     placement: Placement = Placement(),  # noqa: B008, it is frozen
     loras: Sequence[str] = (),
+    decoder: Path | None = None,
 ) -> None:
     """Animate one image and write the mp4 (and, if wanted, the exact frames as .npy).
 
-    `loras` are merged into the transformer, each FILE or FILE:STRENGTH.
+    `loras` are merged into the transformer, each FILE or FILE:STRENGTH. `decoder` is the file of a small decoder that
+    takes the VAE's place.
 
     Raises:
         ConfigError: all that cannot be done as asked for, a line each, or memory does not suffice.
@@ -102,13 +109,19 @@ def sample_one(
         faults += _size_faults(image, picture)
     except (ImageError, FileNotFoundError) as error:
         faults.append(f"--image {error}")
+    small = None
+    try:
+        small = load_small_decoder(decoder, DTYPES[placement.vae_dtype]) if decoder else None
+    except ArtifactError as error:
+        faults.append(f"--decoder {error}")
     if faults:
         raise ConfigError("\n".join(faults))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with explained(model, placement, device, length, picture.height, picture.width):
         evaluations = steps * (1 if guidance_scale == 1.0 else 2)
         pipeline = load_placed(model, placement, device, evaluations=evaluations, loras=loras)
-        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length)
+        small = small and small.to(device)
+        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length, small)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written(out) as temporary:
         write_video(temporary, frames, geometry.get("fps", FPS), CRF, reproducible=False)

@@ -21,6 +21,7 @@ from vpae.data.names import file_names
 from vpae.data.video import write_video
 from vpae.models.formats import formats
 from vpae.models.layout import channels_last
+from vpae.models.small_decoder import SmallDecoder, load_small_decoder
 from vpae.models.wan import decode_latents, load_pipeline, load_sampler
 from vpae.parts import Part
 from vpae.placement import DTYPES, compiling_pays
@@ -28,6 +29,7 @@ from vpae.preemption import Interruption
 from vpae.progress import Progress
 from vpae.randomness import derived_seed
 from vpae.sampling import draw, model_folder
+from vpae.teacher.folder import decoder_inputs as external_inputs  # noqa: F401, the stage's
 
 REAL = "real"  # the row of the clips themselves, which only go through the VAE
 SHEET = 16  # videos on a contact sheet
@@ -121,7 +123,8 @@ def _complete(
 
     if not missing:
         return suite
-    vae = load_vae(inputs["teacher"], settings.samples).to(device)
+    decoder = small_decoder(settings.samples) or load_vae(inputs["teacher"], settings.samples)
+    decoder.to(device)
     progress = Progress(sum(batch.size for batch in missing), label)
     with Interruption.watch() as request:
         for name, group in groupby(sorted(missing, key=model_of), key=model_of):  # each model is loaded once
@@ -138,7 +141,7 @@ def _complete(
                     items = suite[batch.start : batch.start + batch.size]
                     seeds, row = [item["seed"] for item in items], rows[batch.row]
                     x0 = draw(model, row, settings.teacher.shift, condition, tuple(x0.shape[1:]), seeds)
-                _keep(batch, x0, decoded(batch), vae, settings, state)
+                _keep(batch, x0, decoded(batch), decoder, settings, state)
                 progress.update(batch.size, batch.row)
             model = None  # two large models at a time may be too many
     progress.close()
@@ -152,12 +155,17 @@ def load_vae(folder: Path, config: Samples) -> AutoencoderKLWan:
     return channels_last(vae) if config.vae_channels_last else vae
 
 
-def _keep(batch: Batch, x0: Tensor, decoded: list[dict], vae, settings: Experiment, state: Path) -> None:
+def small_decoder(config: Samples) -> SmallDecoder | None:
+    """What decodes in the VAE's place, if the settings name it."""
+    return load_small_decoder(config.decoder, DTYPES[config.vae_dtype]) if config.decoder else None
+
+
+def _keep(batch: Batch, x0: Tensor, decoded: list[dict], decoder, settings: Experiment, state: Path) -> None:
     """Write a batch to the state folder: the videos of its first items, and then its latents."""
     batch.file(state).parent.mkdir(parents=True, exist_ok=True)
     tensors, strips = {"x0": x0.cpu().contiguous()}, []
     for item, latents in zip(decoded, x0, strict=False):
-        frames = decode_latents(vae, latents[None])[0].cpu().numpy()
+        frames = decode_latents(decoder, latents[None])[0].cpu().numpy()
         with kept(state / batch.row / item["file"]) as temporary:
             write_video(temporary, frames, settings.geometry.fps, settings.samples.crf, reproducible=False)
         if batch.start + len(strips) < SHEET:

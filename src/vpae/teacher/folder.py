@@ -1,4 +1,4 @@
-"""Teacher folders from elsewhere: whether one is what the stages can load, and its digest. Needs no torch."""
+"""Teacher folders, and weights beside them, from elsewhere: whether they can be loaded, and digests. Needs no torch."""
 
 import json
 import math
@@ -32,6 +32,19 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     hashes = zip(files, _hashes(files), strict=True)
     return found | {name: digest({p.relative_to(folder).as_posix(): h for p, h in hashes})}
+
+
+def decoder_inputs(settings: Experiment) -> dict[str, str]:
+    """Name -> digest of the file of a small decoder; empty without one.
+
+    Raises:
+        ArtifactError: there is no such file.
+    """
+    if not (name := settings.samples.decoder):
+        return {}
+    if not Path(name).is_file():
+        raise ArtifactError(f"samples.decoder: {name} does not exist; correct the key, or bring the file")
+    return {name: sha256(Path(name))}
 
 
 def _lora_identity(file: Path) -> str:
