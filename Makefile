@@ -26,7 +26,7 @@ demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and
 	@echo $(REPORT)
 
 test: $(READY) ## Run the tests; more arguments for pytest in ARGS="..."
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 drill: $(READY) ## Kill every stage of micro at random, spoil its inputs, fill its disk; more in ARGS="--kills 50 --seed 0"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/drill.py $(ARGS)

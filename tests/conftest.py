@@ -30,7 +30,9 @@ STAGES = ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "e
 SLOW_FIXTURES = {
     "test_bench": "measured",
     "test_dvc": "recorded",
+    "test_end_to_end": "results",
     "test_finished": "finished",
+    "test_scale": "clone",
     "test_vbench_runner": "scored",
     "test_workflow": "finished",
 }
@@ -46,6 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     for item in items:
         if SLOW_FIXTURES.get(item.path.stem) in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    dear = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in dear)  # so that no process is left alone with them at the end
 
 
 def seeded(seed: int, build: Callable):

@@ -57,6 +57,7 @@ def test_another_number_of_jobs_runs_nothing_again(jobs: dict, clone: Clone) -> 
     assert clone.planned(*CUT) == []
 
 
+@pytest.mark.slow
 def test_a_mark_made_under_other_settings_is_made_again(tmp_path: Path) -> None:
     clone = Clone(tmp_path, vpae=STAND_IN)
     cut(clone, latents=2)
