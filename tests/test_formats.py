@@ -1,5 +1,7 @@
 """Number formats follow one rule in every stage, whatever a folder is stored in, and no network is loaded twice."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from vpae.data.latents import LatentDataset
 from vpae.experiment import Source, load
 from vpae.models import formats as formats_module
 from vpae.models.formats import formats
-from vpae.models.wan import load_pipeline
+from vpae.models.wan import load_pipeline, load_sampler
 from vpae.sampling.single import animate
 from vpae.stages import run_stage
 
@@ -123,6 +125,21 @@ def test_a_network_of_any_number_format_is_sampled_from(place):
     assert pipeline.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     frames = animate(pipeline, picture(), CAPTIONS[0], 1, 1.0, 0, FRAMES)
     assert frames.dtype == np.uint8 and len(np.unique(frames)) > 20
+
+
+@pytest.mark.parametrize("load", [load_sampler, load_pipeline])
+def test_a_network_is_out_of_memory_as_soon_as_nobody_has_it(teacher, load):
+    """Stages load one large model after the other: one that waits for the garbage collector would stand beside it."""
+    gc.collect()
+    gc.disable()
+    try:
+        held = load(teacher)
+        network = getattr(held, "transformer", held)
+        weight = weakref.ref(network.blocks[0].attn1.to_q.weight)
+        del held, network
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_each_network_is_large_or_small_by_itself(teacher, monkeypatch):

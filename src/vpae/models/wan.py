@@ -261,10 +261,12 @@ def load_pipeline(
 def take_any_inputs(transformer: nn.Module) -> None:
     """Have a transformer cast its inputs as the pipeline does: all but the time to the format of its weights."""
 
-    def in_its_own_dtype(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    # The network is the hook's own argument: one that its hook refers to would be in memory until a garbage collection,
+    # beside the next large one.
+    def in_its_own_dtype(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         def cast(name: str, value: Any) -> Any:
             floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(transformer.dtype) if floating and name != "timestep" else value
+            return value.to(network.dtype) if floating and name != "timestep" else value
 
         return args, {name: cast(name, value) for name, value in kwargs.items()}
 

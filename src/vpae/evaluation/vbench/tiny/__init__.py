@@ -138,7 +138,7 @@ def image_encoder(teacher: Path, device: torch.device) -> Callable[[Tensor], Ten
     from transformers import CLIPVisionModel
 
     try:
-        model = CLIPVisionModel.from_pretrained(teacher / "image_encoder", local_files_only=True)
+        model = CLIPVisionModel.from_pretrained(teacher / "image_encoder", dtype=torch.float32, local_files_only=True)
         processor = json.loads((teacher / "image_processor" / "preprocessor_config.json").read_text())
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
