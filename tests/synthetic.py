@@ -12,6 +12,7 @@ from PIL import Image
 
 from vbench_i2v import camera
 from vbench_i2v.suite import SAMPLES, nearest_ratio
+from vbench_i2v.video import Video
 from vpae.data.video import write_video
 from vpae.data.world import draw_truth, render, render_background
 
@@ -99,3 +100,9 @@ def _filmed(texture: np.ndarray, movement: str, frames: int, height: int, width:
         box = (left, top, left + zoom * width, top + zoom * height)
         seen.append(np.asarray(Image.fromarray(texture).resize((width, height), Image.BILINEAR, box=box)))
     return np.stack(seen)
+
+
+def video_of(frames_THW3: np.ndarray, fps: float) -> Video:
+    """A video from uint8 frames in memory."""
+    count, height, width, _ = frames_THW3.shape
+    return Video(fps, count, height, width, lambda: iter(frames_THW3))

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import seeded
+from synthetic import video_of
 from vbench_i2v import backbones, camera, weights
 from vbench_i2v.backbones import clip, plugins
 from vbench_i2v.backbones.dino import DinoViT
 from vbench_i2v.backbones.raft import RAFT
 from vbench_i2v.base import OFFICIAL
 from vbench_i2v.errors import NotComputed
-from vbench_i2v.video import video_of
 from vpae.data.world import draw_truth, render, sprite_alpha
 from vpae.evaluation.vbench.tiny import classical, quality
 

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conftest import seeded
+from synthetic import video_of
 from vbench_i2v import camera, dimensions, transforms
 from vbench_i2v.backbones.dino import DinoViT
 from vbench_i2v.base import Item
 from vbench_i2v.dimensions import DIMENSIONS
 from vbench_i2v.errors import NotComputed, VBenchError
-from vbench_i2v.video import Video, open_video, video_of
+from vbench_i2v.video import Video, open_video
 from vpae.config import TinyEncoders
 from vpae.data.video import read_frames, write_video
 from vpae.data.world import draw_truth, render

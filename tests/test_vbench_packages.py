@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from synthetic import video_of
 from vbench_i2v import backbones, dimensions, weights
 from vbench_i2v.backbones import clip
 from vbench_i2v.base import Item
 from vbench_i2v.packages import imported
-from vbench_i2v.video import video_of
 
 
 def needs(package: str) -> pytest.MarkDecorator:

@@ -111,9 +111,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except VideoError as error:
         raise VBenchError(f"{path}: {error}; truncated or damaged? Generate it again") from error
-
-
-def video_of(frames_THW3: np.ndarray, fps: float) -> Video:
-    """A video from uint8 frames in memory."""
-    count, height, width, _ = frames_THW3.shape
-    return Video(fps, count, height, width, lambda: iter(frames_THW3))

@@ -6,7 +6,6 @@ finished folder is recognised by its settings and by the hashes of its inputs, n
 
 import errno
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import vpae
+from vbench_i2v.files import digest, sha256
 from vpae.locks import lock
 
 PROVENANCE = "provenance.json"
@@ -34,17 +34,6 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy",
 
 class ArtifactError(RuntimeError):
     """An input that is missing or is not what it says; the message names the path and the remedy."""
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(value: object) -> str:
-    """Hex digest of a JSON-able value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

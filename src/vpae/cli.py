@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from vpae import __version__
@@ -168,15 +169,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         num_frames=arguments.num_frames,
         out=arguments.out,
         frames_out=arguments.frames,
-        placement=Placement(
-            arguments.offload,
-            arguments.quantize,
-            arguments.tile,
-            arguments.compile,
-            arguments.dtype,
-            arguments.vae_dtype,
-            arguments.channels_last,
-        ),
+        placement=Placement(**{field.name: getattr(arguments, field.name) for field in fields(Placement)}),
         loras=arguments.lora,
         decoder=arguments.decoder,
     )
