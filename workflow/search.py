@@ -363,13 +363,15 @@ def table(file: Path) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(file: Path, pairs: list[list[str]]) -> str:
+def over_seeds(files: list[Path], pairs: list[list[str]]) -> str:
     """Markdown: each variant's mean over its seeds, then the differences of pairs of variants from the same seeds.
+
+    A variant and seed that is in several files counts as the last of them has it.
 
     Behind ± stands half of Student's 95% interval over the seeds, which a single seed does not have.
     """
     found: dict[str, dict[int, dict]] = {}
-    for row in map(json.loads, file.read_text().splitlines()):
+    for row in map(json.loads, "".join(file.read_text() for file in files).splitlines()):
         found.setdefault(row["variant"], {})[row["seed"]] = row
     columns = [key for key in (*COLUMNS, "evaluations") if any(key in r for v in found.values() for r in v.values())]
     lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
@@ -382,7 +384,8 @@ def over_seeds(file: Path, pairs: list[list[str]]) -> str:
         line(name, list(seeds.values()))
     for one, other in pairs:
         if unknown := {one, other} - found.keys():
-            raise SystemExit(f"--pair {one} {other}: {file} has no {', '.join(unknown)}; it has {', '.join(found)}")
+            where = ", ".join(map(str, files))
+            raise SystemExit(f"--pair {one} {other}: {where} has no {', '.join(unknown)}; it has {', '.join(found)}")
         both = found[one].keys() & found[other].keys()
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
         line(f"{one} - {other}", [{k: a[k] - b[k] for k in COLUMNS if k in a and k in b} for a, b in pair])
@@ -413,9 +416,9 @@ def main() -> None:
     tables.add_argument("file", type=Path)
     tables.set_defaults(run=lambda a: print(table(a.file)))
     means = actions.add_parser("means", help="means over seeds, and differences of pairs of variants")
-    means.add_argument("file", type=Path)
+    means.add_argument("files", type=Path, nargs="+")
     means.add_argument("--pair", nargs=2, action="append", default=[], metavar=("ONE", "OTHER"))
-    means.set_defaults(run=lambda a: print(over_seeds(a.file, a.pair)))
+    means.set_defaults(run=lambda a: print(over_seeds(a.files, a.pair)))
     arguments = parser.parse_args()
     arguments.run(arguments)
 
