@@ -1,7 +1,7 @@
 # Every target does its own set-up: it makes .venv, and nothing has to be activated. `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test drill lint report clean record restore cluster-up cluster-test cluster-down
+.PHONY: help setup demo test rehearsal drill lint report clean record restore cluster-up cluster-test cluster-down
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,9 @@ demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and
 
 test: $(READY) ## Run the tests; more arguments for pytest in ARGS="..."
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+rehearsal: $(READY) ## All stages of the 14B configuration with two blocks of its width: 12 GB, some ten minutes
+	VPAE_REHEARSAL=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_full_width.py $(ARGS)
 
 drill: $(READY) ## Kill every stage of micro at random, spoil its inputs, fill its disk; more in ARGS="--kills 50 --seed 0"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/drill.py $(ARGS)
