@@ -210,7 +210,8 @@ def test_the_generator_sees_the_noised_real_clip_at_times_of_its_interval(turn):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("build", "first"), [(build_priming, 0.9), (build_equilibrium, 1.0)])
 def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(build, first, share):
-    phase, times = build(few_step_share=share, few_steps=4), []
+    later = {"few_step_share": share} if build is build_priming else {"few_step": {"share": share}}
+    phase, times = build(**later), []
     turn = "fake" if build is build_priming else "head"
     with calls_of(phase.generator) as calls, torch.no_grad():
         for seed in range(20):
@@ -223,7 +224,7 @@ def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(build, 
 
 
 def test_at_a_later_time_the_equilibrium_s_generator_sees_the_clip_through_less_noise():
-    phase, (x, c) = build_equilibrium(few_step_share=1.0, few_steps=2), build_batch(2)
+    phase, (x, c) = build_equilibrium(few_step={"share": 1.0, "steps": 2}), build_batch(2)
     with calls_of(phase.generator) as calls:
         for clips in (x, x + 10):
             phase.loss("head", (clips, c), rng(), 0)

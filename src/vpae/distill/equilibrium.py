@@ -51,6 +51,13 @@ class Score(Section):
     times: Times = Field(Times(), description="t' at which the scores are compared.")
 
 
+class FewStep(Section):
+    """Learning of the later times of few-step sampling beside t = 1."""
+
+    share: Share = Field(0.25, description="Share of the clips that are at a later time.")
+    steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
+
+
 class Settings(MethodSettings):
     """Stage `equilibrium`: phase II, unified adversarial equilibrium."""
 
@@ -87,10 +94,7 @@ class Settings(MethodSettings):
     same_noise: bool = Field(
         False, description="Noise a real clip and its generated one alike, so that their logits differ less by chance."
     )
-    few_step_share: Share = Field(
-        0.0, description="Share of the clips at which the generator learns the later times of few-step sampling."
-    )
-    few_steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
+    few_step: FewStep | None = Field(None, description="Train for more than one step, too [choice]; empty: one step.")
     score: Score = Field(Score(), description="The score loss of phase I, kept on.")
 
     @model_validator(mode="after")
@@ -200,7 +204,8 @@ class Equilibrium(Method):
 
     def generate(self, clips: Clips) -> Tensor:
         """Step 1: xh = f_theta(eps, 1, c), one step from pure noise; a share from real latents that are noised less."""
-        t = clips.sometimes_later(clips.ones(), self.config.few_step_share, self.config.few_steps)
+        t, few = clips.ones(), self.config.few_step
+        t = clips.sometimes_later(t, few.share, few.steps) if few else t
         return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
 
     def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
