@@ -1,10 +1,17 @@
-"""Hinge losses, the two probes of ST-R1, and conditional score distillation."""
+"""Hinge and relativistic losses, the two probes of ST-R1, and conditional score distillation."""
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from vpae.distill.losses.adversarial import discriminator_hinge, generator_adversarial
+from vpae.distill.losses.adversarial import (
+    discriminator_hinge,
+    discriminator_relativistic,
+    generator_adversarial,
+    generator_relativistic,
+)
 from vpae.distill.losses.csds import csds_loss
 from vpae.distill.losses.probes import probe_penalty, spatial_perturbation, temporal_perturbation
 
@@ -52,6 +59,21 @@ def test_the_generator_s_two_forms(form, logits, expected, gradient):
     loss = generator_adversarial(logits, form)
     loss.backward()
     assert loss.item() == pytest.approx(expected) and logits.grad.tolist() == gradient
+
+
+def test_relativistic_losses_are_of_each_pair_and_opposed():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -1.0], requires_grad=True)
+    pairs = [(2.0, 0.5), (-1.0, -1.0)]
+    told = sum(math.log1p(math.exp(f - r)) for r, f in pairs) / 2
+    fooled = sum(math.log1p(math.exp(r - f)) for r, f in pairs) / 2
+    assert discriminator_relativistic(real, fake).item() == pytest.approx(told)
+    assert generator_relativistic(real, fake).item() == pytest.approx(fooled)
+    # What is common to the two logits of a pair, as all that the first frame says, counts for nothing.
+    offset = torch.tensor([5.0, -3.0])
+    torch.testing.assert_close(discriminator_relativistic(real + offset, fake + offset).item(), told, rtol=1e-5, atol=0)
+    (of_one,) = torch.autograd.grad(discriminator_relativistic(real, fake), fake)
+    (of_other,) = torch.autograd.grad(generator_relativistic(real, fake), fake)
+    assert of_one[1] == -of_other[1] and (of_one > 0).all() and (of_other < 0).all()
 
 
 def test_the_penalty_is_the_sum_of_both_mean_squares():

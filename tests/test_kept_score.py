@@ -88,6 +88,26 @@ def test_the_same_noise_is_on_the_clip_and_on_its_video():
     assert asked[0][0].equal(asked[1][0])
 
 
+def test_a_relativistic_pair_is_a_video_and_the_clip_of_its_first_frame():
+    batch = build_batch(4)
+    phase = build_equilibrium(relativistic=True, same_noise=True, csds_weight=0.0, r1=R1(weight=0.0, probes=()))
+    asked, logits = [], phase.logits
+    phase.logits = lambda x_t, t, c: asked.append((x_t, logits(x_t, t, c))) or asked[-1][1]
+    loss, logs = phase.loss("head", batch, rng(), 0)
+    (_, real), (_, fake) = asked
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(fake - real).mean())
+    assert logs["accuracy"] == (real > fake).float().mean()
+    asked.clear()
+    loss, logs = phase.loss("generator", batch, rng(), 0)
+    (_, fake), (_, real) = asked
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(real - fake).mean())
+    assert fake.requires_grad and not real.requires_grad
+    asked.clear()
+    phase.generate = lambda clips: clips.x  # a perfect generator: then both are the same, whatever the noise
+    phase.loss("generator", batch, rng(), 0)
+    assert asked[0][0].equal(asked[1][0])
+
+
 @pytest.mark.parametrize(("probe", "sigma"), [("spatial", 0.01), ("temporal", 0.1), ("plain", 0.05)])
 def test_the_slope_is_the_discriminator_s_gradient_along_the_probes(probe, sigma):
     phase, (x, c) = build_equilibrium(r1=R1(probes=(probe,), sigma_plain=0.05)), build_batch(256)

@@ -6,7 +6,8 @@
 
 The methods' own losses are trained, on clips of the procedural world that are made and encoded on the machine (frames
 are not stored as H.264 in between). On a GPU each turn is captured as a CUDA graph, since Python needs longer to start
-a small network's kernels than they run; the variants of a seed run side by side in streams, the seeds in processes.
+a small network's kernels than they run; the variants of a seed run side by side in streams, the seeds in processes, and
+other processes judge what is trained while the next variants are. Matrix products are TF32 there.
 
 Every line of the result has C2ST (0.5 is the goal), Frechet distance, motion and the truth metrics of one student, what
 its training took in network evaluations (a backward pass counts as two), and the pull of each loss. Nothing is tuned
@@ -14,11 +15,13 @@ on the clips it is judged on: all three sets have seeds of their own.
 """
 
 import argparse
+import copy
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -112,13 +115,13 @@ class InMemory:
     device = DEVICE
 
     def __init__(self, teacher: Path):
-        self.teacher = teacher
+        self.loaded = load_transformer(teacher, torch.float32).to(DEVICE)
         self.students: dict[str, Method] = {}
         self.start = ""  # the variant whose student stands for the method that the next one starts from
 
     def transformer(self, model: str, trained: bool) -> nn.Module:
         """A new copy; a student's has its EMA weights."""
-        network = load_transformer(self.teacher, torch.float32).to(DEVICE)
+        network = copy.deepcopy(self.loaded)
         if model != TEACHER:
             network.load_state_dict(self.students[self.start].ema.state_dict())
         return network
@@ -175,7 +178,6 @@ class Run:
         self.cost[turn] = count[0]
         graph = None
         if DEVICE.type == "cuda":
-            self._on_stream(lambda: self._turn(turn))
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.rng)
@@ -267,66 +269,128 @@ def videos_of(model: nn.Module, clips: Clips, row: Sampler, shift: float, seed: 
     return torch.cat(made)
 
 
-def judge(model, sets: dict[str, Clips], row: Sampler, shift: float, judging: dict, vae, pool) -> dict:
-    """C2ST over several classifier seeds, Frechet distance, motion, and the truth metrics, of one model."""
-    fit, test = (videos_of(model, sets[name], row, shift, seed) for name, seed in (("fit", 1), ("test", 2)))
-    pairs = [c2st.Pairs(sets[n].x0, x, sets[n].condition) for n, x in (("fit", fit), ("test", test))]
-    found = [c2st.accuracy(*pairs, judging["steps"], seed) for seed in range(judging["seeds"])]
-    features = RandomFeatures().to(DEVICE)
-    real, made = (torch.cat([features(part) for part in x.split(AT_ONCE)]) for x in (sets["test"].x0, test))
-    moves, real_moves = (x.diff(dim=2).abs().mean() for x in (test, sets["test"].x0))
-    with torch.no_grad():
-        frames = [decode_latents(vae, x).cpu().numpy() for x in test[: judging["truth"]].split(32)]
-    truths = [Truth.from_json(t) for t in sets["test"].truth[: judging["truth"]]]
-    rows = list(pool.map(measure, np.concatenate(frames), truths, chunksize=8))
-    error = {key: np.std([r[key] for r in rows]) / len(rows) ** 0.5 for key in rows[0]}
-    return {
-        "c2st": float(np.mean(found)),
-        "c2st_by_seed": found,
-        "frechet": frechet(made.cpu().numpy(), real.cpu().numpy()),
-        "motion": float(moves / real_moves),
-        **{key: float(np.mean([r[key] for r in rows])) for key in rows[0]},
-        **{f"{key}_standard_error": float(value) for key, value in error.items()},
-    }
+class Judge:
+    """What a process needs to judge students: clips to fit and to test classifiers on, and the decoder."""
+
+    def __init__(self, data_file: Path, teacher: Path, plan: dict):
+        use_one_core()
+        data = torch.load(data_file, weights_only=True, mmap=True)
+        self.sets = {name: Clips(data, name) for name in ("fit", "test")}
+        self.judging, self.shift = plan["judge"], load(plan["config"], plan.get("set", [])).settings.teacher.shift
+        self.network = load_transformer(teacher, torch.float32).to(DEVICE)
+        self.vae = load_pipeline(teacher, transformer=None, text_encoder=None, image_encoder=None).vae.to(DEVICE)
+        self.features = RandomFeatures().to(DEVICE)
+
+    def __call__(self, weights: dict[str, Tensor] | None, row: Sampler) -> dict:
+        """C2ST over several classifier seeds, Frechet distance, motion, and the truth metrics, of one network."""
+        if weights is not None:
+            self.network.load_state_dict(weights)
+        sets, judging = self.sets, self.judging
+        fit, test = (
+            videos_of(self.network, sets[name], row, self.shift, seed) for name, seed in (("fit", 1), ("test", 2))
+        )
+        pairs = [c2st.Pairs(sets[n].x0, x, sets[n].condition) for n, x in (("fit", fit), ("test", test))]
+        found = [c2st.accuracy(*pairs, judging["steps"], seed) for seed in range(judging["seeds"])]
+        real, made = (torch.cat([self.features(part) for part in x.split(AT_ONCE)]) for x in (sets["test"].x0, test))
+        moves, real_moves = (x.diff(dim=2).abs().mean() for x in (test, sets["test"].x0))
+        with torch.no_grad():
+            frames = [decode_latents(self.vae, x).cpu().numpy() for x in test[: judging["truth"]].split(32)]
+        truths = [Truth.from_json(t) for t in sets["test"].truth[: judging["truth"]]]
+        rows = [measure(clip, truth) for clip, truth in zip(np.concatenate(frames), truths, strict=True)]
+        error = {key: np.std([r[key] for r in rows]) / len(rows) ** 0.5 for key in rows[0]}
+        return {
+            "c2st": float(np.mean(found)),
+            "c2st_by_seed": found,
+            "frechet": frechet(made.cpu().numpy(), real.cpu().numpy()),
+            "motion": float(moves / real_moves),
+            **{key: float(np.mean([r[key] for r in rows])) for key in rows[0]},
+            **{f"{key}_standard_error": float(value) for key, value in error.items()},
+        }
+
+
+at_hand: list[Judge] = []  # of this process
+
+
+def become_judge(*arguments) -> None:
+    """What a process of the pool does first."""
+    at_hand.append(Judge(*arguments))
+
+
+def judge(weights: Path | None, row: Sampler) -> dict:
+    """Judge the weights of a file, or the teacher itself, in a process of the pool."""
+    loaded = torch.load(weights, map_location=DEVICE, weights_only=True) if weights else None
+    found = at_hand[0](loaded, row)
+    if weights:
+        weights.unlink()
+    return found
+
+
+def use_one_core() -> None:
+    """There are as many processes as cores."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
 
 
 def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, workers: int) -> None:
-    """All variants of one seed, in the order of the plan; those that follow each other without `then` run together."""
-    torch.set_num_threads(1)
-    data = torch.load(data_file, weights_only=True)
-    sets = {name: Clips(data, name) for name in SEEDS}
-    settings = load(plan["config"], [*plan.get("set", []), f"seed={seed}"]).settings
-    networks, begun = InMemory(teacher), time.monotonic()
-    vae = load_pipeline(teacher, transformer=None, text_encoder=None, image_encoder=None).vae.to(DEVICE)
-    with ProcessPoolExecutor(workers) as pool:
+    """All variants of one seed, in the order of the plan; those of one entry are trained together."""
+    use_one_core()
+    begun, spawn = time.monotonic(), torch.multiprocessing.get_context("spawn")
+    starts = {variant.get("start") for group in plan["variants"] for variant in group.values()}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(workers, spawn, become_judge, (data_file, teacher, plan)) as pool,
+    ):
 
-        def write(name: str, **values) -> None:
+        def write(name: str, judged: Future, **values) -> None:
+            line = {"variant": name, "seed": seed, "seconds": round(time.monotonic() - begun, 1)}
+            line |= judged.result() | values
             with out.open("a") as file:
-                line = {"variant": name, "seed": seed, "seconds": round(time.monotonic() - begun, 1), **values}
                 file.write(json.dumps(line) + "\n")
             print(json.dumps({k: v for k, v in line.items() if not k.endswith(("error", "by_seed"))}), flush=True)
 
+        pending = []
+
+        def have_judged(name: str, weights: Path | None, row: Sampler, **values) -> None:
+            pending.append(pool.submit(judge, weights, row))
+            pending[-1].add_done_callback(lambda judged: write(name, judged, **values))
+
+        networks, clips = InMemory(teacher), Clips(torch.load(data_file, weights_only=True, mmap=True), "train")
         if seed == plan["seeds"][0] and plan.get("teacher", True):  # on a CPU its 100 NFE take longer than all else
-            row = settings.samples.rows["teacher-100nfe"]
-            model = load_transformer(teacher, torch.float32).to(DEVICE)
-            write("teacher-100nfe", **judge(model, sets, row, settings.teacher.shift, plan["judge"], vae, pool))
+            rows = load(plan["config"], plan.get("set", [])).settings.samples.rows
+            have_judged("teacher-100nfe", None, rows["teacher-100nfe"])
         for group in plan["variants"]:
-            runs = []
-            for name, variant in group.items():
-                overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
-                config = variant.get("config", plan["config"])
-                one = load(config, [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
-                networks.start = variant.get("start", "")
-                one.methods[variant["method"]] = networks.students[networks.start].name if networks.start else TEACHER
-                phase = METHODS[variant["method"]].build(one, networks)
-                runs.append(Run(name, phase, sets["train"], 1000 * seed + len(runs)))
+            runs = [
+                start_of(name, variant, plan, seed, networks, clips, i)
+                for i, (name, variant) in enumerate(group.items())
+            ]
+            ready = time.monotonic() - begun
             train_together(runs)
+            print(
+                f"seed {seed}, {', '.join(group)}: ready at {ready:.0f} s, trained at {time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
             for run in runs:
-                networks.students[run.name] = run.phase
-                row = Sampler(model="student", steps=1)
+                if run.name in starts:
+                    networks.students[run.name] = run.phase
+                weights = Path(folder, f"{run.name}.pt")
+                torch.save(run.phase.ema.state_dict(), weights)
                 logs = {key: float(value) for key, value in run.logs.items()}
-                found = judge(run.phase.ema, sets, row, settings.teacher.shift, plan["judge"], vae, pool)
-                write(run.name, **found, evaluations=run.evaluations, logs=logs)
+                have_judged(
+                    run.name, weights, Sampler(model="student", steps=1), evaluations=run.evaluations, logs=logs
+                )
+            del runs
+        for judged in pending:
+            judged.result()
+
+
+def start_of(name: str, variant: dict, plan: dict, seed: int, networks: InMemory, clips: Clips, place: int) -> Run:
+    """A variant at its start."""
+    overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
+    config = variant.get("config", plan["config"])
+    settings = load(config, [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
+    networks.start = variant.get("start", "")
+    settings.methods[variant["method"]] = networks.students[networks.start].name if networks.start else TEACHER
+    return Run(name, METHODS[variant["method"]].build(settings, networks), clips, 1000 * seed + place)
 
 
 def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:

@@ -40,9 +40,9 @@ def unshift(t: Tensor | float, s: float) -> Tensor | float:
     return t / (s - (s - 1) * t)
 
 
-def schedule(steps: int, s: float) -> Tensor:
+def schedule(steps: int, s: float, device: torch.device | str = "cpu") -> Tensor:
     """The sampler's times: steps + 1 shifted values from 1 down to 0, float64."""
-    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), s)
+    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device), s)
 
 
 def sample_times(times: Times, s: float, progress: float, batch: int, rng: torch.Generator) -> Tensor:

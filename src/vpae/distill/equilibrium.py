@@ -86,6 +86,11 @@ class Settings(MethodSettings):
     g_loss: Literal["hinge_linear", "hinge_clipped"] = Field(
         "hinge_linear", description="-D(xh), or relu(1 - D(xh)) [choice]."
     )
+    relativistic: bool = Field(
+        False,
+        description="Judge each video against the real clip of its first frame, in place of the hinge: what a logit "
+        "owes to the first frame then counts for nothing [choice; R3GAN's loss].",
+    )
     adversarial_weight: NonNegative = Field(1.0, description="Weight of the generator's adversarial term; 0 = off.")
     csds_weight: NonNegative = Field(10.0, description="lambda of the conditional SDS term (paper: 10).")
     csds_guidance_scale: float = Field(1.0, description="Guidance of the teacher in C-SDS; 1 = off [choice].")
@@ -241,14 +246,17 @@ class Equilibrium(Method):
                 seen += [xh_t + self.perturbation(name, clips) for name in settings.probes]
             real, fake, *others = self.logits_of(seen, t, c)
             probes, r2 = dict(zip(settings.probes, others, strict=False)), others[len(settings.probes) :]
-        hinge, penalty = adversarial.discriminator_hinge(real, fake), probing.probe_penalty(real, *probes.values())
+        form = adversarial.discriminator_relativistic if self.config.relativistic else adversarial.discriminator_hinge
+        hinge, penalty = form(real, fake), probing.probe_penalty(real, *probes.values())
+        told_apart = [real > fake] if self.config.relativistic else [real > 0, fake < 0]
+        accuracy = torch.stack(told_apart).float().mean()
         logs = {
             "hinge": hinge,
             "str1": penalty,
             "logit_real": real.mean(),
             "logit_fake": fake.mean(),
             "logit_gap": real.mean() - fake.mean(),
-            "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
+            "accuracy": accuracy,
         }
         # |grad D| along each kind of probe, to first order.
         slopes = {f"slope_{k}": (real - d).square().mean().sqrt() / self.sigma(k) for k, d in probes.items()}
@@ -276,8 +284,15 @@ class Equilibrium(Method):
         config, xh, logs = self.config, self.generate(clips), {}
         loss = xh.new_zeros(())
         if config.adversarial_weight > 0:
-            xh_t, t, _ = self.noised_again(self.pulled(xh, "adversarial", logs), clips)
-            opposed = adversarial.generator_adversarial(self.logits(xh_t, t, clips.c), config.g_loss)
+            xh_t, t, noise = self.noised_again(self.pulled(xh, "adversarial", logs), clips)
+            fake = self.logits(xh_t, t, clips.c)
+            if config.relativistic:
+                with torch.no_grad():
+                    x_t = flow.add_noise(clips.x, noise if config.same_noise else clips.noise(), t)
+                    real = self.logits(x_t, t, clips.c)
+                opposed = adversarial.generator_relativistic(real, fake)
+            else:
+                opposed = adversarial.generator_adversarial(fake, config.g_loss)
             loss = loss + config.adversarial_weight * opposed
             logs["adversarial"] = opposed
         if config.csds_weight > 0:

@@ -90,7 +90,7 @@ class Clips:
         """t, but for a share of the clips a time at which a sampler of so many steps goes on: not 1, not 0."""
         if share == 0:
             return t_B
-        later = flow.schedule(steps, self.shift)[1:-1].to(t_B)
+        later = flow.schedule(steps, self.shift, t_B.device)[1:-1].to(t_B.dtype)
         chosen = later[torch.randint(len(later), t_B.shape, generator=self.rng, device=t_B.device)]
         return torch.where(torch.rand(t_B.shape, generator=self.rng, device=t_B.device) < share, chosen, t_B)
 

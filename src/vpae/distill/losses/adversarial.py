@@ -1,4 +1,4 @@
-"""Hinge losses (Phase II, step 4)."""
+"""Hinge losses (Phase II, step 4), and the relativistic pair that can stand in their place."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,3 +19,16 @@ def generator_adversarial(fake_logits_B: Tensor, form: str) -> Tensor:
     if form == "hinge_linear":
         return -fake_logits_B.mean()
     return F.relu(1 - fake_logits_B).mean()
+
+
+def discriminator_relativistic(real_logits_B: Tensor, fake_logits_B: Tensor) -> Tensor:
+    """E softplus(D(xh_t') - D(x_t')), each video against the real clip of its own first frame.
+
+    Source: Jolicoeur-Martineau, 2018, paired as by Huang et al. (R3GAN), 2024.
+    """
+    return F.softplus(fake_logits_B - real_logits_B).mean()
+
+
+def generator_relativistic(real_logits_B: Tensor, fake_logits_B: Tensor) -> Tensor:
+    """E softplus(D(x_t') - D(xh_t')), the opposite of the discriminator's."""
+    return F.softplus(real_logits_B - fake_logits_B).mean()

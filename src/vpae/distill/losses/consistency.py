@@ -21,7 +21,7 @@ def neighbouring_times(intervals: int, shift: float, batch: int, rng: torch.Gene
     Returns:
         t (B,) and the next smaller time s (B,), float32.
     """
-    times = schedule(intervals, shift).to(rng.device)
+    times = schedule(intervals, shift, rng.device)  # made there: a copy would wait for the device
     step = torch.randint(intervals, (batch,), generator=rng, device=rng.device)
     return times[step].float(), times[step + 1].float()
 
