@@ -48,15 +48,6 @@ def experiment(folder: Path, teacher: Path, **changes: object) -> Source:
     return load(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _reproducible_videos():
-    """With x264's assembly, which samples are encoded with, equal frames need not give equal files."""
-    with pytest.MonkeyPatch.context() as patch:
-        exact = lambda path, frames, fps, crf, reproducible: write_video(path, frames, fps, crf)  # noqa: E731
-        patch.setattr(sampling, "write_video", exact)
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     """The results of all stages, one job each; only to be read."""

@@ -56,3 +56,6 @@ def test_means_and_differences_are_over_the_same_seeds(tmp_path):
     assert printed[2] == "| a | 3 | 2.0000 ± 2.4841 | 2000 ± 0 |"  # 4.3027 x 1 / sqrt(3)
     assert printed[4] == "| c | 1 | 7.0000 | 2000 |"
     assert printed[5] == "| a - b | 2 | 0.5000 ± 0.0000 |  |"
+    assert search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"]).splitlines()[2:] == [printed[4]]
+    with pytest.raises(SystemExit, match="no variant d; there are a, b, c"):
+        search.over_seeds([tmp_path / "rows.jsonl"], [["a", "d"]])

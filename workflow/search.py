@@ -1,8 +1,8 @@
 """Train variants of methods over several seeds on one GPU in minutes, and judge their single steps.
 
-    python workflow/search.py run docs/search/phase2.yaml --teacher data/teachers/tiny --out docs/search/phase2.jsonl
-    python workflow/search.py table docs/search/phase2.jsonl
-    python workflow/search.py means docs/search/phase2.jsonl --pair joint score-only
+    python workflow/search.py run docs/search/order.yaml --teacher data/teachers/tiny --out docs/search/order.jsonl
+    python workflow/search.py table docs/search/order.jsonl
+    python workflow/search.py means docs/search/order.jsonl --pair convolutions-weak more-score
 
 The methods' own losses are trained, on clips of the procedural world that are made and encoded on the machine (frames
 are not stored as H.264 in between). On a GPU each turn is captured as a CUDA graph, since Python needs longer to start
@@ -427,10 +427,10 @@ def table(file: Path) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(files: list[Path], pairs: list[list[str]]) -> str:
+def over_seeds(files: list[Path], pairs: list[list[str]], only: list[str] | None = None) -> str:
     """Markdown: each variant's mean over its seeds, then the differences of pairs of variants from the same seeds.
 
-    A variant and seed that is in several files counts as the last of them has it.
+    A variant and seed that is in several files counts as the last of them has it. `only` names the variants to print.
 
     Behind ± stands half of Student's 95% interval over the seeds, which a single seed does not have.
     """
@@ -444,12 +444,12 @@ def over_seeds(files: list[Path], pairs: list[list[str]]) -> str:
         cells = (interval([value[key] for value in values]) if key in values[0] else "" for key in columns)
         lines.append(f"| {name} | {len(values)} | " + " | ".join(cells) + " |")
 
-    for name, seeds in found.items():
-        line(name, list(seeds.values()))
+    if unknown := {*(only or ()), *itertools.chain(*pairs)} - found.keys():
+        where = ", ".join(map(str, files))
+        raise SystemExit(f"{where}: no variant {', '.join(sorted(unknown))}; there are {', '.join(found)}")
+    for name in only or found:
+        line(name, list(found[name].values()))
     for one, other in pairs:
-        if unknown := {one, other} - found.keys():
-            where = ", ".join(map(str, files))
-            raise SystemExit(f"--pair {one} {other}: {where} has no {', '.join(unknown)}; it has {', '.join(found)}")
         both = found[one].keys() & found[other].keys()
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
         line(f"{one} - {other}", [{k: a[k] - b[k] for k in COLUMNS if k in a and k in b} for a, b in pair])
@@ -482,7 +482,8 @@ def main() -> None:
     means = actions.add_parser("means", help="means over seeds, and differences of pairs of variants")
     means.add_argument("files", type=Path, nargs="+")
     means.add_argument("--pair", nargs=2, action="append", default=[], metavar=("ONE", "OTHER"))
-    means.set_defaults(run=lambda a: print(over_seeds(a.files, a.pair)))
+    means.add_argument("--only", nargs="+", metavar="VARIANT", help="the variants to print; all without it")
+    means.set_defaults(run=lambda a: print(over_seeds(a.files, a.pair, a.only)))
     arguments = parser.parse_args()
     arguments.run(arguments)
 

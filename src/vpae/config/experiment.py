@@ -102,9 +102,9 @@ class Experiment(_Methods):
     @classmethod
     def _keep_other_defaults(cls, values: Any) -> Any:
         values = fill_defaults(cls, values)
-        samples = dict(values.get("samples") or {})
+        samples = values.get("samples") or {}
         methods = _as_mapping(values.get("methods", DEFAULT_METHODS))
-        if not samples.get("rows") and isinstance(methods, dict):
+        if isinstance(samples, dict) and not samples.get("rows") and isinstance(methods, dict):
             values["samples"] = {**samples, "rows": rows_of(methods)}
         return values
 

@@ -202,8 +202,9 @@ class _Reader:
         columns = self.columns
         if columns.span:
             times = row[columns.span]
-            times = re.findall(r"[\d:.]+", times) if isinstance(times, str) else list(times or ())
-            if len(times) != 2:
+            if isinstance(times, str):
+                times = re.findall(r"[\d:.]+", times)
+            if not isinstance(times, list | tuple) or len(times) != 2:
                 raise ValueError(f"{columns.span} = {row[columns.span]!r} is not a start and an end")
             start, stop = map(_seconds, times)
         else:

@@ -36,6 +36,9 @@ SHEET = 16  # videos on a contact sheet
 # How many network evaluations a decoding counts for when work is shared out. In a large model it takes about as long as
 # one, in a small one as dozens; and there it is more of the work.
 DECODING = 10
+# Up to this height x width, equal frames give equal files: exact coding takes no time that counts. In larger videos it
+# would take longer than drawing them, and their latents are equal all the same.
+EXACT_UP_TO = 128 * 128
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def _keep(batch: Batch, x0: Tensor, decoded: list[dict], decoder, settings: Expe
     for item, latents in zip(decoded, x0, strict=False):
         frames = decode_latents(decoder, latents[None])[0].cpu().numpy()
         with kept(state / batch.row / item["file"]) as temporary:
-            write_video(temporary, frames, settings.geometry.fps, settings.samples.crf, reproducible=False)
+            exact = frames.shape[1] * frames.shape[2] <= EXACT_UP_TO
+            write_video(temporary, frames, settings.geometry.fps, settings.samples.crf, reproducible=exact)
         if batch.start + len(strips) < SHEET:
             strips.append(np.concatenate(frames[:: max(1, (len(frames) - 1) // 4)], axis=1))
     if strips:
