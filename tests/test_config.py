@@ -46,6 +46,13 @@ def test_results_from_before_a_key_stay_what_they_are_while_it_is_off() -> None:
     for stage, key in newer:
         source = load(ROOT / "configs/micro.yaml", environment=False)
         assert key not in stage_settings(source.settings, stage)[stage]
+    for stage in ("teacher", "priming"):  # of the teacher, four networks are trained
+        assert '"stop"' in (text := json.dumps(stage_settings(source.settings, stage))) and '"videos"' not in text
+    changed = load(
+        ROOT / "configs/micro.yaml", ["priming.training.monitor={every: 1, videos: 2}"], environment=False
+    ).settings
+    assert stage_settings(changed, "priming")["priming"]["training"]["monitor"]["videos"] == 2
+    assert fingerprint(changed, "priming") != fingerprint(source.settings, "priming")
     changed = load(ROOT / "configs/micro.yaml", ["equilibrium.logits_at_once=true"], environment=False)
     assert stage_settings(changed.settings, "equilibrium")["equilibrium"]["logits_at_once"] is True
     assert fingerprint(changed.settings, "equilibrium") != fingerprint(source.settings, "equilibrium")

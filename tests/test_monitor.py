@@ -1,19 +1,22 @@
 """The collapse monitor finds each way in which a student collapses, and keeps silent on a healthy one."""
 
+import copy
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
-from conftest import SHIFT, build_batch, build_equilibrium
+from conftest import SHIFT, build_batch, build_equilibrium, build_priming, build_transformer
 from vpae.config import Optimizer, Training
 from vpae.config.training import Monitor
 from vpae.distill.equilibrium import Equilibrium
 from vpae.models.wan import predict_x0
 from vpae.training.loop import train
-from vpae.training.monitor import BOUNDS, Watch, outside, signs
+from vpae.training.monitor import BOUNDS, LOOKS, Watch, outside, signs
 from vpae.training.phase import Collapse
 
 SEED = 3  # of all random inputs here
@@ -91,6 +94,116 @@ def test_a_resumed_run_compares_with_the_start_of_the_first(tmp_path):
     resumed = Watch(Monitor(every=1), lambda number: w["x"], w["x"])
     resumed.begin(tmp_path, first=True)
     assert all(video.equal(w["start"]) for video in resumed.start)
+
+
+# Videos that are kept.
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+class Fixed:
+    """One step of a phase's EMA from fixed noise, as a run draws it; notes what the EMA was, and may die at a look."""
+
+    def __init__(self, phase, dies_at: int = 0):
+        self.phase, self.dies_at, self.seen = phase, dies_at, []
+        self.x, self.condition = build_batch(4)
+
+    def __call__(self, number: int) -> torch.Tensor:
+        if number == 0:
+            self.seen.append(copy.deepcopy(self.phase.ema.state_dict()))
+        if len(self.seen) - 1 == self.dies_at > 0 and number == 1:  # the look of the start is the first
+            raise Crash
+        noise = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(number))
+        return predict_x0(self.phase.ema, noise, torch.ones(len(self.x)), self.condition)
+
+
+def watched(folder: Path, accelerator, monitor: Monitor, dies_at: int = 0, seed: int = 0) -> Fixed:
+    """Four steps of phase I under a monitor, from the last state if there is one."""
+    training = Training(steps=4, batch_size=2, ema_decay=0.5, checkpoint_every=3, monitor=monitor)
+    phase = build_priming(seed, training=training)
+    draw = Fixed(phase, dies_at)
+    watch = Watch(monitor, draw, draw.x)
+    train(phase, lambda drawn: build_batch(2, seed=drawn), training, 0, folder, accelerator, watch)
+    return draw
+
+
+KEEPS = Monitor(every=2, clips=4, videos=3, stop=False)
+
+
+def kept(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: load_file(path)["x0"] for path in sorted((folder / LOOKS).iterdir())}
+
+
+def test_what_is_kept_is_what_the_ema_of_that_step_makes_of_the_fixed_noise_and_condition(tmp_path, accelerator):
+    draw = watched(tmp_path, accelerator, KEEPS)
+    found = kept(tmp_path)
+    assert list(found) == ["00000000.safetensors", "00000002.safetensors", "00000004.safetensors"]
+    x, condition = build_batch(4)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    student = build_transformer()
+    for weights, videos in zip(draw.seen, found.values(), strict=True):
+        student.load_state_dict(weights)
+        with torch.no_grad():
+            assert videos.equal(predict_x0(student, noise, torch.ones(4), condition)[:3])
+    start, middle, end = found.values()
+    assert not start.equal(middle) and not middle.equal(end)
+    assert all(path.stat().st_size < 1.2 * 3 * x[0].nbytes for path in (tmp_path / LOOKS).iterdir())  # no fourth video
+
+
+def test_a_run_that_died_at_a_look_keeps_each_look_once_and_as_an_undisturbed_one(tmp_path, accelerator):
+    watched(tmp_path / "whole", accelerator, KEEPS)
+    with pytest.raises(Crash):  # step 3 is saved, the look at 4 is kept but not its state: it is done again
+        watched(tmp_path / "died", accelerator, KEEPS, dies_at=2)
+    looks = tmp_path / "died" / LOOKS
+    assert len(kept(tmp_path / "died")) == 3
+    save_file({"x0": torch.zeros(1)}, looks / "00000004.safetensors")  # to see that it is
+    watched(tmp_path / "died", accelerator, KEEPS, seed=7)
+    whole, again = kept(tmp_path / "whole"), kept(tmp_path / "died")
+    assert whole.keys() == again.keys() and all(again[name].equal(videos) for name, videos in whole.items())
+
+
+def test_looks_and_what_they_keep_change_no_loss_and_no_weight(tmp_path, accelerator):
+    ends, lines = [], []
+    for name, monitor in {"off": Monitor(), "looks": KEEPS.model_copy(update={"videos": 0}), "keeps": KEEPS}.items():
+        ends.append(watched(tmp_path / name, accelerator, monitor).phase)
+        logged = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines.append([{key: value for key, value in line.items() if key not in BOUNDS} for line in logged])
+        assert (tmp_path / name / LOOKS).exists() == (name == "keeps")
+    assert lines[0] == lines[1] == lines[2] and lines[0][-1]["step"] == 4
+    for phase in ends[1:]:
+        for role, owner in ends[0].roles.items():
+            theirs = phase.roles[role].module.state_dict()
+            assert all(theirs[name].equal(value) for name, value in owner.module.state_dict().items())
+
+
+def test_only_the_first_process_keeps_videos(tmp_path):
+    w = world()
+    watch = Watch(Monitor(every=1, videos=1, stop=False), lambda number: w["start"], w["x"])
+    watch.begin(tmp_path, first=False)
+    watch.look(1, "priming")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_videos_of_a_collapse_are_there_to_be_seen(tmp_path):
+    w = world()
+    videos = [w["start"], w["other_start"]]
+    watch = Watch(Monitor(every=1, videos=1), lambda number: videos[number], w["x"])
+    watch.begin(tmp_path, first=True)
+    videos[:] = [COLLAPSES["motion"](video) for video in videos]
+    with pytest.raises(Collapse):
+        watch.look(7, "equilibrium")
+    assert kept(tmp_path)["00000007.safetensors"].equal(videos[0][:1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"videos": 1}, "videos = 1 .* every = 0"), ({"every": 5, "clips": 4, "videos": 5}, "videos = 5 .* clips = 4")],
+)
+def test_videos_that_nothing_would_draw_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        Monitor(**values)
 
 
 # Runs that are made to collapse.

@@ -14,9 +14,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from conftest import STAGES
+from conftest import STAGES, build_vae
 from vpae.artifacts import building, identity, write_json
 from vpae.config import Experiment
 from vpae.data.video import write_video
@@ -25,7 +27,8 @@ from vpae.distill import METHODS
 from vpae.evaluation.truth import METRICS
 from vpae.experiment import load
 from vpae.graph import stage_settings, upstream
-from vpae.report import page, plots
+from vpae.models.wan import decode_latents
+from vpae.report import looks, page, plots
 
 CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -199,6 +202,31 @@ def test_images_load_and_move(made, text):
 
 def test_the_speed_of_training_is_shown_where_it_was_measured(made, text):
     assert "Median: 0.25 s a step, 1,200 tokens a second." in text and text.count("Median:") == 1
+
+
+def test_a_method_whose_monitor_kept_videos_has_a_picture_with_a_row_for_each_look(made, tmp_path, monkeypatch):
+    settings, stages, _ = made
+    shutil.copytree(stages["priming"], tmp_path / "micro/priming")
+    (tmp_path / "micro/priming/looks").mkdir()
+    vae, loads = build_vae(), []
+    x0 = torch.randn(3, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step in (0, 20, 40):
+        save_file({"x0": x0 + step / 40}, tmp_path / f"micro/priming/looks/{step:08d}.safetensors")
+    monkeypatch.setattr(looks, "load_vae", lambda folder, config: loads.append(folder) or vae)
+    (out := tmp_path / "micro/report").mkdir()
+    page.run(settings, {**stages, "priming": tmp_path / "micro/priming"}, out, tmp_path / "state")
+    text = (out / "index.html").read_text(encoding="utf-8")
+    found = re.findall(r'<img src="(data:image/png;base64,[^"]+)" alt="([^"]+)">', text)
+    with torch.no_grad():
+        videos = {s: [decode_latents(vae, x[None] + s / 40)[0].numpy() for x in x0] for s in (0, 20, 40)}
+    captions = [json.loads(line)["prompt"] for line in (stages["samples"] / "suite.jsonl").read_text().splitlines()]
+    rows = {f"step {step}": (clips, "") for step, clips in videos.items()}
+    expected = plots.picture(plots.strip(rows, captions[:3]))
+    assert found == [(expected, "priming at steps 0, 20, 40")] and loads == [stages["teacher"]]
+
+
+def test_without_kept_videos_no_network_is_loaded(made, text):
+    assert "image/png" not in text
 
 
 def test_strip_shows_the_four_rows(made):

@@ -16,7 +16,7 @@ from vpae.experiment import Source
 
 RESULTS = Path("results")
 # Keys that change nothing where they are empty or off: results from before there were these keys stay what they are.
-NEWER = {"loras", "logits_at_once", "decoder", "few_step", "relativistic"}
+NEWER = {"loras", "logits_at_once", "decoder", "few_step", "relativistic", "videos"}
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,16 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
         for section in sections:
             place = place[section]
         del place[name]
-    for section in STAGES[stage].sections:
-        for key in NEWER & values[section].keys():
-            if not values[section][key]:
-                del values[section][key]
+    values = _without_newer(values)
     if STAGES[stage].shift:
         values["teacher"] = {"shift": settings.teacher.shift}
     return values
+
+
+def _without_newer(values: dict) -> dict:
+    """Settings without the newer keys that are off, however deep they stand."""
+    parts = {key: _without_newer(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in parts.items() if value or key not in NEWER}
 
 
 def fingerprint(settings: Experiment, stage: str) -> str:

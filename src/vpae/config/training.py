@@ -60,6 +60,15 @@ class Monitor(Section):
     every: int = Field(0, ge=0, description="Steps between two looks; 0: never.")
     clips: int = Field(16, ge=2, description="Held-out clips that are drawn, twice each.")
     stop: bool = Field(True, description="End a run that collapses, its last healthy state kept; otherwise only warn.")
+    videos: int = Field(0, ge=0, description="Of the first so many clips the videos of each look are kept, to be seen.")
+
+    @model_validator(mode="after")
+    def _videos_are_among_the_clips(self) -> "Monitor":
+        if self.videos and not self.every:
+            raise ValueError(f"videos = {self.videos} are kept at each look, but every = 0 never looks; set either")
+        if self.videos > self.clips:
+            raise ValueError(f"videos = {self.videos} are more than the clips = {self.clips} that are drawn")
+        return self
 
 
 class Training(Section):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vpae.ahead import Ahead
+from vpae.artifacts import link_tree
 from vpae.config import Experiment, Training
 from vpae.data.latents import LatentDataset
 from vpae.distill import METHODS
@@ -24,7 +25,7 @@ from vpae.models.wan import Condition, predict_x0
 from vpae.planning.network import Network, Sequence
 from vpae.randomness import Shuffled, generator_for
 from vpae.training.loop import SPEED, train
-from vpae.training.monitor import Watch
+from vpae.training.monitor import LOOKS, Watch
 from vpae.training.sharding import data_rank, spread
 from vpae.training.speed import Cost, peak_of, summary
 
@@ -128,7 +129,8 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     """Train a method and write its result; returns counts.
 
     Writes `student/` (the pipeline folder of the result, with EMA weights and a model card), `metrics.jsonl`, of a
-    student trained as an adapter `student_lora.safetensors`, and what the method itself saves.
+    student trained as an adapter `student_lora.safetensors`, `looks/` if the monitor keeps videos, and what the method
+    itself saves.
     """
     training = getattr(settings, name).training
     accelerator = accelerator_for(training)
@@ -146,6 +148,7 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     }
     if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process
         shutil.copy(metrics, out / "metrics.jsonl")
+        link_tree(state / LOOKS, out / LOOKS)
         write_card(out / "student", stage_provenance(inputs), trained_as(settings, name))
     return counts
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import yaml
 
 from vbench_i2v.scores import COLUMNS, PAPER_NAMES
@@ -18,8 +19,10 @@ from vpae.config import Experiment, Sampler
 from vpae.data.video import read_frames
 from vpae.distill import METHODS
 from vpae.graph import stages_of
+from vpae.lazy import lazy
 from vpae.report import plots
 
+looks = lazy("vpae.report.looks")  # torch and a VAE are for those who kept videos
 REAL = "real"
 PAPER = "https://arxiv.org/abs/2508.21019"
 
@@ -78,6 +81,9 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         if (inputs["samples"] / name).is_dir()
     }
     prompts = [item["prompt"] for item in suite]
+    methods = [name for name in stages_of(settings) if name in METHODS]
+    kept = {name: inputs[name] / "looks" for name in methods if (inputs[name] / "looks").is_dir()}
+    seen = looks.decoded(kept, inputs["teacher"], settings.samples) if kept else {}
     shown = [name for name in (REAL, *parts.values()) if name in videos]
     strip = plots.strip({name: (videos[name], notes[name]) for name in shown}, prompts)
     strip.quantize(256).save(out / "strip.png", optimize=True)
@@ -96,7 +102,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         reel=plots.reel(videos, settings.geometry.fps),
         prompts=prompts,
         methods=[METHODS[name] for name in settings.chain(settings.student)] if settings.student else [],
-        training=[training(name, inputs[name]) for name in stages_of(settings) if name in METHODS],
+        training=[training(name, inputs[name], seen.get(name, {}), lines) for name in methods],
         provenance=[provenance(name, inputs[name]) for name in stages_of(settings) if name in inputs],
         student=f"{inputs[settings.student].parent.name}/{settings.student}" if settings.student else "",
         stages=stages_of(settings),
@@ -118,10 +124,24 @@ def render(**content: object) -> str:
     return environment.get_template("page.html.j2").render(**content)
 
 
-def training(name: str, folder: Path) -> dict[str, object]:
-    """What the page shows of a method's training: its class, its curves, and its speed if that was measured."""
-    lines = read_lines(folder / "metrics.jsonl")
-    return {"method": METHODS[name], "curves": plots.curves(METHODS[name].panels, lines), "speed": speed(folder)}
+def training(name: str, folder: Path, seen: dict[int, list[np.ndarray]], suite: list[str]) -> dict[str, object]:
+    """What the page shows of a method's training: its class, its curves, its speed, and the videos of its looks.
+
+    Args:
+        name: the method.
+        folder: of its stage.
+        seen: step -> videos of the first held-out clips; empty if none were kept.
+        suite: the lines of the suite, which has the same clips' captions.
+    """
+    curves = plots.curves(METHODS[name].panels, read_lines(folder / "metrics.jsonl"))
+    one = {"method": METHODS[name], "curves": curves, "speed": speed(folder), "looks": "", "steps": list(seen)}
+    if seen:
+        clips = len(next(iter(seen.values())))
+        prompts = [json.loads(line)["prompt"] for line in suite[:clips]]
+        prompts += [f"held-out clip {number + 1}" for number in range(len(prompts), clips)]
+        rows = {f"step {step}": (videos, "") for step, videos in seen.items()}
+        one["looks"] = plots.picture(plots.strip(rows, prompts))
+    return one
 
 
 def speed(folder: Path) -> str:

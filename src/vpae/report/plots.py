@@ -143,6 +143,13 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
     return picture
 
 
+def picture(image: Image.Image) -> str:
+    """A picture for the page, of 256 colours."""
+    file = io.BytesIO()
+    image.quantize(256).save(file, "png", optimize=True)
+    return data_uri(file.getvalue(), "image/png")
+
+
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     # matplotlib brings this font along, so that the picture is the same everywhere.
     return ImageFont.truetype(findfont(f"DejaVu Sans{':bold' if bold else ''}"), size)

@@ -18,6 +18,7 @@ from vpae.config.training import Monitor
 from vpae.training.phase import Collapse
 
 START = "start.safetensors"  # the fixed clips as the run began
+LOOKS = "looks"  # folder of what is kept for the eye: latents of a few videos at each look, STEP.safetensors
 
 # Sign -> (healthy from, to), (tolerable from, to). Outside the first interval the monitor warns, outside the second it
 # stops the run. A student after phase I lies well inside the first one: motion 0.94 to 0.99, the rest near 1 and 0.
@@ -85,6 +86,7 @@ class Watch:
     def __init__(self, config: Monitor, draw: Callable[[int], Tensor], x: Tensor):
         self.config, self.draw, self.x = config, draw, x
         self.start: tuple[Tensor, ...] = ()
+        self.looks: Path | None = None  # where this process keeps videos
 
     def wants(self, step: int) -> bool:
         """Whether to look after so many steps."""
@@ -92,7 +94,7 @@ class Watch:
 
     @torch.no_grad()
     def begin(self, state: Path, first: bool) -> None:
-        """Draw the videos of the start, or read those that the run noted when it began.
+        """Draw the videos of the start, or read those that the run noted when it began; they are the look at step 0.
 
         Args:
             state: folder of the run's resumable states.
@@ -100,23 +102,28 @@ class Watch:
         """
         if self.config.every == 0:
             return
+        if first and self.config.videos:
+            self.looks = state / LOOKS
         file = state / START
         if file.is_file():
             self.start = tuple(load_file(file, device=str(self.x.device)).values())
-            return
-        self.start = self.draw(0), self.draw(1)
-        if first:
-            with written(file) as temporary:
-                save_file({str(i): video.contiguous().cpu() for i, video in enumerate(self.start)}, temporary)
+        else:
+            self.start = self.draw(0), self.draw(1)
+            if first:
+                with written(file) as temporary:
+                    save_file({str(i): video.contiguous().cpu() for i, video in enumerate(self.start)}, temporary)
+        self._keep(0, self.start[0])
 
     @torch.no_grad()
     def look(self, step: int, name: str) -> dict[str, float]:
-        """Measure after a step; returns the signs.
+        """Measure after a step, and keep what is to be seen; returns the signs.
 
         Raises:
             Collapse: a sign left its tolerable interval, and `stop` is set.
         """
-        found = signs(self.draw(0), self.draw(1), *self.start, self.x)
+        xh = self.draw(0)
+        self._keep(step, xh)
+        found = signs(xh, self.draw(1), *self.start, self.x)
         if worst := outside(found, 1):
             message = f"{name} collapses at step {step}: {'; '.join(worst)}"
             if self.config.stop:
@@ -128,3 +135,11 @@ class Watch:
         elif worst := outside(found, 0):
             print(f"vpae: {name}, step {step}: {'; '.join(worst)}: early signs of collapse", file=sys.stderr)
         return found
+
+    def _keep(self, step: int, xh: Tensor) -> None:
+        """Keep the first videos; a step that is done again after an interruption replaces its own."""
+        if self.looks is None:
+            return
+        self.looks.mkdir(exist_ok=True)
+        with written(self.looks / f"{step:08d}.safetensors") as temporary:
+            save_file({"x0": xh[: self.config.videos].contiguous().cpu()}, temporary)
