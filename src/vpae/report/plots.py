@@ -115,8 +115,10 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
     border, between, head = 24, 3, 46
     title, text, small = _font(19, bold=True), _font(18), _font(14)
     canvas = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = border + 16 + round(max(canvas.textlength(n, title) for n in names))
-    left = max(left, border + 16 + round(max(canvas.textlength(note, small) for _, note in rows.values())))
+    numbers = "frames " + ", ".join(str(time + 1) for time in times)
+    widths = [canvas.textlength(name, title) for name in names]
+    widths += [canvas.textlength(note, small) for note in (numbers, *(note for _, note in rows.values()))]
+    left = border + 16 + round(max(widths))
     block = (len(times) * (tile[0] + between) + 2 * border, head + len(names) * (tile[1] + between) + border)
     lines = -(-len(prompts) // columns)
     picture = Image.new("RGB", (left + columns * block[0] - border, border // 2 + lines * block[1]), "white")
@@ -128,7 +130,6 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
             prompt = prompt.removesuffix("…")[:-1] + "…"
         canvas.text((x0, y0 + head - 10), prompt, "#222222", text, anchor="ls")
         if column == 0:
-            numbers = "frames " + ", ".join(str(time + 1) for time in times)
             canvas.text((left - 16, y0 + head - 10), numbers, "#777777", small, anchor="rs")
         for row, name in enumerate(names):
             y = y0 + head + row * (tile[1] + between)
