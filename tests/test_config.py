@@ -58,6 +58,11 @@ def test_results_from_before_a_key_stay_what_they_are_while_it_is_off() -> None:
     assert fingerprint(changed.settings, "equilibrium") != fingerprint(source.settings, "equilibrium")
 
 
+def test_a_value_in_place_of_a_section_is_refused_by_name(base: Path) -> None:
+    with pytest.raises(ConfigError, match="samples: "):
+        load(overlay(base, {"samples": True}))
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write(tmp_path, "base", BASE)

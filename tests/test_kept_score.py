@@ -97,6 +97,7 @@ def test_a_relativistic_pair_is_a_video_and_the_clip_of_its_first_frame():
     (_, real), (_, fake) = asked
     torch.testing.assert_close(loss, torch.nn.functional.softplus(fake - real).mean())
     assert logs["accuracy"] == (real > fake).float().mean()
+    assert logs["relativistic"] == loss and "hinge" not in logs
     asked.clear()
     loss, logs = phase.loss("generator", batch, rng(), 0)
     (_, fake), (_, real) = asked

@@ -21,7 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -316,19 +316,24 @@ def become_judge(*arguments) -> None:
     at_hand.append(Judge(*arguments))
 
 
-def judge(weights: Path | None, row: Sampler) -> dict:
-    """Judge the weights of a file, or the teacher itself, in a process of the pool."""
+def judge(weights: Path | None, row: Sampler, out: Path, begun: float, values: dict) -> None:
+    """Judge the weights of a file, or the teacher itself, in a process of the pool, and append the line to `out`."""
     loaded = torch.load(weights, map_location=DEVICE, weights_only=True) if weights else None
     found = at_hand[0](loaded, row)
+    name = {key: values[key] for key in ("variant", "seed")}
+    line = {**name, "seconds": round(time.monotonic() - begun, 1), **found, **values}
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps({k: v for k, v in line.items() if not k.endswith(("error", "by_seed"))}), flush=True)
     if weights:
         weights.unlink()
-    return found
 
 
 def use_one_core() -> None:
     """There are as many processes as cores."""
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
+    if DEVICE.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, workers: int) -> None:
@@ -340,19 +345,11 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(workers, spawn, become_judge, (data_file, teacher, plan)) as pool,
     ):
-
-        def write(name: str, judged: Future, **values) -> None:
-            line = {"variant": name, "seed": seed, "seconds": round(time.monotonic() - begun, 1)}
-            line |= judged.result() | values
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(json.dumps({k: v for k, v in line.items() if not k.endswith(("error", "by_seed"))}), flush=True)
-
         pending = []
 
         def have_judged(name: str, weights: Path | None, row: Sampler, **values) -> None:
-            pending.append(pool.submit(judge, weights, row))
-            pending[-1].add_done_callback(lambda judged: write(name, judged, **values))
+            values |= {"variant": name, "seed": seed}
+            pending.append(pool.submit(judge, weights, row, out, begun, values))
 
         networks, clips = InMemory(teacher), Clips(torch.load(data_file, weights_only=True, mmap=True), "train")
         if seed == plan["seeds"][0] and plan.get("teacher", True):  # on a CPU its 100 NFE take longer than all else

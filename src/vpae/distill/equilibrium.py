@@ -7,6 +7,7 @@ be kept on beside the adversary. Beside the student it writes `head.safetensors`
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -135,6 +136,7 @@ class Equilibrium(Method):
     )
     panels = (
         Panel("Discriminator: hinge loss", {"hinge": ""}, 2.0, "2: cannot tell"),
+        Panel("Discriminator: relativistic loss", {"relativistic": ""}, math.log(2), "ln 2: cannot tell"),
         Panel("Mean logits", {"logit_real": "real", "logit_fake": "generated"}),
         Panel("Logit gap, real − generated", {"logit_gap": ""}, 0.0, "0: cannot tell"),
         Panel("Discriminator's accuracy", {"accuracy": ""}, 0.5, "½: chance"),
@@ -233,7 +235,7 @@ class Equilibrium(Method):
         return list(self.logits(torch.cat(seen), t_B.repeat(n), c.repeated(n)).chunk(n))
 
     def head_loss(self, clips: Clips) -> Loss:
-        """Steps 4 and 5: hinge loss of clips and videos noised at the same t', and the probes of the regularisation."""
+        """Steps 4 and 5: loss of clips and videos noised at the same t', and the probes of the regularisation."""
         with torch.no_grad():
             xh = self.generate(clips)
         xh_t, t, noise = self.noised_again(xh, clips)
@@ -246,22 +248,23 @@ class Equilibrium(Method):
                 seen += [xh_t + self.perturbation(name, clips) for name in settings.probes]
             real, fake, *others = self.logits_of(seen, t, c)
             probes, r2 = dict(zip(settings.probes, others, strict=False)), others[len(settings.probes) :]
-        form = adversarial.discriminator_relativistic if self.config.relativistic else adversarial.discriminator_hinge
-        hinge, penalty = form(real, fake), probing.probe_penalty(real, *probes.values())
-        told_apart = [real > fake] if self.config.relativistic else [real > 0, fake < 0]
-        accuracy = torch.stack(told_apart).float().mean()
+        if self.config.relativistic:
+            name, opposed, right = "relativistic", adversarial.discriminator_relativistic(real, fake), [real > fake]
+        else:
+            name, opposed, right = "hinge", adversarial.discriminator_hinge(real, fake), [real > 0, fake < 0]
+        penalty = probing.probe_penalty(real, *probes.values())
         logs = {
-            "hinge": hinge,
+            name: opposed,
             "str1": penalty,
             "logit_real": real.mean(),
             "logit_fake": fake.mean(),
             "logit_gap": real.mean() - fake.mean(),
-            "accuracy": accuracy,
+            "accuracy": torch.stack(right).float().mean(),
         }
         # |grad D| along each kind of probe, to first order.
         slopes = {f"slope_{k}": (real - d).square().mean().sqrt() / self.sigma(k) for k, d in probes.items()}
         of_generated = settings.generated_weight * probing.probe_penalty(fake, *r2)
-        return hinge + settings.weight * penalty + of_generated, logs | slopes
+        return opposed + settings.weight * penalty + of_generated, logs | slopes
 
     def sigma(self, probe: str) -> float:
         """The deviation of a probe."""
