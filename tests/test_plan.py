@@ -335,6 +335,18 @@ def test_the_shipped_experiments_fit_the_clusters_they_ask_for(name: str, gpus: 
         assert plan["stages"][phase]["clips_per_step"] == 64
 
 
+def test_a_vae_that_decodes_in_tiles_is_planned_so() -> None:
+    whole, tiled = (
+        load(ROOT / "configs" / "micro.yaml", ["geometry.height=512", f"samples.vae_tiles={tiles}"], environment=False)
+        for tiles in ("false", "true")
+    )
+    pipeline = pipeline_of(whole)
+    tokens = tokens_of(whole.settings, pipeline)
+    decoded = [uses(one.settings, pipeline, tokens)["decode"] for one in (whole, tiled)]
+    assert decoded[1].peak < decoded[0].peak
+    assert decoded[1].operations > decoded[0].operations  # tiles overlap
+
+
 @pytest.mark.slow
 def test_what_no_switch_makes_fit_and_too_little_memory_of_a_node_are_said(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 1, "cluster.samples={gpus: 1, memory_gb: 4}", memory=1e6)

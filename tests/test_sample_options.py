@@ -14,6 +14,7 @@ from conftest import CAPTIONS, FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, 
 from vpae import placement as placement_module
 from vpae.artifacts import write_json
 from vpae.cli import main
+from vpae.config import Samples
 from vpae.distill.student import save_student
 from vpae.experiment import ConfigError
 from vpae.models import formats as formats_module
@@ -23,6 +24,7 @@ from vpae.out_of_memory import Sizes, advice, exhausted_memory
 from vpae.placement import Placement, load_placed
 from vpae.sampling import single
 from vpae.sampling.single import animate
+from vpae.sampling.stage import load_vae
 
 NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
 ROOT = Path(__file__).parents[1]
@@ -131,6 +133,46 @@ def test_tiles_give_nearly_the_same_video(teacher):
     assert whole.shape == tiled.shape == (FRAMES, 32, 288, 3)
     difference = np.abs(whole - tiled).mean()
     assert 0 < difference < 0.1 * np.abs(whole - whole.mean()).mean()
+
+
+class SmallGpu:
+    """Has a VAE's encoder or decoder run out of memory on anything larger than a tile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, part: str):
+        self.refused, original = 0, getattr(AutoencoderKLWan, part)
+
+        def limited(vae: AutoencoderKLWan, *arguments, **options):
+            if not vae.use_tiling:
+                self.refused += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(vae, *arguments, **options)
+
+        monkeypatch.setattr(AutoencoderKLWan, part, limited)
+
+
+@pytest.mark.parametrize("part", ["_encode", "_decode"])
+def test_where_memory_is_short_the_vae_goes_on_in_tiles(teacher, tmp_path, monkeypatch, capsys, part):
+    frames = tmp_path / "frames.npy"
+    command = arguments(teacher, tmp_path, "--num-frames", str(FRAMES), "--frames", str(frames))
+    picture(2, 18).resize((288, 32), Image.Resampling.BICUBIC).save(tmp_path / "first.png")
+    assert main([*command, "--no-tile"]) == 0
+    whole = np.load(frames).astype(int)
+    gpu = SmallGpu(monkeypatch, part)
+    assert main(command) == 0 and gpu.refused == 1
+    assert "goes on in tiles" in capsys.readouterr().err
+    assert 0 < np.abs(np.load(frames) - whole).mean() < 0.1 * np.abs(whole - whole.mean()).mean()
+
+
+def test_the_stages_decode_in_tiles_only_if_their_settings_say_so(teacher):
+    assert not load_vae(teacher, Samples()).use_tiling and load_vae(teacher, Samples(vae_tiles=True)).use_tiling
+
+
+def test_tiles_that_are_refused_are_advised(teacher, tmp_path, monkeypatch, capsys):
+    gpu, command = SmallGpu(monkeypatch, "_decode"), arguments(teacher, tmp_path, "--num-frames", str(FRAMES))
+    picture(2, 18).resize((288, 32), Image.Resampling.BICUBIC).save(tmp_path / "first.png")
+    assert main([*command, "--no-tile"]) == 2 and gpu.refused == 1
+    assert "--tile " in capsys.readouterr().err
+    assert not (tmp_path / "clip.mp4").exists()
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -334,11 +376,12 @@ def test_the_documented_sizes_of_the_14b_model_are_those_of_its_networks(sizes_1
 
 def test_advice_leaves_out_what_is_on_already_and_counts_tiles(student):
     sizes = Sizes.of(student)
-    text = advice(sizes, Placement(dtype="bfloat16", offload="group", quantize="fp8"), "a GPU", True, 81, 480, 832)
+    whole = Placement(dtype="bfloat16", offload="group", quantize="fp8", tile=False)
+    text = advice(sizes, whole, "a GPU", True, 81, 480, 832)
     assert "6.1 times smaller" in text  # 480 x 832 / 256²
     assert "--dtype" not in text
     assert "--offload" not in text and "--quantize" not in text
-    everything = Placement("group", "fp8", tile=True, dtype="bfloat16")
+    everything = Placement("group", "fp8", tile=None, dtype="bfloat16")
     assert "every switch is on already" in advice(sizes, everything, "a GPU", True, 81, 480, 832)
 
 

@@ -118,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
 def _placement_arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("where memory is short")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 from 1B parameters on")
-    group.add_argument("--tile", action="store_true", help="encode and decode in tiles of 256 x 256 pixels")
+    group.add_argument(
+        "--tile",
+        action=argparse.BooleanOptionalAction,
+        help="encode and decode in tiles of 256 x 256 pixels; default: where a GPU's memory does not suffice without",
+    )
     group.add_argument(
         "--offload",
         choices=("none", "model", "group"),

@@ -1,18 +1,21 @@
-"""What to do when sampling runs out of memory: one message with the switches that help, and what each saves."""
+"""What to do when sampling runs out of memory: the VAE goes on in tiles, or a message names the switches that help."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from vpae.experiment import ConfigError
 from vpae.models.formats import RESIZABLE
 from vpae.models.sizes import Weight, stored_weights
 from vpae.placement import Placement
 
+Made = TypeVar("Made")
 NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
 TILE = 256  # pixels, AutoencoderKLWan's
 # What comes as a bare RuntimeError: from the machine's allocators, and from CUDA's libraries.
@@ -86,6 +89,26 @@ def _summed(sizes: dict[str, int], group: Callable[[str], str]) -> dict[str, int
     return found
 
 
+def tiled_if_short(vae: AutoencoderKLWan, work: Callable[[], Made]) -> Made:
+    """The result of `work`, which has the VAE compute. If a GPU's memory does not suffice, once more in tiles.
+
+    Raises:
+        RuntimeError: whatever `work` raises, if tiles are no remedy or were none.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if vae.use_tiling or exhausted_memory(error) != "gpu":
+            raise
+    # Here the error is gone, and with it what its traceback held on the GPU.
+    print("the GPU's memory does not suffice: the VAE goes on in tiles (--tile)", file=sys.stderr)
+    vae.clear_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    vae.enable_tiling()
+    return work()
+
+
 @contextmanager
 def explained(model: Path, placement: Placement, device: str, frames: int, height: int, width: int) -> Iterator[None]:
     """Turn an exhausted memory into advice.
@@ -127,7 +150,8 @@ def advice(sizes: Sizes, placement: Placement, place: str, on_gpu: bool, frames:
         for switch, other in _switches(sizes, placement, on_gpu)
         if (after := sizes.resident_bytes(other, held)) < now
     ]
-    if not placement.tile and max(height, width) > TILE:
+    # By default tiles were tried already.
+    if placement.tile is False and max(height, width) > TILE:
         share = height * width / (min(height, TILE) * min(width, TILE))
         options.insert(0, ("--tile", f"the VAE works on one tile at a time, {share:.1f} times smaller"))
     options.append(("--num-frames", "fewer frames take proportionally less beside the weights"))

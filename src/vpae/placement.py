@@ -44,7 +44,7 @@ class Placement:
     Attributes:
         offload: one of `OFFLOADS`.
         quantize: one of `QUANTISED`.
-        tile: encode and decode in overlapping tiles of 256 x 256 pixels.
+        tile: encode and decode in overlapping tiles of 256 x 256 pixels; None: where memory does not suffice without.
         compile: compile the transformer's blocks with torch.compile; None: where it pays, see `compiling_pays`.
         vae_dtype: one of `DTYPES`, of the VAE.
         channels_last: the VAE's memory layout on a GPU's tensor cores.
@@ -56,7 +56,7 @@ class Placement:
 
     offload: str = "none"
     quantize: str = "none"
-    tile: bool = False
+    tile: bool | None = None
     compile: bool | None = None
     dtype: str | None = None
     vae_dtype: str = "float32"

@@ -44,6 +44,9 @@ class Samples(Section):
     )
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the VAE decodes in.")
     vae_channels_last: bool = Field(False, description="The VAE's memory layout for a GPU's tensor cores.")
+    vae_tiles: bool = Field(
+        False, description="The VAE decodes tiles of 256 x 256 pixels, for a GPU whose memory does not suffice else."
+    )
     decoder: str = Field(
         "",
         description="File of a small decoder (taew2_1.safetensors) that decodes in the VAE's place, for all rows and "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -65,6 +66,11 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
     def video(count: int, frames: int) -> Tensor:
         return torch.empty(count, 3, frames, g.height, g.width)
 
+    def decode(vae: AutoencoderKLWan) -> Tensor:
+        if settings.samples.vae_tiles:
+            vae.enable_tiling()
+        return decode_latents(vae, random_latents(settings, 1, CPU))
+
     def ids() -> Tensor:
         return torch.ones(1, TEXT_TOKENS, dtype=torch.long)
 
@@ -78,7 +84,7 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
         "image": encoder("image_encoder", lambda model: model(pixel_values=pixels(), output_hidden_states=True)),
         "encode": encoder("vae", lambda vae: encode_video(vae, video(batch, g.frames))),
         "condition": encoder("vae", lambda vae: encode_condition(vae, video(batch, 1)[:, :, 0], g.frames)),
-        "decode": encoder("vae", lambda vae: decode_latents(vae, random_latents(settings, 1, CPU))),
+        "decode": encoder("vae", decode),
     }
 
 

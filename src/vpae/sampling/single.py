@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
+from torch import Tensor
 
 from vpae.artifacts import ArtifactError, written
 from vpae.config import PATCH, VAE_STRIDE, Sampler
@@ -23,7 +24,7 @@ from vpae.experiment import ConfigError
 from vpae.models.loras import require_fit
 from vpae.models.small_decoder import SmallDecoder, load_small_decoder
 from vpae.models.wan import GEOMETRY, Condition, decode_latents, first_frame_mask
-from vpae.out_of_memory import explained
+from vpae.out_of_memory import explained, tiled_if_short
 from vpae.placement import DTYPES, Placement, load_placed
 from vpae.sampling import draw
 
@@ -42,14 +43,19 @@ def animate(
     seed: int,
     num_frames: int,
     decoder: SmallDecoder | None = None,
+    tile: bool | None = None,
 ) -> np.ndarray:
     """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not.
 
-    `decoder` decodes in the VAE's place.
+    `decoder` decodes in the VAE's place. `tile` is the placement's: with None the VAE works in tiles where it has to.
     """
+
+    def by_vae(work: Callable[[], Tensor]) -> Tensor:
+        return tiled_if_short(pipeline.vae, work) if tile is None else work()
+
     encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
     first = np.asarray(picture)
-    frame = encoders.conditions([first], num_frames)
+    frame = by_vae(lambda: encoders.conditions([first], num_frames))
     texts = encoders.texts([prompt, ""])
     condition = Condition(
         frame_BCFHW=torch.cat([first_frame_mask(1, *frame.shape[2:]), frame], dim=1).to(device),
@@ -64,7 +70,9 @@ def animate(
     latents = draw(pipeline.transformer, row, shift, condition, tuple(frame.shape[1:]), [seed])
     if not latents.isfinite().all():
         raise ArtifactError(f"guidance {guidance_scale} and {steps} steps gave no finite numbers; lower the guidance")
-    return decode_latents(decoder or pipeline.vae, latents)[0].cpu().numpy()
+    if decoder is not None:
+        return decode_latents(decoder, latents)[0].cpu().numpy()
+    return by_vae(lambda: decode_latents(pipeline.vae, latents))[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -121,7 +129,7 @@ def sample_one(
         evaluations = steps * (1 if guidance_scale == 1.0 else 2)
         pipeline = load_placed(model, placement, device, evaluations=evaluations, loras=loras)
         small = small and small.to(device)
-        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length, small)
+        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length, small, placement.tile)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written(out) as temporary:
         write_video(temporary, frames, geometry.get("fps", FPS), CRF, reproducible=False)

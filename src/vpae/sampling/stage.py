@@ -155,6 +155,8 @@ def load_vae(folder: Path, config: Samples) -> AutoencoderKLWan:
     """A pipeline's VAE as the settings want it to decode."""
     dtypes = formats(folder, vae=DTYPES[config.vae_dtype])
     vae = load_pipeline(folder, dtypes, transformer=None, text_encoder=None, image_encoder=None).vae
+    if config.vae_tiles:
+        vae.enable_tiling()
     return channels_last(vae) if config.vae_channels_last else vae
 
 
