@@ -21,7 +21,7 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
         "set": ["priming.training.steps=1"],
         "seeds": [0],
         "clips": {"train": 4, "fit": 4, "test": 4},
-        "judge": {"steps": 1, "seeds": 1, "truth": 2},
+        "judge": {"steps": 1, "seeds": 1, "truth": 2, "few_steps": [2]},
         "variants": [
             {
                 "primed": {"method": "priming"},
@@ -38,6 +38,7 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
     rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows.keys() == {"teacher-100nfe", "primed", "rival", "joint"}
     assert rows["joint"]["logs"]["pull_score"] > 0 and rows["joint"]["evaluations"] > 0
+    assert rows["joint"]["motion_2nfe"] != rows["joint"]["motion"]
     assert "| joint | 0 |" in search.table(out)
 
 

@@ -48,9 +48,8 @@ from vpae.models.wan import (
     first_frame_mask,
     load_pipeline,
     load_transformer,
-    predict_x0,
 )
-from vpae.sampling import euler
+from vpae.sampling import euler, few_step
 from vpae.training.ema import update_ema
 from vpae.training.loop import learning_rate
 from vpae.training.sharding import clip_gradients
@@ -265,7 +264,8 @@ def videos_of(model: nn.Module, clips: Clips, row: Sampler, shift: float, seed: 
         if row.model == TEACHER:
             made.append(euler(model, noise, c, row.steps, shift, row.guidance_scale))
         else:
-            made.append(predict_x0(model, noise, torch.ones(len(i), device=DEVICE), c))
+            rngs = [torch.Generator().manual_seed(10_000 * seed + int(number)) for number in i]
+            made.append(few_step(model, noise, c, row.steps, shift, rngs))
     return torch.cat(made)
 
 
@@ -291,16 +291,26 @@ class Judge:
         )
         pairs = [c2st.Pairs(sets[n].x0, x, sets[n].condition) for n, x in (("fit", fit), ("test", test))]
         found = [c2st.accuracy(*pairs, judging["steps"], seed) for seed in range(judging["seeds"])]
-        real, made = (torch.cat([self.features(part) for part in x.split(AT_ONCE)]) for x in (sets["test"].x0, test))
-        moves, real_moves = (x.diff(dim=2).abs().mean() for x in (test, sets["test"].x0))
-        with torch.no_grad():
-            frames = [decode_latents(self.vae, x).cpu().numpy() for x in test[: judging["truth"]].split(32)]
-        truths = [Truth.from_json(t) for t in sets["test"].truth[: judging["truth"]]]
-        rows = [measure(clip, truth) for clip, truth in zip(np.concatenate(frames), truths, strict=True)]
-        error = {key: np.std([r[key] for r in rows]) / len(rows) ** 0.5 for key in rows[0]}
+        rows = {steps: Sampler(model="student", steps=steps) for steps in judging.get("few_steps", [])}
+        few = {n: videos_of(self.network, sets["test"], other, self.shift, 2) for n, other in rows.items()}
         return {
             "c2st": float(np.mean(found)),
             "c2st_by_seed": found,
+            **self.measures(test),
+            **{f"{key}_{n}nfe": value for n, x in few.items() for key, value in self.measures(x).items()},
+        }
+
+    def measures(self, x: Tensor) -> dict:
+        """Frechet distance, motion, and the truth metrics with their standard errors, of videos of the test clips."""
+        clips, count = self.sets["test"], self.judging["truth"]
+        real, made = (torch.cat([self.features(part) for part in v.split(AT_ONCE)]) for v in (clips.x0, x))
+        moves, real_moves = (v.diff(dim=2).abs().mean() for v in (x, clips.x0))
+        with torch.no_grad():
+            frames = [decode_latents(self.vae, part).cpu().numpy() for part in x[:count].split(32)]
+        truths = [Truth.from_json(t) for t in clips.truth[:count]]
+        rows = [measure(clip, truth) for clip, truth in zip(np.concatenate(frames), truths, strict=True)]
+        error = {key: np.std([r[key] for r in rows]) / len(rows) ** 0.5 for key in rows[0]}
+        return {
             "frechet": frechet(made.cpu().numpy(), real.cpu().numpy()),
             "motion": float(moves / real_moves),
             **{key: float(np.mean([r[key] for r in rows])) for key in rows[0]},
@@ -410,7 +420,8 @@ def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
         raise SystemExit("a seed failed, see above")
 
 
-COLUMNS = ("c2st", "c2st_strong", "frechet", "motion", "single_sprite", "caption_following", "identity")
+TRUTH = ("frechet", "motion", "single_sprite", "caption_following", "identity")
+COLUMNS = ("c2st", "c2st_strong", *TRUTH)
 
 
 def table(file: Path) -> str:
