@@ -58,5 +58,7 @@ def test_means_and_differences_are_over_the_same_seeds(tmp_path):
     assert printed[4] == "| c | 1 | 7.0000 | 2000 |"
     assert printed[5] == "| a - b | 2 | 0.5000 ± 0.0000 |  |"
     assert search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"]).splitlines()[2:] == [printed[4]]
+    [row] = search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"], ["motion_2nfe"]).splitlines()[2:]
+    assert row == "| c | 1 | 7 |"
     with pytest.raises(SystemExit, match="no variant d; there are a, b, c"):
         search.over_seeds([tmp_path / "rows.jsonl"], [["a", "d"]])

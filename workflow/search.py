@@ -20,7 +20,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -420,8 +420,7 @@ def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
         raise SystemExit("a seed failed, see above")
 
 
-TRUTH = ("frechet", "motion", "single_sprite", "caption_following", "identity")
-COLUMNS = ("c2st", "c2st_strong", *TRUTH)
+COLUMNS = ("c2st", "c2st_strong", "frechet", "motion", "single_sprite", "caption_following", "identity")
 
 
 def table(file: Path) -> str:
@@ -435,7 +434,9 @@ def table(file: Path) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(files: list[Path], pairs: list[list[str]], only: list[str] | None = None) -> str:
+def over_seeds(
+    files: list[Path], pairs: list[list[str]], only: list[str] | None = None, columns: Sequence[str] = COLUMNS
+) -> str:
     """Markdown: each variant's mean over its seeds, then the differences of pairs of variants from the same seeds.
 
     A variant and seed that is in several files counts as the last of them has it. `only` names the variants to print.
@@ -445,11 +446,11 @@ def over_seeds(files: list[Path], pairs: list[list[str]], only: list[str] | None
     found: dict[str, dict[int, dict]] = {}
     for row in map(json.loads, "".join(file.read_text() for file in files).splitlines()):
         found.setdefault(row["variant"], {})[row["seed"]] = row
-    columns = [key for key in (*COLUMNS, "evaluations") if any(key in r for v in found.values() for r in v.values())]
-    lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    shown = [key for key in (*columns, "evaluations") if any(key in r for v in found.values() for r in v.values())]
+    lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (2 + len(shown)) + "|"]
 
     def line(name: str, values: list[dict]) -> None:
-        cells = (interval([value[key] for value in values]) if key in values[0] else "" for key in columns)
+        cells = (interval([value[key] for value in values]) if key in values[0] else "" for key in shown)
         lines.append(f"| {name} | {len(values)} | " + " | ".join(cells) + " |")
 
     if unknown := {*(only or ()), *itertools.chain(*pairs)} - found.keys():
@@ -460,7 +461,7 @@ def over_seeds(files: list[Path], pairs: list[list[str]], only: list[str] | None
     for one, other in pairs:
         both = found[one].keys() & found[other].keys()
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
-        line(f"{one} - {other}", [{k: a[k] - b[k] for k in COLUMNS if k in a and k in b} for a, b in pair])
+        line(f"{one} - {other}", [{k: a[k] - b[k] for k in columns if k in a and k in b} for a, b in pair])
     return "\n".join(lines)
 
 
@@ -491,7 +492,10 @@ def main() -> None:
     means.add_argument("files", type=Path, nargs="+")
     means.add_argument("--pair", nargs=2, action="append", default=[], metavar=("ONE", "OTHER"))
     means.add_argument("--only", nargs="+", metavar="VARIANT", help="the variants to print; all without it")
-    means.set_defaults(run=lambda a: print(over_seeds(a.files, a.pair, a.only)))
+    means.add_argument(
+        "--columns", nargs="+", default=COLUMNS, help="beside the evaluations; frechet_2nfe and so on, too"
+    )
+    means.set_defaults(run=lambda a: print(over_seeds(a.files, a.pair, a.only, a.columns)))
     arguments = parser.parse_args()
     arguments.run(arguments)
 
