@@ -51,7 +51,9 @@ def test_the_table_is_that_of_the_page():
 
 def test_means_and_differences_are_over_the_same_seeds(tmp_path):
     values = {("a", 0): 1.0, ("a", 1): 2.0, ("a", 2): 3.0, ("b", 0): 0.5, ("b", 1): 1.5, ("c", 0): 7.0}
-    rows = [{"variant": v, "seed": s, "c2st": x, "evaluations": 2000} for (v, s), x in values.items()]
+    rows = [
+        {"variant": v, "seed": s, "c2st": x, "motion_2nfe": x + 1, "evaluations": 2000} for (v, s), x in values.items()
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = search.over_seeds([tmp_path / "rows.jsonl"], [["a", "b"]]).splitlines()
     assert printed[2] == "| a | 3 | 2.0000 ± 2.4841 | 2000 ± 0 |"  # 4.3027 x 1 / sqrt(3)
@@ -59,6 +61,6 @@ def test_means_and_differences_are_over_the_same_seeds(tmp_path):
     assert printed[5] == "| a - b | 2 | 0.5000 ± 0.0000 |  |"
     assert search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"]).splitlines()[2:] == [printed[4]]
     [row] = search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"], ["motion_2nfe"]).splitlines()[2:]
-    assert row == "| c | 1 | 7 |"
+    assert row == "| c | 1 | 8.0000 | 2000 |"
     with pytest.raises(SystemExit, match="no variant d; there are a, b, c"):
         search.over_seeds([tmp_path / "rows.jsonl"], [["a", "d"]])
