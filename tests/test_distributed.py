@@ -6,9 +6,11 @@ One pair of processes does everything once (`distributed/worker.py`); each test 
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,15 @@ def _forget_precision():
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, teacher) -> Path:
     """The folder into which two processes have written all they did."""
-    folder = tmp_path_factory.mktemp("two")
+    folder, codes = _in_two_processes(tmp_path_factory.mktemp("two"), teacher)
+    if -signal.SIGSEGV in codes:  # seen once: torch's gloo thread (pt_gloo_runloop) crashed in malloc
+        warnings.warn(f"a process crashed and both start again, see {folder / 'log'}", stacklevel=1)
+        folder, codes = _in_two_processes(tmp_path_factory.mktemp("two"), teacher)
+    assert codes == [0, 0], (folder / "log").read_text()[-5000:]
+    return folder
+
+
+def _in_two_processes(folder: Path, teacher: Path) -> tuple[Path, list[int]]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     for name in ("priming", "equilibrium"):
         one = accelerator_for("no")
@@ -61,12 +71,10 @@ def two(tmp_path_factory, teacher) -> Path:
             for rank in ("0", "1")
         ]
         try:
-            codes = [process.wait(TIMEOUT) for process in processes]
+            return folder, [process.wait(TIMEOUT) for process in processes]
         finally:
             for process in processes:
                 process.kill()
-    assert codes == [0, 0], (folder / "log").read_text()[-5000:]
-    return folder
 
 
 def facts(two: Path, job: str, rank: int = 0) -> dict:
@@ -241,7 +249,7 @@ def test_gradients_are_reduced_only_in_the_last_micro_batch_unless_memory_is_dea
 def test_each_process_takes_the_memory_that_is_planned(name, two):
     settings, phase = several(name)
     planned = execute(settings, phase, SMALL, TOKENS, 2, gpu=False)
-    assert [facts(two, "memory", rank)[name] for rank in (0, 1)] == pytest.approx([planned.peak] * 2, rel=0.05)
+    assert [planned.peak] * 2 == pytest.approx([facts(two, "memory", rank)[name] for rank in (0, 1)], rel=0.05)
 
 
 def test_shards_and_shared_clips_take_less_memory(two):
