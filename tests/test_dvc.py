@@ -269,6 +269,7 @@ def test_what_is_recorded_is_up_to_date_for_both(recorded: Clone) -> None:
 
 
 # Not with the real stages: their sampled mp4 files and latencies differ from run to run.
+@pytest.mark.slow
 @pytest.mark.parametrize("body", ["toy"])
 def test_both_engines_run_the_same_and_nothing_else_in_either_order(
     body: str, request: pytest.FixtureRequest, tmp_path: Path

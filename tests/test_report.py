@@ -264,6 +264,7 @@ def test_long_and_wide_videos_are_thinned_out(tmp_path):
         assert sheet.size == (reel["width"], reel["height"] * reel["frames"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_a_browser_shows_the_page(made, tmp_path):
     size = (1200, 3000)

@@ -25,6 +25,7 @@ def pulled(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     return clone
 
 
+@pytest.mark.slow
 def test_the_shipped_student_makes_a_video(pulled: Clone) -> None:
     Image.new("RGB", (64, 64), "white").save(pulled.folder / "first.png")
     arguments = ("--model", "data/students/tiny/student", "--image", "first.png", "--out", "clip.mp4", "--steps", "1")

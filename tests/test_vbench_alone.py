@@ -39,6 +39,7 @@ def alone(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_it_scores_where_there_is_no_vpae(tmp_path: Path) -> None:
     results = tmp_path / "r_eval_results.json"
     results.write_text(json.dumps({"dynamic_degree": [0.5], "imaging_quality": [0.7]}))

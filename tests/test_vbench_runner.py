@@ -104,6 +104,7 @@ def lines_in(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_an_uninterrupted_one(thousand: Plan, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(thousand.clips, NETS, whole, dimensions=counting(tmp_path / "whole.log"))
