@@ -335,16 +335,18 @@ def test_the_shipped_experiments_fit_the_clusters_they_ask_for(name: str, gpus: 
         assert plan["stages"][phase]["clips_per_step"] == 64
 
 
-def test_a_vae_that_decodes_in_tiles_is_planned_so() -> None:
+def test_a_vae_that_works_on_tiles_is_planned_so() -> None:
     whole, tiled = (
         load(ROOT / "configs" / "micro.yaml", ["geometry.height=512", f"samples.vae_tiles={tiles}"], environment=False)
         for tiles in ("false", "true")
     )
     pipeline = pipeline_of(whole)
     tokens = tokens_of(whole.settings, pipeline)
-    decoded = [uses(one.settings, pipeline, tokens)["decode"] for one in (whole, tiled)]
-    assert decoded[1].peak < decoded[0].peak
-    assert decoded[1].operations > decoded[0].operations  # tiles overlap
+    without, within = (uses(one.settings, pipeline, tokens) for one in (whole, tiled))
+    for work in ("decode", "condition_alone"):
+        assert within[work].peak < without[work].peak
+        assert within[work].operations > without[work].operations  # tiles overlap
+    assert within["condition"] == without["condition"]  # that of `latents`
 
 
 @pytest.mark.slow

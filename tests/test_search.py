@@ -62,5 +62,7 @@ def test_means_and_differences_are_over_the_same_seeds(tmp_path):
     assert search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"]).splitlines()[2:] == [printed[4]]
     [row] = search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"], ["motion_2nfe"]).splitlines()[2:]
     assert row == "| c | 1 | 8.0000 | 2000 |"
+    with pytest.raises(SystemExit, match="no column motion_3nfe"):
+        search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"], ["motion_3nfe"])
     with pytest.raises(SystemExit, match="no variant d; there are a, b, c"):
         search.over_seeds([tmp_path / "rows.jsonl"], [["a", "d"]])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import vbench_i2v
 from vpae.data.video import write_video

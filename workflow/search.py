@@ -291,7 +291,8 @@ class Judge:
         )
         pairs = [c2st.Pairs(sets[n].x0, x, sets[n].condition) for n, x in (("fit", fit), ("test", test))]
         found = [c2st.accuracy(*pairs, judging["steps"], seed) for seed in range(judging["seeds"])]
-        rows = {steps: Sampler(model="student", steps=steps) for steps in judging.get("few_steps", [])}
+        more = judging.get("few_steps", []) if row.model != TEACHER else []
+        rows = {steps: Sampler(model="student", steps=steps) for steps in more}
         few = {n: videos_of(self.network, sets["test"], other, self.shift, 2) for n, other in rows.items()}
         return {
             "c2st": float(np.mean(found)),
@@ -435,7 +436,7 @@ def table(file: Path) -> str:
 
 
 def over_seeds(
-    files: list[Path], pairs: list[list[str]], only: list[str] | None = None, columns: Sequence[str] = COLUMNS
+    files: list[Path], pairs: list[list[str]], only: list[str] | None = None, columns: Sequence[str] | None = None
 ) -> str:
     """Markdown: each variant's mean over its seeds, then the differences of pairs of variants from the same seeds.
 
@@ -446,11 +447,15 @@ def over_seeds(
     found: dict[str, dict[int, dict]] = {}
     for row in map(json.loads, "".join(file.read_text() for file in files).splitlines()):
         found.setdefault(row["variant"], {})[row["seed"]] = row
-    shown = [key for key in (*columns, "evaluations") if any(key in r for v in found.values() for r in v.values())]
+    known = {key for rows in found.values() for row in rows.values() for key in row}
+    if unknown := [key for key in columns or () if key not in known]:
+        raise SystemExit(f"{', '.join(map(str, files))}: no column {', '.join(unknown)}")
+    columns = columns or COLUMNS
+    shown = [key for key in dict.fromkeys((*columns, "evaluations")) if key in known]
     lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (2 + len(shown)) + "|"]
 
     def line(name: str, values: list[dict]) -> None:
-        cells = (interval([value[key] for value in values]) if key in values[0] else "" for key in shown)
+        cells = (interval([value[key] for value in values]) if all(key in v for v in values) else "" for key in shown)
         lines.append(f"| {name} | {len(values)} | " + " | ".join(cells) + " |")
 
     if unknown := {*(only or ()), *itertools.chain(*pairs)} - found.keys():
@@ -492,9 +497,7 @@ def main() -> None:
     means.add_argument("files", type=Path, nargs="+")
     means.add_argument("--pair", nargs=2, action="append", default=[], metavar=("ONE", "OTHER"))
     means.add_argument("--only", nargs="+", metavar="VARIANT", help="the variants to print; all without it")
-    means.add_argument(
-        "--columns", nargs="+", default=COLUMNS, help="beside the evaluations; frechet_2nfe and so on, too"
-    )
+    means.add_argument("--columns", nargs="+", help="beside the evaluations; frechet_2nfe and so on, too")
     means.set_defaults(run=lambda a: print(over_seeds(a.files, a.pair, a.only, a.columns)))
     arguments = parser.parse_args()
     arguments.run(arguments)

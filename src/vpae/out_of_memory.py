@@ -150,8 +150,8 @@ def advice(sizes: Sizes, placement: Placement, place: str, on_gpu: bool, frames:
         for switch, other in _switches(sizes, placement, on_gpu)
         if (after := sizes.resident_bytes(other, held)) < now
     ]
-    # By default tiles were tried already.
-    if placement.tile is False and max(height, width) > TILE:
+    tried = placement.tile or (placement.tile is None and on_gpu)  # see `tiled_if_short`
+    if not tried and max(height, width) > TILE:
         share = height * width / (min(height, TILE) * min(width, TILE))
         options.insert(0, ("--tile", f"the VAE works on one tile at a time, {share:.1f} times smaller"))
     options.append(("--num-frames", "fewer frames take proportionally less beside the weights"))

@@ -45,7 +45,9 @@ class Samples(Section):
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the VAE decodes in.")
     vae_channels_last: bool = Field(False, description="The VAE's memory layout for a GPU's tensor cores.")
     vae_tiles: bool = Field(
-        False, description="The VAE decodes tiles of 256 x 256 pixels, for a GPU whose memory does not suffice else."
+        False,
+        description="The VAE works on tiles of 256 x 256 pixels in `samples` and `evaluation`, for a GPU whose memory does"
+        " not suffice otherwise.",
     )
     decoder: str = Field(
         "",

@@ -66,10 +66,10 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
     def video(count: int, frames: int) -> Tensor:
         return torch.empty(count, 3, frames, g.height, g.width)
 
-    def decode(vae: AutoencoderKLWan) -> Tensor:
+    def placed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         if settings.samples.vae_tiles:
             vae.enable_tiling()
-        return decode_latents(vae, random_latents(settings, 1, CPU))
+        return vae
 
     def ids() -> Tensor:
         return torch.ones(1, TEXT_TOKENS, dtype=torch.long)
@@ -84,7 +84,8 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
         "image": encoder("image_encoder", lambda model: model(pixel_values=pixels(), output_hidden_states=True)),
         "encode": encoder("vae", lambda vae: encode_video(vae, video(batch, g.frames))),
         "condition": encoder("vae", lambda vae: encode_condition(vae, video(batch, 1)[:, :, 0], g.frames)),
-        "decode": encoder("vae", decode),
+        "condition_alone": encoder("vae", lambda vae: encode_condition(placed(vae), video(1, 1)[:, :, 0], g.frames)),
+        "decode": encoder("vae", lambda vae: decode_latents(placed(vae), random_latents(settings, 1, CPU))),
     }
 
 

@@ -206,13 +206,13 @@ def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) ->
     for row in settings.samples.rows.values():
         whole = config.latency_warmup + config.latency_repeats
         alone = config.latency_warmup + config.latency_repeats * (1 if row.nfe >= 50 else 5)
-        around = sum(used[name].operations for name in ("condition", "image")) / settings.latents.batch_size
+        around = used["condition_alone"].operations + used["image"].operations / settings.latents.batch_size
         seconds += LATENCY_PASSES * (
             cluster.seconds((alone + whole) * row.nfe * used["network_alone"].operations)
             + cluster.seconds(whole * 2 * used["text"].operations, whole * (around + used["decode"].operations))
         )
     networks = ("network_alone", "decode", "text", "image")
-    return _stage(settings, "evaluation", used, networks, ("condition",), seconds, cluster)
+    return _stage(settings, "evaluation", used, networks, ("condition_alone",), seconds, cluster)
 
 
 def _stage(

@@ -43,11 +43,12 @@ def animate(
     seed: int,
     num_frames: int,
     decoder: SmallDecoder | None = None,
-    tile: bool | None = None,
+    tile: bool | None = False,
 ) -> np.ndarray:
     """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not.
 
     `decoder` decodes in the VAE's place. `tile` is the placement's: with None the VAE works in tiles where it has to.
+    Stages leave it False: their results do not depend on the memory there is.
     """
 
     def by_vae(work: Callable[[], Tensor]) -> Tensor:
