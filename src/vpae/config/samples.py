@@ -46,8 +46,8 @@ class Samples(Section):
     vae_channels_last: bool = Field(False, description="The VAE's memory layout for a GPU's tensor cores.")
     vae_tiles: bool = Field(
         False,
-        description="The VAE works on tiles of 256 x 256 pixels in `samples` and `evaluation`, for a GPU whose memory does"
-        " not suffice otherwise.",
+        description="The VAE works on tiles of 256 x 256 pixels in `samples` and `evaluation`, for a GPU whose memory "
+        "does not suffice otherwise.",
     )
     decoder: str = Field(
         "",
