@@ -382,10 +382,9 @@ def test_advice_leaves_out_what_is_on_already_and_counts_tiles(student):
     assert "--dtype" not in text
     assert "--offload" not in text and "--quantize" not in text
     everything = Placement("group", "fp8", tile=None, dtype="bfloat16")
-    assert "--tile" in advice(
-        sizes, Placement(), "this machine", False, 81, 480, 832
-    )  # only a GPU's are tried by default
     assert "every switch is on already" in advice(sizes, everything, "a GPU", True, 81, 480, 832)
+    # Only where a GPU's memory ends are tiles tried by default.
+    assert "--tile" in advice(sizes, Placement(), "this machine", False, 81, 480, 832)
 
 
 def test_advice_names_what_group_offloading_excludes(sizes_14b):
