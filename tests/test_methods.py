@@ -194,10 +194,19 @@ def test_no_file_names_the_papers_phases_but_their_own_and_the_table() -> None:
     }
 
 
-def test_reading_settings_imports_no_torch() -> None:
-    code = "import sys, vpae.graph, vpae.distill; print('torch' in sys.modules, 'diffusers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+def test_the_workflow_reads_settings_and_looks_for_a_teacher_without_torch() -> None:
+    """Each of its processes does, and torch takes seconds to import."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import vpae.distill, vpae.graph
+        from vpae.experiment import load
+        from vpae.planning.presence import missing_teacher
+        print(missing_teacher(load(Path(sys.argv[1]))), *("torch" in sys.modules, "diffusers" in sys.modules))
+    """
+    arguments = [sys.executable, "-c", code, str(ROOT / "configs/micro.yaml")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "False", "False"]
 
 
 # A method of somebody else's.

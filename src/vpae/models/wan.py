@@ -264,9 +264,11 @@ def take_any_inputs(transformer: nn.Module) -> None:
     # The network is the hook's own argument: one that its hook refers to would be in memory until a garbage collection,
     # beside the next large one.
     def in_its_own_dtype(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        dtype = network.dtype  # diffusers looks through all weights for it
+
         def cast(name: str, value: Any) -> Any:
             floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(network.dtype) if floating and name != "timestep" else value
+            return value.to(dtype) if floating and name != "timestep" else value
 
         return args, {name: cast(name, value) for name, value in kwargs.items()}
 

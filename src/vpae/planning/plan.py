@@ -138,7 +138,7 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
         if found.peak <= room
         else [
             {**remedy, "total": remedy["total"] + cluster.overhead}
-            for remedy in remedies(settings, phase, network, tokens, gpus, room)
+            for remedy in remedies(settings, phase, network, tokens, gpus, found.peak, room)
         ],
         "host_bytes": _host_bytes(settings, phase, found, gpus),
         "turns": {

@@ -52,9 +52,11 @@ def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:
 
 
 def _missing_loras(source: Source) -> list[str]:
+    teacher, found = source.settings.teacher, []
+    if not teacher.loras:
+        return []
     from vpae.models.loras import require_fit  # brings torch, which few need here
 
-    teacher, found = source.settings.teacher, []
     for file, _ in map(file_and_strength, teacher.loras):
         try:
             require_fit(file, Path(teacher.path)) if teacher.source == "folder" else header(file)

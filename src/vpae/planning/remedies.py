@@ -10,18 +10,20 @@ MOST_GPUS = 4096
 
 
 def remedies(
-    settings: Experiment, phase: str, network: Network, tokens: Sequence, gpus: int, room: float
+    settings: Experiment, phase: str, network: Network, tokens: Sequence, gpus: int, needed: float, room: float
 ) -> list[dict]:
-    """Sets of switches, and numbers of GPUs, with which a phase needs no more bytes than there is room for."""
+    """Sets of switches, and numbers of GPUs, with which a phase that needs too many bytes has room."""
 
     def peak(values: dict, gpus: int = gpus) -> float:
         return execute(with_switches(settings, phase, values), phase, network, tokens, gpus).peak
 
     found = []
-    if (values := _enough(switches(settings, phase, network, gpus), peak, room)) is not None:
-        found.append({"set": [text for key in values for text in _words(settings, phase, key, values[key])]})
-        found[-1]["total"] = peak(values)
-    if getattr(settings, phase).training.sharding.strategy == "full" and (more := _more_gpus(peak, gpus, room)):
+    if enough := _enough(switches(settings, phase, network, gpus), peak, room):
+        values, total = enough
+        words = [text for key, value in values.items() for text in _words(settings, phase, key, value)]
+        found.append({"set": words, "total": total})
+    full = getattr(settings, phase).training.sharding.strategy == "full"
+    if full and (more := _more_gpus(peak, gpus, needed, room)):
         found.append({"gpus": more[0], "total": more[1]})
     return found
 
@@ -56,28 +58,28 @@ def with_switches(settings: Experiment, phase: str, values: dict) -> Experiment:
     return settings.model_copy(update={phase: config.model_copy(update={**of(config), "training": training})})
 
 
-def _enough(available: list[dict], peak: Callable[[dict], float], room: float) -> dict | None:
-    """As few switches as will do: one after the other, and then without those that are not needed."""
+def _enough(available: list[dict], peak: Callable[[dict], float], room: float) -> tuple[dict, float] | None:
+    """As few switches as will do, and the bytes with them: one after the other, then without those not needed."""
     values: dict = {}
     for switch in available:
         values |= switch
-        if peak(values) <= room:
+        if (total := peak(values)) <= room:
             break
     else:
         return None
     for key in list(values)[:-1]:
         fewer = {k: v for k, v in values.items() if k != key}
-        if peak(fewer) <= room:
-            values = fewer
-    return values
+        if (less := peak(fewer)) <= room:
+            values, total = fewer, less
+    return values, total
 
 
-def _more_gpus(peak: Callable[..., float], gpus: int, room: float) -> tuple[int, float] | None:
+def _more_gpus(peak: Callable[..., float], gpus: int, needed: float, room: float) -> tuple[int, float] | None:
     """The smallest number of GPUs in whole nodes of eight, doubled, that suffices; of shards, each has its part."""
-    few, many = peak({}, gpus), peak({}, MOST_GPUS)
+    many = peak({}, MOST_GPUS)
     if many > room:
         return None
-    shared = (few - many) / (1 / gpus - 1 / MOST_GPUS)
+    shared = (needed - many) / (1 / gpus - 1 / MOST_GPUS)
     enough = 8
     while enough <= gpus or many + shared / enough > room:
         enough *= 2
