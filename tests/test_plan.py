@@ -366,7 +366,8 @@ def once() -> Iterator[None]:
 
     def remembered(work: Callable, names: Callable[[Experiment, tuple], set[str]]) -> Callable:
         def call(settings: Experiment, *others: object) -> object:
-            key = repr((settings.model_dump(include={"seed", "geometry", "teacher", *names(settings, others)}), others))
+            sections = dict.fromkeys(("seed", "geometry", *names(settings, others)), True)
+            key = repr((settings.model_dump(include=sections | {"teacher": {"shift"}}), others))
             if key not in found:
                 found[key] = work(settings, *others)
             return found[key]

@@ -60,11 +60,17 @@ def held_by(phase: Phase) -> int:
 
 
 def measure_phase(
-    settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device, repeats: int
+    settings: Experiment,
+    name: str,
+    network: Network,
+    tokens: Sequence,
+    device: torch.device,
+    repeats: int,
+    planned: Execution | None = None,
 ) -> dict:
-    """Seconds and memory of each turn of a phase, and of a whole step made of them."""
+    """Seconds and memory of each turn of a phase, and of a whole step made of them; `planned` if that is known."""
     settings = alone(settings, name)
-    planned = execute(settings, name, network, tokens, 1)
+    planned = planned or execute(settings, name, network, tokens, 1)
     if reason := _too_large(planned, device):
         return {"skipped": reason}
     found = if_it_fits(lambda: _measure(settings, name, network, tokens, device, repeats, planned), device)
@@ -131,20 +137,21 @@ def compare(
     repeats: int,
 ) -> dict:
     """A method with two values of a setting: both or neither, since on a rented GPU one alone would be for nothing."""
-    variants, reasons = {}, {}
+    variants, planned, reasons = {}, {}, {}
     for value in values:
         section = getattr(settings, name)
         variants[value] = settings.model_copy(update={name: section.model_copy(update={key: value})})
         try:
             type(section).model_validate({**section.model_dump(), key: value})
-            planned = execute(alone(variants[value], name), name, network, tokens, 1)
-            reasons[value] = _too_large(planned, device)
+            planned[value] = execute(alone(variants[value], name), name, network, tokens, 1)
+            reasons[value] = _too_large(planned[value], device)
         except ValidationError as error:
             reasons[value] = error.errors()[0]["msg"].removeprefix("Value error, ")
     if any(reasons.values()):
         other = "the other cannot be measured"
         return {"setting": f"{name}.{key}", **{v: {"skipped": reason or other} for v, reason in reasons.items()}}
-    found = {value: measure_phase(variants[value], name, network, tokens, device, repeats) for value in values}
+    measure = partial(measure_phase, name=name, network=network, tokens=tokens, device=device, repeats=repeats)
+    found = {value: measure(variants[value], planned=planned[value]) for value in values}
     ours, other = (found[value] for value in values)
     if not any("skipped" in row for row in found.values()):
         found["ratio"] = {what: other[what] / ours[what] for what in ("seconds_per_step", "held_bytes", "peak_bytes")}
