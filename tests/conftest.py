@@ -126,7 +126,8 @@ def build_equilibrium(seed: int = 0, **config) -> Equilibrium:
         shared = SharedBase(teacher)
         fake = seeded(seed, lambda: shared.add(FAKE, Lora(rank=4, alpha=4)))
         teacher = shared.network(None)
-    return Equilibrium(settings, SHIFT, build_transformer(seed + 1), teacher, head, default_taps(4), fake)
+    backbone = build_transformer() if settings.backbone == "copy" else None
+    return Equilibrium(settings, SHIFT, build_transformer(seed + 1), teacher, head, default_taps(4), fake, backbone)
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from conftest import SHIFT, build_batch, build_equilibrium, seeded
+from planned import SMALL, TOKENS, variant
+from vpae.bench.training import Workbench
 from vpae.config.discriminator import R1, Head
 from vpae.distill.equilibrium import Equilibrium, Score, Settings
 from vpae.distill.losses.vsd import vsd_direction
@@ -26,6 +28,25 @@ def test_the_fake_model_takes_its_turns_only_where_the_score_is_kept():
     assert "fake" not in build_equilibrium().turns(1)
     kept = build_equilibrium(score=Score(weight=1.0, fake_steps_per_generator_step=3))
     assert kept.turns(1) == ["head", "fake", "fake", "fake", "generator"]
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_a_copied_backbone_learns_with_the_head_and_the_teacher_does_not(kept: float):
+    settings = variant("copies", "equilibrium")
+    config = settings.equilibrium.model_copy(update={"score": Score(weight=kept)})
+    settings = settings.model_copy(update={"equilibrium": config})
+    bench = Workbench(settings, "equilibrium", SMALL, TOKENS, torch.device("cpu"))
+    phase = bench.phase
+    teacher = phase.teacher.base if kept else phase.teacher
+
+    def blocks(network: torch.nn.Module) -> list[Tensor]:
+        return [p.detach().clone() for p in network.blocks.parameters()]
+
+    before = blocks(phase.backbone), blocks(teacher)
+    bench.update("head")
+    moved = [not torch.equal(*pair) for pair in zip(blocks(phase.backbone), before[0], strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    assert all(torch.equal(*pair) for pair in zip(blocks(teacher), before[1], strict=True))
 
 
 def test_without_an_adversary_the_head_learns_nothing():

@@ -1,5 +1,6 @@
 """Both phases on tiny models: who learns from whom, what each network is shown, and what stays as it was."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,11 @@ def fit(phase, folder: Path, accelerator, steps: int | None = None, turns: list[
 
 
 # Phase I: the shared base.
+
+
+def test_a_copy_of_an_adapted_network_which_would_have_nothing_to_train_is_refused():
+    with pytest.raises(TypeError, match="copy its base"):
+        copy.deepcopy(build_priming().fake)
 
 
 @torch.no_grad()

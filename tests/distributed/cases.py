@@ -130,7 +130,8 @@ def build(case: Case, accelerator: Accelerator, **training):
             if config.student_lora is not None:
                 shared = SharedBase(teacher)
                 generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
-            phase = Equilibrium(config, SHIFT, generator, teacher, build_head(), default_taps(4))
+            backbone = network(0) if config.backbone == "copy" else None
+            phase = Equilibrium(config, SHIFT, generator, teacher, build_head(), default_taps(4), backbone=backbone)
     spread(phase, config.training, accelerator)
     return phase
 

@@ -6,7 +6,6 @@ be kept on beside the adversary. Beside the student it writes `head.safetensors`
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -123,6 +122,7 @@ class Equilibrium(Method):
         head: the discriminator's.
         taps: blocks whose outputs it sees.
         fake: the fake model, an adapter on the teacher's weights; none where the score loss is off.
+        backbone: the discriminator's own copy of the teacher; none unless `backbone = copy`.
     """
 
     name = "equilibrium"
@@ -158,16 +158,17 @@ class Equilibrium(Method):
         head: nn.Module,
         taps: tuple[int, ...],
         fake: nn.Module | None = None,
+        backbone: nn.Module | None = None,
     ):
         super().__init__(config, shift, generator)
         self.taps, self.teacher, self.head = taps, teacher.requires_grad_(False), head
-        self.hold(teacher=teacher)
         if config.backbone == "copy":
-            self.backbone = copy.deepcopy(teacher).float().requires_grad_(True)
-            self.hold(teacher=teacher, backbone=self.backbone)
-            discriminator = torch.nn.ModuleDict({"head": head, "backbone": self.backbone})
+            self.backbone = backbone.requires_grad_(True)
+            self.hold(teacher=teacher, backbone=backbone)
+            discriminator = torch.nn.ModuleDict({"head": head, "backbone": backbone})
         else:
             self.backbone = self.ema if config.backbone == "ema" else teacher
+            self.hold(teacher=teacher)
             discriminator = head
         self.roles = {"generator": Role(generator, config.generator), "head": Role(discriminator, config.discriminator)}
         self.fake = fake
@@ -187,7 +188,8 @@ class Equilibrium(Method):
             head, taps = heads.head_on(generator, config.head)
         fake = cls._fake_at_start(settings, networks, shared) if kept else None
         teacher = teacher if shared is None else shared.network(None)
-        return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps, fake)
+        backbone = networks.transformer(TEACHER, trained=True) if config.backbone == "copy" else None
+        return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps, fake, backbone)
 
     @classmethod
     def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:

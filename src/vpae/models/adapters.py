@@ -155,6 +155,10 @@ class Adapted(nn.Module):
         """The update is scaled by alpha / rank."""
         return self.base.peft_config[self.name].lora_alpha
 
+    def __deepcopy__(self, _memo: dict) -> "Adapted":
+        """Refused: the base is no part of this module, so that a copy would have none of the base's weights to train."""
+        raise TypeError("an adapted network cannot be copied: copy its base, or take a `follower`")
+
     def start_from(self, lora: dict[str, Tensor]) -> None:
         """Take the weights of an adapter's file, if there are any and this network has memory of its own.
 
