@@ -156,7 +156,7 @@ class Adapted(nn.Module):
         return self.base.peft_config[self.name].lora_alpha
 
     def __deepcopy__(self, _memo: dict) -> "Adapted":
-        """Refused: the base is no part of this module, so that a copy would have none of the base's weights to train."""
+        """Refused: the base is no part of this module, so a copy would have none of its weights to train."""
         raise TypeError("an adapted network cannot be copied: copy its base, or take a `follower`")
 
     def start_from(self, lora: dict[str, Tensor]) -> None:
