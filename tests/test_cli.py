@@ -4,14 +4,16 @@ import errno
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vpae import stages
 from vpae.artifacts import ArtifactError
 from vpae.cli import main
 from vpae.data import catalog
-from vpae.experiment import ConfigError
+from vpae.experiment import ConfigError, load
 from vpae.preemption import EXIT_CODE, Interruption
 from vpae.training.phase import Collapse
 
@@ -49,6 +51,36 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(stages, "run_stage", run_stage)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["priming", "--config", MICRO])
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "said"),
+    [
+        ("samples", torch.OutOfMemoryError("CUDA out of memory"), "samples.vae_tiles=true"),
+        ("evaluation", RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), "the memory of the GPU. Set samples.vae_tiles=true"),
+        ("latents", RuntimeError("DefaultCPUAllocator: not enough memory"), "this machine. Set latents.batch_size=1"),
+        ("priming", torch.OutOfMemoryError("CUDA out of memory"), "Set priming.training.batch_size=1"),
+        ("report", MemoryError(), "vpae plan --config"),
+    ],
+)
+def test_a_stage_whose_memory_is_exhausted_names_the_settings_that_help(
+    stage: str, error: Exception, said: str, monkeypatch, tmp_path, capsys
+):
+    def run(*_):
+        raise error
+
+    folder = tmp_path / "results" / stage
+    task = stages._Task(SimpleNamespace(), run, folder, {}, {}, {})
+    monkeypatch.setattr(stages, "_task", lambda *_: task)
+    assert main([stage, "--config", MICRO]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and f"the stage {stage} ran out of the memory" in printed
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("stage", ["latents", "samples", "evaluation", "priming", "equilibrium"])
+def test_what_such_a_stage_advises_can_be_set(stage: str):
+    assert load(Path(MICRO), list(stages.SMALLER[stage])).settings != load(Path(MICRO)).settings
 
 
 def test_a_signal_ends_a_stage_with_the_code_that_puts_a_job_back_into_the_queue(monkeypatch, tmp_path, capsys):

@@ -4,7 +4,8 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,13 @@ from vpae.teacher.folder import decoder_inputs, external_inputs
 
 # What stages read beside the results of others and that is small enough to be hashed before any job.
 OUTSIDE = {TEACHER: external_inputs, "samples": decoder_inputs}
+# What takes less memory, to be tried in this order; for what a method can switch, `vpae plan` tries it out.
+SMALLER = {
+    "latents": ("latents.batch_size=1",),
+    "samples": ("samples.batch_size=1", "samples.vae_tiles=true", "samples.vae_dtype=bfloat16"),
+    "evaluation": ("samples.vae_tiles=true", "samples.batch_size=1"),
+    **{name: (f"{name}.training.batch_size=1",) for name in METHODS},
+}
 # Ends of names in clips and latents: may be terabytes, so that each is hashed when it is opened, not before the stage.
 BULK = (".tar", ".mp4")
 
@@ -154,6 +162,29 @@ def _is_newer(path: Path, folder: Path) -> bool:
     return path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in seen if p.exists())
 
 
+@contextmanager
+def _with_advice(source: Source, stage: str) -> Iterator[None]:
+    """Say which settings take less memory where it is exhausted.
+
+    Raises:
+        ConfigError: in place of the allocator's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        from vpae.out_of_memory import exhausted_memory  # brings torch
+
+        if (whose := exhausted_memory(error)) is None:
+            raise
+        place = "the GPU" if whose == "gpu" else "this machine"
+        ways = " or ".join(SMALLER.get(stage, ()))
+        raise ConfigError(
+            f"{source.path}: the stage {stage} ran out of the memory of {place}. {f'Set {ways}; ' if ways else ''}"
+            f"`vpae plan --config {source.path}` says what each stage takes\n"
+            f"({(str(error) or type(error).__name__).splitlines()[0]})"
+        ) from error
+
+
 def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     """Run one stage unless it is done.
 
@@ -166,17 +197,18 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     Raises:
         ArtifactError: an input is missing or damaged, or another process, perhaps one that runs a part, is at work on
             the stage.
+        ConfigError: memory is exhausted; names the settings that take less.
     """
     task = _task(source, stage, results)
     if task.is_done():
         return task.folder
     if int(os.environ.get("RANK", "0")) > 0:  # one of several processes of torchrun: the first one writes the folder
-        with tempfile.TemporaryDirectory() as nowhere:
+        with tempfile.TemporaryDirectory() as nowhere, _with_advice(source, stage):
             task.run(source.settings, task.folders, Path(nowhere), task.state)
         return task.folder
     task.require_whole_inputs()
     states = [task.state, *task.state.parent.glob(f"{stage}-*")]
-    with building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
+    with _with_advice(source, stage), building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
     return task.folder
 
@@ -196,4 +228,5 @@ def run_part(source: Source, stage: str, part: Part, results: Path = RESULTS) ->
         if not task.is_done():
             task.require_whole_inputs()
             task.state.mkdir(parents=True, exist_ok=True)
-            task.module.part(source.settings, task.folders, task.state, part)
+            with _with_advice(source, stage):
+                task.module.part(source.settings, task.folders, task.state, part)
