@@ -17,7 +17,7 @@ from vpae.distill.losses.adversarial import generator_adversarial
 from vpae.distill.losses.csds import csds_loss
 from vpae.distill.method import motion_monitors
 from vpae.experiment import load
-from vpae.flow import schedule, x0_from_velocity
+from vpae.flow import expand, schedule, x0_from_velocity
 from vpae.models.wan import predict_x0, velocity
 from vpae.randomness import generator_for
 from vpae.training.loop import train
@@ -238,6 +238,23 @@ def test_at_a_later_time_the_equilibrium_s_generator_sees_the_clip_through_less_
     t = seen["timestep"] / 1000
     step = (moved["hidden_states"] - seen["hidden_states"])[:, :16]
     torch.testing.assert_close(step, (10 * (1 - t)).reshape(-1, 1, 1, 1, 1).expand(x.shape), atol=1e-5, rtol=0)
+
+
+def test_at_a_later_time_it_can_see_its_own_one_step_video_as_few_step_sampling_does():
+    """Renoised, and without a gradient to the step that made it; the clip plays no part."""
+    phase, (x, c) = build_equilibrium(few_step={"share": 1.0, "steps": 2, "own": True}), build_batch(2)
+    with calls_of(phase.generator) as calls:
+        for clips in (x, x + 10):
+            phase.loss("generator", (clips, c), rng(), 0)
+    first, second, *others = calls
+    assert (first["timestep"] == 1000).all() and not first["grad"] and second["grad"]
+    assert second["hidden_states"].equal(others[1]["hidden_states"])
+    t = schedule(2, phase.shift)[1].float().expand(2)
+    torch.testing.assert_close(second["timestep"] / 1000, t)
+    video = x0_from_velocity(first["hidden_states"][:, :16], first["output"], torch.ones(2))
+    noise = (second["hidden_states"][:, :16] - (1 - expand(t, video)) * video) / expand(t, video)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), video.flatten()]))[0, 1]) < 0.1
 
 
 # Phase II.

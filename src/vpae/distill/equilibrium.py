@@ -56,6 +56,11 @@ class FewStep(Section):
 
     share: Share = Field(0.25, description="Share of the clips that are at a later time.")
     steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
+    own: bool = Field(
+        False,
+        description="Noise the student's own one-step videos, as sampling does, and not real clips (DMD2's backward "
+        "simulation, one step deep); one more network evaluation.",
+    )
 
 
 class Settings(MethodSettings):
@@ -212,10 +217,14 @@ class Equilibrium(Method):
         return ["head"] * (warmup + head) + ["fake"] * fake + ["generator"]
 
     def generate(self, clips: Clips) -> Tensor:
-        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise; a share from real latents that are noised less."""
-        t, few = clips.ones(), self.config.few_step
-        t = clips.sometimes_later(t, few.share, few.steps) if few else t
-        return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
+        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise; a share from clips or videos that are noised less."""
+        t, x, few = clips.ones(), clips.x, self.config.few_step
+        if few is not None:
+            if few.own:
+                with torch.no_grad():
+                    x = wan.predict_x0(self.generator, clips.noise(), t, clips.c)
+            t = clips.sometimes_later(t, few.share, few.steps)
+        return wan.predict_x0(self.generator, flow.add_noise(x, clips.noise(), t), t, clips.c)
 
     def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
         """Step 2: xh_t', the t' at which the discriminator looks, and the noise."""
