@@ -217,7 +217,7 @@ class Equilibrium(Method):
         return ["head"] * (warmup + head) + ["fake"] * fake + ["generator"]
 
     def generate(self, clips: Clips) -> Tensor:
-        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise; a share from clips or videos that are noised less."""
+        """Step 1: xh = f_theta(eps, 1, c), one step from pure noise; a share from clips or videos noised less."""
         t, x, few = clips.ones(), clips.x, self.config.few_step
         if few is not None:
             if few.own:
