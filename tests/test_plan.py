@@ -323,7 +323,7 @@ def test_traffic_is_that_of_shards_and_of_shared_clips() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gpus"),
-    [("i2v-14b-480p-lora", 8), ("i2v-14b-720p", 32), ("fun-1.3b-480p", 8)],
+    [("i2v-14b-480p-lora", 8), ("i2v-14b-480p-kept-score", 16), ("i2v-14b-720p", 32), ("fun-1.3b-480p", 8)],
     ids=lambda value: str(value),
 )
 def test_the_shipped_experiments_fit_the_clusters_they_ask_for(name: str, gpus: int) -> None:
