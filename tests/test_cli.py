@@ -14,6 +14,7 @@ from vpae.artifacts import ArtifactError
 from vpae.cli import main
 from vpae.data import catalog
 from vpae.experiment import ConfigError, load
+from vpae.graph import stage_settings
 from vpae.preemption import EXIT_CODE, Interruption
 from vpae.training.phase import Collapse
 
@@ -59,7 +60,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
         ("samples", torch.OutOfMemoryError("CUDA out of memory"), "samples.vae_tiles=true"),
         ("evaluation", RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), "the memory of the GPU. Set samples.vae_tiles=true"),
         ("latents", RuntimeError("DefaultCPUAllocator: not enough memory"), "this machine. Set latents.batch_size=1"),
-        ("priming", torch.OutOfMemoryError("CUDA out of memory"), "Set priming.training.batch_size=1"),
+        ("priming", torch.OutOfMemoryError("CUDA out of memory"), "what makes a method fit"),
         ("report", MemoryError(), "vpae plan --config"),
     ],
 )
@@ -78,9 +79,21 @@ def test_a_stage_whose_memory_is_exhausted_names_the_settings_that_help(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("stage", ["latents", "samples", "evaluation", "priming", "equilibrium"])
-def test_what_such_a_stage_advises_can_be_set(stage: str):
-    assert load(Path(MICRO), list(stages.SMALLER[stage])).settings != load(Path(MICRO)).settings
+@pytest.mark.parametrize("key", ["monitor.stop=false", "monitor.every=1", "checkpoint_every=7", "log_every=3"])
+def test_a_run_goes_on_where_it_was_when_it_is_watched_or_saved_otherwise(key: str):
+    """Such as after a collapse, whose message says how to go on all the same."""
+    one, other = (
+        stages._without_shares(stage_settings(load(Path(MICRO), keys).settings, "priming"))
+        for keys in ([], [f"priming.training.{key}"])
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("stage", stages.SMALLER)
+def test_such_a_stage_advises_what_can_be_set_and_is_not(stage: str):
+    ways = stages.SMALLER[stage]
+    assert not any(stages._is_set(load(Path(MICRO)).settings, way) for way in ways)
+    assert all(stages._is_set(load(Path(MICRO), list(ways)).settings, way) for way in ways)
 
 
 def test_a_signal_ends_a_stage_with_the_code_that_puts_a_job_back_into_the_queue(monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,7 @@ from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resample_indices, resize_and_crop, write_video
 from vpae.data.world import render
 from vpae.experiment import Source, load
-from vpae.stages import run_stage
+from vpae.stages import run_stage, standing
 
 REAL = Path(__file__).parents[2] / "shared" / "clips"
 REAL_CLIPS = {  # width, height, fps and frames of the first video stream
@@ -369,6 +370,25 @@ def test_the_stage_runs_again_exactly_when_videos_or_captions_change(videos: Pat
     assert not ran()
 
 
+def test_the_workflow_sees_a_caption_and_a_video_that_were_replaced_in_a_subfolder(
+    videos: Path, tmp_path: Path
+) -> None:
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
+    for change in (
+        lambda: write_coded(videos / "deeper" / "seventh.MP4", 6, start=80),
+        lambda: (videos / "clip_no-1.txt").write_text("another caption"),
+    ):
+        folder = run_stage(source, "clips", tmp_path / "results")
+        assert standing(source, tmp_path / "results")["clips"]
+        os.utime(folder / PROVENANCE, (time.time() - 10,) * 2)
+        for path in [videos, *videos.rglob("*")]:
+            os.utime(path, (time.time() - 20,) * 2)
+        assert standing(source, tmp_path / "results")["clips"]
+        change()
+        os.utime(videos, (time.time() - 20,) * 2)  # a file that is written over leaves its folder's date
+        assert not standing(source, tmp_path / "results")["clips"]
+
+
 def test_renaming_moves_no_clip_between_splits_and_adding_moves_none_into_the_held_out_ones(
     videos: Path, tmp_path: Path
 ) -> None:
@@ -537,6 +557,15 @@ def test_a_stretch_begins_where_the_table_says(start: float, suffix: str, tmp_pa
         read_clip(path, 5, 32, 64, 8, start, start + 0.5)
     with pytest.raises(VideoError, match=r"too short: \d+ of 40 frames at 8 fps"):
         read_clip(path, 40, 32, 64, 8, start)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_stretch_is_counted_from_the_beginning_of_a_film_cut_off_another(
+    suffix: str, tmp_path: Path
+) -> None:
+    """Its first time stamp is then not 0."""
+    path = write_timed(tmp_path / f"cut.{suffix}", range(16, 76), 8)
+    assert decoded(read_clip(path, 9, 32, 64, 8, 3.5)) == list(range(28, 37))
 
 
 def test_a_stretch_of_a_long_film_is_read_from_the_key_frame_before_it(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vpae.artifacts import ArtifactError, write_json
+from vpae.artifacts import ArtifactError, digest, write_json
 from vpae.evaluation import truth
 from vpae.experiment import ConfigError, Source, load
-from vpae.graph import stage_folder, stage_settings
+from vpae.graph import stage_folder, stage_settings, stages_of, upstream
 from vpae.report import comparison
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,31 +25,28 @@ def overlays(folder: Path, **files: str) -> Path:
 
 def finish(source: Source, results: Path, frechet: float = 0.1, score: float = 0.5, backbones: str = "tiny") -> None:
     """Write what the stages of a finished experiment leave behind, as far as the comparison reads it."""
-    for stage, weights in (("priming", 300), ("equilibrium", 100)):
+    for stage in stages_of(source.settings)[:-1]:
         folder = stage_folder(source, stage, results)
         folder.mkdir(parents=True, exist_ok=True)
         memory = 5_000_000_000 if stage == "priming" else 3_000_000_000
         write_json(
             folder / "provenance.json",
             {
-                **{"settings": {}, "inputs": {}, "outputs": {}},
-                "counts": {"trained_parameters": weights},
+                "settings": stage_settings(source.settings, stage),
+                "inputs": dict.fromkeys(upstream(source.settings, stage), digest({})),
+                "outputs": {},
+                "counts": {"trained_parameters": 300 if stage == "priming" else 100},
                 "seconds": 7.0,
                 "peak_memory_bytes": memory,
                 "code": {"commit": f"{stage}1234567"},
             },
         )
-    folder = stage_folder(source, "evaluation", results)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = source.settings.samples.rows
     write_json(folder / "scores.json", {"rows": {row: {"frechet": {**EVALUATED, "mean": frechet}} for row in rows}})
     records = [{"row": row, "key": "a", **dict.fromkeys(truth.METRICS, score)} for row in rows]
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     vbench = {row: {"i2v_score": 90.0, "quality_score": 80.0, "imaging_quality": 70.0} for row in rows}
     write_json(folder / "vbench.json", {"backbones": backbones, "rows": vbench})
-    settings = stage_settings(source.settings, "evaluation")
-    made = {"settings": settings, "inputs": {}, "outputs": {}, "counts": {}, "code": {"commit": "evaluation"}}
-    write_json(folder / "provenance.json", made)
 
 
 def compared(folder: Path, names: list[str], **finished: dict) -> dict[str, dict]:
@@ -117,6 +114,27 @@ def test_the_paper_s_score_stands_beside_ours_where_the_paper_has_one(tmp_path):
     assert rows["teacher-100nfe"]["paper_score"] == pytest.approx((92.90 + 80.82 + 70.44) / 3, abs=0.005)
     assert rows["priming"]["paper_score"] == pytest.approx((84.92 + 72.34 + 59.75) / 3, abs=0.005)
     assert not {"euler", "vpae-2nfe", "vpae (ablation)"} & {name for name, row in rows.items() if "paper_score" in row}
+
+
+@pytest.mark.parametrize("change", ["samples: {count: 7}\n", "evaluation: {vbench: {videos_per_row: 2}}\n"])
+def test_experiments_that_were_measured_differently_are_not_compared(change, tmp_path):
+    folder = overlays(tmp_path, other=f"seed: 1\n{change}")
+    with pytest.raises(ConfigError, match=r"in micro and .* in other, so that their scores cannot be compared"):
+        compared(folder, ["micro", "other"])
+
+
+def test_scores_of_an_older_student_are_refused(tmp_path):
+    folder = overlays(tmp_path)
+    source, results = load(folder / "micro.yaml"), folder / "results"
+    finish(source, results)
+    assert comparison.runs_of(source, results)
+    for changed in (["priming.guidance_scale=2.5"], ["samples.rows.more={model: priming, steps: 2}"]):
+        with pytest.raises(ArtifactError, match="was made with other settings or of other results"):
+            comparison.runs_of(load(folder / "micro.yaml", changed), results)
+    provenance = json.loads((results / "micro/priming/provenance.json").read_text())
+    write_json(results / "micro/priming/provenance.json", {**provenance, "outputs": {"student": "trained again"}})
+    with pytest.raises(ArtifactError, match="was made with other settings or of other results"):
+        comparison.runs_of(source, results)
 
 
 def test_what_is_not_evaluated_or_was_with_other_settings_is_refused(tmp_path):

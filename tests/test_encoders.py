@@ -1,13 +1,16 @@
 """The tiny encoders' training: the order of words must not get lost."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vpae.config import TinyEncoders
+from vpae.config import TinyEncoders, Training
 from vpae.data.world import draw_truth
+from vpae.models.wan import TEXT_TOKENS
 from vpae.teacher.encoders import Reader, TextPhase, build_text_encoder, build_tokenizer
+from vpae.teacher.stage import _captions
 
 SWAPPED = (
     "a small magenta circle moves up beside a small red square",
@@ -53,6 +56,15 @@ def order(tokenizer, encoder) -> float:
     same_words = {k: v for k, v in enumerate(place) if text.input_ids[0].tolist().count(text.input_ids[0, k]) == 1}
     moved = [(one[k] - other[v]).norm() / one[k].norm() for k, v in same_words.items()]
     return float(torch.stack(moved).mean())
+
+
+def test_captions_longer_than_the_text_encoder_reads_are_cut_off(captions):
+    tokenizer, phase = start(captions)
+    clips = [SimpleNamespace(caption=text) for text in (captions[0], "red " * 2000)]
+    batch = _captions(clips, tokenizer, Training(steps=1, batch_size=2), 0)(0)
+    assert batch["ids"].shape == batch["mask"].shape == (2, TEXT_TOKENS)
+    loss, _ = phase.loss("reader", batch, torch.Generator(), 0)
+    assert loss.isfinite()
 
 
 def test_the_two_captions_hold_the_same_words(captions):

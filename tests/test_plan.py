@@ -443,6 +443,9 @@ def test_a_folder_that_lacks_a_shard_is_incomplete(teacher: Path, tmp_path: Path
     (copy / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "transformer" / "model-00001-of-00002.safetensors").touch()
     assert incomplete(copy) == ["transformer/model-00002-of-00002.safetensors"]
+    for damaged in ("version https://git-lfs.github.com/spec/v1", "[]", '{"weight_map": '):
+        (copy / "transformer" / "model.safetensors.index.json").write_text(damaged)
+        assert incomplete(copy) == ["transformer/model.safetensors.index.json (this one is damaged)"]
 
 
 def test_a_finished_teacher_needs_no_hub(tmp_path: Path) -> None:

@@ -225,6 +225,12 @@ def test_a_method_whose_monitor_kept_videos_has_a_picture_with_a_row_for_each_lo
     assert found == [(expected, "priming at steps 0, 20, 40")] and loads == [stages["teacher"]]
 
 
+@pytest.mark.parametrize("caption", ["two\nlines", "line\r\nbreaks\n", "a " * 2000, ""])
+def test_a_strip_takes_captions_of_any_shape(caption):
+    clip = np.zeros((5, 32, 32, 3), np.uint8)
+    assert plots.strip({"real": ([clip], "")}, [caption]).width > 100
+
+
 def test_without_kept_videos_no_network_is_loaded(made, text):
     assert "image/png" not in text
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import secrets
 from pathlib import Path
 
 
@@ -25,6 +25,6 @@ def folder_digest(folder: Path) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON by way of a temporary file and a rename."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

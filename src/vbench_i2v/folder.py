@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vbench_i2v import results, runner
 from vbench_i2v.base import OFFICIAL
+from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import sha256
 from vbench_i2v.networks import official_networks, wanted
 from vbench_i2v.parts import Part
@@ -37,7 +38,7 @@ def score_folder(
         FileNotFoundError: videos, images or folders are missing.
         VBenchError: a file cannot be used.
     """
-    plan = make_plan(settings)
+    plan, sampling = make_plan(settings), _sampling(settings)
     out, why, tolerant = _path(settings.out), {}, settings.allow_incomplete
     absent = tolerant or networks is not None
     if networks is None:
@@ -58,7 +59,7 @@ def score_folder(
         comparable=name == OFFICIAL and _as_published(settings),
         settings=settings.model_dump(mode="json", exclude={"sampling", "videos", "out", "weights"}),
         suite_sha256=sha256(_path(settings.suite)) if settings.suite else None,
-        sampling=_sampling(settings),
+        sampling=sampling,
     )
     written = results.write(out, settings.name, plan, gathered, found, accounted)
     damaged = [f"videos damaged: {some(list(outcome.damaged))}"] if outcome.damaged else []
@@ -96,4 +97,10 @@ def _as_published(settings: Folder) -> bool:
 def _sampling(settings: Folder) -> dict:
     """How the videos were made: what was noted beside them, and what the settings add."""
     noted = _path(settings.videos) / SAMPLING
-    return (json.loads(noted.read_text(encoding="utf-8-sig")) if noted.is_file() else {}) | settings.sampling
+    try:
+        found = json.loads(noted.read_text(encoding="utf-8-sig")) if noted.is_file() else {}
+    except ValueError as error:
+        raise VBenchError(f"{noted}: no JSON ({error}); correct or remove it") from error
+    if not isinstance(found, dict):
+        raise VBenchError(f"{noted}: no JSON object; correct or remove it")
+    return found | settings.sampling

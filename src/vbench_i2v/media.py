@@ -45,7 +45,8 @@ def reading(fault: str = "unreadable") -> Iterator[None]:
 @dataclass(frozen=True)
 class VideoInfo:
     """The first video stream of a file: width and height in pixels as shown upright, mean frames per second, the number
-    of video streams, width / height of a pixel, and how long it lasts in seconds (0: the header does not say)."""
+    of video streams, width / height of a pixel, how long it lasts in seconds (0: the header does not say), and the time
+    stamp in seconds at which it begins, which is not 0 where something was cut off."""
 
     width: int
     height: int
@@ -53,6 +54,7 @@ class VideoInfo:
     streams: int
     pixel_aspect: float = 1.0
     seconds: float = 0.0
+    begin: float = 0.0
 
 
 def probe(path: Path) -> VideoInfo:
@@ -79,7 +81,8 @@ def probe(path: Path) -> VideoInfo:
             if turns % 2:
                 size, aspect = size[::-1], 1 / aspect
             seconds = (container.duration or 0) / av.time_base
-            return VideoInfo(*size, float(rate), len(container.streams.video), aspect, seconds)
+            begin = float((stream.start_time or 0) * stream.time_base)
+            return VideoInfo(*size, float(rate), len(container.streams.video), aspect, seconds, begin)
 
 
 def _turns(frame: av.VideoFrame) -> int:

@@ -1,13 +1,14 @@
 """Running a stage: find its inputs, skip it if it is done, build its folder all or nothing."""
 
 import importlib
+import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,7 @@ from vpae.artifacts import (
     read_provenance,
     recover,
 )
+from vpae.config import Experiment
 from vpae.distill import METHODS
 from vpae.distill.method import TEACHER
 from vpae.experiment import ConfigError, Source
@@ -30,14 +32,22 @@ from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of,
 from vpae.parts import Part
 from vpae.teacher.folder import decoder_inputs, external_inputs
 
+
+def _vbench_weights(settings: Experiment) -> dict[str, str]:
+    if settings.evaluation.vbench.backbones != "official":
+        return {}
+    from vpae.evaluation.stage import external_inputs  # brings torch
+
+    return external_inputs(settings)
+
+
 # What stages read beside the results of others and that is small enough to be hashed before any job.
-OUTSIDE = {TEACHER: external_inputs, "samples": decoder_inputs}
-# What takes less memory, to be tried in this order; for what a method can switch, `vpae plan` tries it out.
+OUTSIDE = {TEACHER: external_inputs, "samples": decoder_inputs, "evaluation": _vbench_weights}
+# What takes less memory, to be tried in this order. What a method can switch changes its training: see `vpae plan`.
 SMALLER = {
     "latents": ("latents.batch_size=1",),
     "samples": ("samples.batch_size=1", "samples.vae_tiles=true", "samples.vae_dtype=bfloat16"),
     "evaluation": ("samples.vae_tiles=true", "samples.batch_size=1"),
-    **{name: (f"{name}.training.batch_size=1",) for name in METHODS},
 }
 # Ends of names in clips and latents: may be terabytes, so that each is hashed when it is opened, not before the stage.
 BULK = (".tar", ".mp4")
@@ -52,10 +62,10 @@ def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
 
 
 def _without_shares(settings: dict) -> dict:
-    """A stage's settings without those that do not change a run: how it is shared out among processes, when it ends."""
+    """A stage's settings without those that change no run: how it is shared out, watched and saved, when it ends."""
     found = dict(settings)
     for phase in METHODS.keys() & found.keys():
-        other = ("accumulate", "sharding", "stop_after_skipped")
+        other = ("accumulate", "sharding", "stop_after_skipped", "monitor", "checkpoint_every", "log_every")
         training = {k: v for k, v in found[phase]["training"].items() if k not in other}
         found[phase] = {**found[phase], "training": training}
     return found
@@ -157,9 +167,12 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
 
 
 def _is_newer(path: Path, folder: Path) -> bool:
-    """Whether a path is newer than a result; Snakemake notes in the folder when it last found it up to date."""
-    seen = [folder / PROVENANCE, folder / ".snakemake_timestamp"]
-    return path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in seen if p.exists())
+    """Whether a file or anything in a folder is newer than a result.
+
+    Snakemake notes in the result's folder when it last found it up to date.
+    """
+    seen = max(p.stat().st_mtime for p in (folder / PROVENANCE, folder / ".snakemake_timestamp") if p.exists())
+    return any(p.exists() and p.stat().st_mtime > seen for p in itertools.chain([path], path.rglob("*")))
 
 
 @contextmanager
@@ -177,12 +190,17 @@ def _with_advice(source: Source, stage: str) -> Iterator[None]:
         if (whose := exhausted_memory(error)) is None:
             raise
         place = "the GPU" if whose == "gpu" else "this machine"
-        ways = " or ".join(SMALLER.get(stage, ()))
+        ways = " or ".join(way for way in SMALLER.get(stage, ()) if not _is_set(source.settings, way))
         raise ConfigError(
             f"{source.path}: the stage {stage} ran out of the memory of {place}. {f'Set {ways}; ' if ways else ''}"
-            f"`vpae plan --config {source.path}` says what each stage takes\n"
+            f"`vpae plan --config {source.path}` says what each stage takes, and what makes a method fit\n"
             f"({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
+
+
+def _is_set(settings: Experiment, way: str) -> bool:
+    key, _, value = way.partition("=")
+    return str(reduce(getattr, key.split("."), settings)).lower() == value
 
 
 def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:

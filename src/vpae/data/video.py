@@ -157,7 +157,8 @@ def read_clip(
     if stop is not None and start + (frames - 1) / fps >= stop:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps do not end before {stop:g} s from {start:g} s on")
     if start > 0:
-        found = _pick_times(decoded(path, start), start + np.arange(frames) / fps, 1 / info.fps)
+        wanted = info.begin + start + np.arange(frames) / fps
+        found = _pick_times(decoded(path, start), wanted, 1 / info.fps)
         if len(found) < frames:
             raise VideoError(f"too short: {len(found)} of {frames} frames at {fps:g} fps from {start:g} s on")
         return resize_and_crop(_stacked(found), height, width, info.pixel_aspect)

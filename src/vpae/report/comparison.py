@@ -21,7 +21,8 @@ from vpae.distill.budget import network_evaluations
 from vpae.evaluation import truth
 from vpae.evaluation.statistics import bootstrap
 from vpae.experiment import ConfigError, Source, load
-from vpae.graph import RESULTS, fingerprint, stage_folder, stage_settings
+from vpae.graph import RESULTS, fingerprint, stage_folder
+from vpae.stages import standing
 
 Interval = dict[str, float]  # mean, low, high
 SCORE = "mean_score"
@@ -47,6 +48,7 @@ class Run:
         scores: metric -> its interval over videos; the mean score among them.
         score_of: what the mean score is the mean of.
         cost: of training, from the teacher to the row's model: sums, and of the memory the most.
+        measure: the settings that say how many videos were measured, and how.
     """
 
     row: str
@@ -58,6 +60,7 @@ class Run:
     score_of: str
     cost: dict[str, float]
     commit: str
+    measure: dict[str, object]
 
 
 def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
@@ -68,8 +71,8 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
     """
     folder = stage_folder(source, "evaluation", results)
     provenance = read_provenance(folder)
-    if provenance is None or provenance["settings"] != stage_settings(source.settings, "evaluation"):
-        state = "is not there" if provenance is None else "was made with other settings"
+    if provenance is None or not standing(source, results).get("evaluation"):
+        state = "is not there" if provenance is None else "was made with other settings or of other results"
         raise ArtifactError(f"{folder} {state}: run `snakemake all --config experiment={source.name}` first")
     scores = json.loads((folder / "scores.json").read_text())["rows"]
     official = _official_scores(folder)
@@ -92,9 +95,20 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 score_of="SA, TC and FQ of VBench-I2V" if official else f"the truth metrics {', '.join(truth.METRICS)}",
                 cost=_cost(source.settings, trained),
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
+                measure=_measure(source.settings),
             )
         )
     return found
+
+
+def _measure(settings: Experiment) -> dict[str, object]:
+    """Settings by key of which the scores depend beside the methods; rows may differ, and what changes no score."""
+    samples = settings.samples.model_dump(mode="json", exclude={"rows", "batch_size", "compile"})
+    evaluation = settings.evaluation.model_dump(mode="json")
+    evaluation["vbench"].pop("weights")
+    return {f"samples.{key}": value for key, value in samples.items()} | {
+        f"evaluation.{key}": value for key, value in evaluation.items()
+    }
 
 
 def _provenance(folder: Path) -> dict:
@@ -157,6 +171,12 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
                 f"the mean score is that of {runs[0].score_of} in {runs[0].experiment}, and that of {run.score_of} in "
                 f"{run.experiment}: give both the same evaluation.vbench.backbones"
             )
+        for key, value in run.measure.items():
+            if value != runs[0].measure[key]:
+                raise ConfigError(
+                    f"{key} is {runs[0].measure[key]} in {runs[0].experiment} and {value} in {run.experiment}, so that "
+                    "their scores cannot be compared: evaluate both alike"
+                )
     methods: dict[str, list[Run]] = {}
     for run in runs:
         known = methods.setdefault(run.method, [])

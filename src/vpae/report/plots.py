@@ -125,6 +125,7 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
     canvas = ImageDraw.Draw(picture)
     for number, prompt in enumerate(prompts):
         line, column = divmod(number, columns)
+        prompt = " ".join(prompt.split())
         x0, y0 = left + column * block[0], border // 2 + line * block[1]
         while canvas.textlength(prompt, text) > block[0] - 2 * border:
             prompt = prompt.removesuffix("…")[:-1] + "…"

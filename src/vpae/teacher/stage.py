@@ -23,6 +23,7 @@ from vpae.models.loras import merge_loras, read_loras
 from vpae.models.sizes import stored_dtype, stored_weights
 from vpae.models.wan import (
     GEOMETRY,
+    TEXT_TOKENS,
     Condition,
     first_frame_mask,
     load_pipeline,
@@ -194,11 +195,12 @@ def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, tr
 
 def _captions(clips: list[Clip], tokenizer, training: Training, seed: int):
     numbers = _numbers(len(clips), training.batch_size, seed, "encoders")
-    longest = max(len(ids) for ids in tokenizer([c.caption for c in clips]).input_ids)
+    captions = [c.caption for c in clips]
+    longest = max(map(len, tokenizer(captions, truncation=True, max_length=TEXT_TOKENS).input_ids))
 
     def batch(drawn: int) -> dict[str, Tensor]:
-        captions = [clips[n].caption for n in numbers(drawn)]
-        text = tokenizer(captions, padding="max_length", max_length=longest, return_tensors="pt")
+        some = [captions[n] for n in numbers(drawn)]
+        text = tokenizer(some, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
         return {"ids": text.input_ids, "mask": text.attention_mask}
 
     return batch

@@ -3,7 +3,7 @@
 Measured are the decoded videos of the held-out clips, each against the first frame that it was made from.
 """
 
-import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +63,7 @@ def _first_frames(dataset: LatentDataset, suite: Sequence[dict], folder: Path) -
     paths = {item["key"]: folder / f"{item['key']}.png" for item in suite}
     for key, path in paths.items():
         if not path.is_file():
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
             dataset.first_frame(numbers[key]).save(temporary, "PNG")
             temporary.replace(path)
     return paths

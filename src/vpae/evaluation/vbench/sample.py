@@ -1,7 +1,7 @@
 """The videos of a prompt suite: five for each prompt, each from its own seed, in any number of jobs."""
 
 import json
-import os
+import secrets
 from collections.abc import Collection
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def sample_suite(
                 frames = _animate(
                     pipeline, pictures[prompt.image_name], prompt.text, steps, guidance_scale, i, j, geometry
                 )
-                temporary = out / f".{os.getpid()}.mp4"
+                temporary = out / f".{secrets.token_hex(8)}.mp4"
                 write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
                 temporary.replace(target)
                 made += 1

@@ -7,7 +7,7 @@ Axes: N frames, D statistics, H height, W width, 3 colours in [0, 1].
 """
 
 import math
-import os
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ def quality(state: Path) -> QualityNet:
                 return model.eval().requires_grad_(False)
     model = train()
     state.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     save_file(model.state_dict(), temporary, {"recipe": recipe})
     temporary.replace(path)
     return model
