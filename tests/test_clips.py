@@ -560,9 +560,7 @@ def test_a_stretch_begins_where_the_table_says(start: float, suffix: str, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_a_stretch_is_counted_from_the_beginning_of_a_film_cut_off_another(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_a_stretch_is_counted_from_the_beginning_of_a_film_cut_off_another(suffix: str, tmp_path: Path) -> None:
     """Its first time stamp is then not 0."""
     path = write_timed(tmp_path / f"cut.{suffix}", range(16, 76), 8)
     assert decoded(read_clip(path, 9, 32, 64, 8, 3.5)) == list(range(28, 37))
