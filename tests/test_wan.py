@@ -22,7 +22,7 @@ from conftest import (
     build_transformer,
     one_step_by_diffusers,
 )
-from vpae import sampling
+from vpae import flow, sampling
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.distill.student import save_student, student_scheduler
@@ -215,6 +215,14 @@ def test_few_step_sampling_is_diffusers_stochastic_scheduler_on_the_same_sigmas(
         x = scheduler.step(v, t, x, generator=rng).prev_sample
     ours = sampling.draw(model, Sampler(model="equilibrium", steps=4), SHIFT, c, LATENTS, [SEED])
     torch.testing.assert_close(ours, x, **CLOSE)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_the_scheduler_set_as_the_model_card_says_has_our_times(steps: int):
+    scheduler = student_scheduler(SHIFT)
+    scheduler.sigma_min = 1 / steps
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(scheduler.sigmas.double(), flow.schedule(steps, SHIFT), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()

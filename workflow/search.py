@@ -396,6 +396,9 @@ def start_of(name: str, variant: dict, plan: dict, seed: int, networks: InMemory
     overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
     config = variant.get("config", plan["config"])
     settings = load(config, [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
+    training = getattr(settings, variant["method"]).training
+    if training.accumulate > 1 or training.mixed_precision != "no" or training.compile:
+        raise SystemExit(f"{name}: the search knows neither accumulate, mixed_precision nor compile; leave them out")
     networks.start = variant.get("start", "")
     settings.methods[variant["method"]] = networks.students[networks.start].name if networks.start else TEACHER
     return Run(name, METHODS[variant["method"]].build(settings, networks), clips, 1000 * seed + place)

@@ -47,3 +47,14 @@ class R1(Section):
     sigma_spatial: float = Field(0.01, gt=0, description="sigma_s: varies over space, equal in every frame (paper).")
     sigma_temporal: float = Field(0.1, gt=0, description="sigma_t: varies over frames, equal over space (paper).")
     sigma_plain: float = Field(0.1, gt=0, description="sigma of the plain probe (APT: 0.1).")
+
+    @model_validator(mode="after")
+    def _probes_are_there_and_differ(self) -> "R1":
+        if len(set(self.probes)) < len(self.probes):
+            raise ValueError(f"probes = {list(self.probes)} names one twice, which would count once; leave it out")
+        if not self.probes and (self.weight or self.generated_weight):
+            raise ValueError(
+                f"weight = {self.weight:g} and generated_weight = {self.generated_weight:g} weigh nothing where probes "
+                "is empty; set both to 0, or name probes"
+            )
+        return self

@@ -149,6 +149,14 @@ class Teacher(Section):
         runs = (self.vae.training, self.vae.whole_training, self.vae.decoder_training, self.encoders.training)
         if {run.mixed_precision for run in runs} != {self.transformer.training.mixed_precision}:
             raise ValueError("vae, encoders and transformer train in one process: give all the same mixed_precision")
+        parts = {"vae": self.vae, "encoders": self.encoders, "transformer": self.transformer}
+        for place, run in ((f"{name}.{key}", run) for name, part in parts.items() for key, run in part):
+            for key in ("compile", "monitor", "sharding") if isinstance(run, Training) else ():
+                if getattr(run, key) != Training.model_fields[key].default:
+                    raise ValueError(
+                        f"{place}.{key} has no effect: a teacher is trained by one process, and transformer.compile "
+                        "compiles its blocks; remove it"
+                    )
         if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             raise ValueError("source = hub needs revision: the 40 hex digits of a commit, so that weights cannot move")
         return self

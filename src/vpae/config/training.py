@@ -88,12 +88,21 @@ class Training(Section):
     )
     ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
-    log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl; the monitor's looks have theirs.")
     stop_after_skipped: Positive = Field(
         3, description="End a run at so many updates of a role in a row that were skipped for a NaN or Inf gradient."
     )
     monitor: Monitor = Field(Monitor(), description="Watches a student for collapse.")
     sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")
+
+    @model_validator(mode="after")
+    def _rate_falls_to_the_end(self) -> "Training":
+        if 0 < self.schedule_steps < self.steps:
+            raise ValueError(
+                f"schedule_steps = {self.schedule_steps} end before steps = {self.steps}, so that a falling learning "
+                "rate would rise again; raise it, or set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _attention_is_seen(self) -> "Training":

@@ -1,7 +1,7 @@
 """Phase II, unified adversarial equilibrium.
 
 The one-step generator against a discriminator whose backbone is the generator's own EMA. The score loss of phase I can
-be kept on beside the adversary. Beside the student it writes `head.safetensors`.
+be kept on beside the adversary. Beside the student it writes `head.safetensors`, and `fake_lora.safetensors` if it is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class FewStep(Section):
     """Learning of the later times of few-step sampling beside t = 1."""
 
     share: Share = Field(0.25, description="Share of the clips that are at a later time.")
-    steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
+    steps: int = Field(4, ge=2, description="The steps of that sampling; half of them go through some of its times.")
     own: bool = Field(
         False,
         description="Noise the student's own one-step videos, as sampling does, and not real clips (DMD2's backward "
@@ -111,6 +111,11 @@ class Settings(MethodSettings):
     def _possible(self) -> Settings:
         if self.adversarial_weight == 0 and self.csds_weight == 0 and self.score.weight == 0:
             raise ValueError("adversarial_weight, csds_weight and score.weight are all 0: nothing would be learnt")
+        if self.discriminator_warmup_steps and self.discriminator.warmup_steps:
+            raise ValueError(
+                f"discriminator_warmup_steps = {self.discriminator_warmup_steps} are all in the first step, at the "
+                f"lowest rate of discriminator.warmup_steps = {self.discriminator.warmup_steps}; set one of them to 0"
+            )
         if self.backbone == "copy" and self.student_lora is not None:
             raise ValueError("backbone = copy trains a whole second network, which student_lora avoids: choose one")
         return self
@@ -198,15 +203,19 @@ class Equilibrium(Method):
 
     @classmethod
     def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:
-        """The fake model that the start has trained; one that is the teacher, where the start has none."""
-        start = cls.start_of(settings)
-        section = getattr(settings, start, None)
-        left = section.fake_lora if getattr(section, "fake_form", "") == "lora" else None
+        """The fake model that the start has trained; one that is the teacher, where the start leaves none."""
+        left = cls.fake_at_start(settings)
         with cls.seeded(settings, "fake"):
             fake = shared.add(adapters.FAKE, left or getattr(settings, cls.name).score.fake_lora)
         if left is not None:
-            fake.start_from(networks.adapter(start, adapters.FAKE))
+            fake.start_from(networks.adapter(cls.start_of(settings), adapters.FAKE))
         return fake
+
+    @classmethod
+    def fake_left(cls, settings: Experiment) -> Lora | None:
+        """As `Method`."""
+        score = getattr(settings, cls.name).score
+        return (cls.fake_at_start(settings) or score.fake_lora) if score.weight > 0 else None
 
     def turns(self, step: int) -> list[str]:
         """The head learns first, then the fake model, if there is one; then the generator moves once."""
@@ -334,5 +343,7 @@ class Equilibrium(Method):
             return wan.predict_x0(self.teacher, noised, t, clips.c, self.config.csds_guidance_scale)
 
     def save(self, out: Path) -> None:
-        """The discriminator's head."""
+        """The discriminator's head, and the fake model as it is after the last step."""
         student.save_weights(self.head, out / "head.safetensors")
+        if self.fake is not None:
+            student.save_weights(self.fake, out / "fake_lora.safetensors")

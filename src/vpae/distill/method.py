@@ -182,6 +182,19 @@ class Method(Phase):
         return settings.methods.get(cls.name, TEACHER)
 
     @classmethod
+    def fake_left(cls, settings: Experiment) -> Lora | None:
+        """The adapter of the fake model that it leaves to a method that starts from it; none where it leaves none."""
+        return None
+
+    @classmethod
+    def fake_at_start(cls, settings: Experiment) -> Lora | None:
+        """The adapter of the fake model that the method it starts from leaves: it knows the student already."""
+        from vpae.distill import METHODS
+
+        start = cls.start_of(settings)
+        return METHODS[start].fake_left(settings) if start in METHODS else None
+
+    @classmethod
     def generator_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:
         """The generator: whole, or an adapter on the teacher's weights; with the weights of what it starts from."""
         lora, start = getattr(settings, cls.name).student_lora, cls.start_of(settings)

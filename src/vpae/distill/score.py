@@ -7,6 +7,7 @@ student it writes `generator.safetensors` and `fake_lora.safetensors` (`fake.saf
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,7 +55,7 @@ class Settings(MethodSettings):
         description="Share of the clips at which the generator learns the later times of few-step sampling, which "
         "generator_times leaves out [choice].",
     )
-    few_steps: int = Field(4, ge=2, description="The steps of that sampling; fewer steps go through the same times.")
+    few_steps: int = Field(4, ge=2, description="The steps of that sampling; half of them share some of its times.")
     score_times: Times = Field(Times(), description="t' at which the scores are compared [choice].")
 
 
@@ -99,11 +100,22 @@ class ScoreDistillation(Method):
             else:
                 fake = copy.deepcopy(shared.transformer).float().requires_grad_(True)
             generator = cls.generator_at_start(settings, networks, shared)
-        start = cls.start_of(settings)
-        before = getattr(settings, start, None)
-        if config.fake_form == "lora" == getattr(before, "fake_form", "") and before.fake_lora == config.fake_lora:
+        start, left = cls.start_of(settings), cls.fake_at_start(settings)
+        if config.fake_form == "lora" and left == config.fake_lora:
             fake.start_from(networks.adapter(start, adapters.FAKE))  # it knows the student that it is to follow
+        elif left is not None or getattr(getattr(settings, start, None), "fake_form", "") == "copy":
+            print(
+                f"vpae: {cls.name}: the fake model that {start} leaves is not taken over, since only adapters of equal "
+                "fake_lora are: it begins as the teacher and has to catch up with the student",
+                file=sys.stderr,
+            )
         return generator, cls.teacher_on(shared, config), fake
+
+    @classmethod
+    def fake_left(cls, settings: Experiment) -> Lora | None:
+        """As `Method`."""
+        config = getattr(settings, cls.name)
+        return config.fake_lora if config.fake_form == "lora" else None
 
     @classmethod
     def teacher_on(cls, shared: SharedBase, config: Settings) -> nn.Module:

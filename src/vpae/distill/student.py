@@ -16,7 +16,10 @@ from vpae.training.sharding import full_state, unsharded
 
 
 def student_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
-    """One step goes from pure noise (t = 1) straight to x0; with more steps, noise is added again in between."""
+    """One step goes from pure noise (t = 1) straight to x0; with more steps, noise is added again in between.
+
+    By itself diffusers ends n > 1 steps near t = 0; its times are ours with `scheduler.sigma_min = 1 / n`.
+    """
     return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
 
 

@@ -109,11 +109,12 @@ def train(
             if phase.ema is not None and moved.get(phase.main, True):
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
-            logged = done % training.log_every == 0 or done == training.steps
+            looked = bool(watch) and watch.wants(done)
+            logged = done % training.log_every == 0 or done == training.steps or looked
             values = _averaged(logs, accelerator) if logs and logged else {}
             if skipped.total:
                 values["skipped"] = skipped.total
-            if watch and watch.wants(done):
+            if looked:
                 values |= watch.look(done, phase.name)
             if accelerator.is_main_process and logged:
                 with metrics.open("a") as file:
