@@ -257,6 +257,12 @@ def test_what_does_not_divide_is_refused(key: str, value: object, words: str, ba
         ({"latents": {"dtype": "float16"}}, "latents.dtype"),
         ({"priming": {"training": {"ema_decay": 1}}}, "priming.training.ema_decay"),
         ({"priming": {"training": {"steps": 0}}}, "priming.training.steps"),
+        ({"priming": {"training": {"steps": 9, "schedule_steps": 8}}}, "rate would rise again"),
+        ({"equilibrium": {"discriminator_warmup_steps": 9, "discriminator": {"warmup_steps": 5}}}, "one of them to 0"),
+        ({"equilibrium": {"r1": {"probes": []}}}, "weigh nothing where probes is empty"),
+        ({"equilibrium": {"r1": {"probes": ["plain", "plain"]}}}, "names one twice"),
+        ({"teacher": {"transformer": {"training": {"compile": True}}}}, "transformer.training.compile has no effect"),
+        ({"teacher": {"vae": {"whole_training": {"monitor": {"every": 1}}}}}, "vae.whole_training.monitor has"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -1,22 +1,29 @@
 """Phase II with the score loss kept on, and a discriminator that sees."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from conftest import SHIFT, build_batch, build_equilibrium, seeded
 from planned import SMALL, TOKENS, variant
+from vpae.bench.networks import RandomNetworks
 from vpae.bench.training import Workbench
 from vpae.config.discriminator import R1, Head
+from vpae.distill import METHODS
 from vpae.distill.equilibrium import Equilibrium, Score, Settings
 from vpae.distill.losses.vsd import vsd_direction
 from vpae.distill.method import Clips
+from vpae.experiment import load
 from vpae.flow import add_noise
+from vpae.models.adapters import FAKE, STUDENT
 from vpae.models.heads import ConvolutionHead, head_on
 from vpae.models.wan import predict_x0
 from vpae.training.loop import train
 
 KEPT = {"score": Score(weight=1.0, guidance_scale=1.0), "adversarial_weight": 0.0, "csds_weight": 0.0}
+CONFIGS = Path(__file__).parents[1] / "configs"
 SEED = 5  # of all random inputs here
 
 
@@ -47,6 +54,40 @@ def test_a_copied_backbone_learns_with_the_head_and_the_teacher_does_not(kept: f
     moved = [not torch.equal(*pair) for pair in zip(blocks(phase.backbone), before[0], strict=True)]
     assert sum(moved) > 0.9 * len(moved)
     assert all(torch.equal(*pair) for pair in zip(blocks(teacher), before[1], strict=True))
+
+
+CHAINS = {
+    "priming's": ("equilibrium", {}, True),
+    "none, without the score loss": ("dfd", {"equilibrium.score.weight": 0.0}, False),
+    "the equilibrium's, which it has from priming": ("dfd", {"equilibrium.score.weight": 1.0}, True),
+    "one of another rank": ("dfd", {"equilibrium.score.weight": 1.0, "dfd.fake_lora.rank": 8}, None),
+}
+
+
+@pytest.mark.parametrize(("method", "values", "taken"), CHAINS.values(), ids=CHAINS)
+def test_a_fake_model_goes_on_from_the_one_that_the_start_leaves_or_says_that_it_does_not(
+    method: str, values: dict, taken: bool | None, capsys: pytest.CaptureFixture
+):
+    before = ["methods={priming: teacher, equilibrium: priming, dfd: equilibrium}", "samples.rows={}"]
+    ranks = [f"{name}.fake_lora={{rank: 4, alpha: 4}}" for name in ("priming", "dfd")]
+    values = {"equilibrium.score.weight": 1.0, **values}
+    overrides = [*before, *ranks, *(f"{key}={value}" for key, value in values.items())]
+    settings, asked = load(CONFIGS / "micro.yaml", overrides, environment=False).settings, []
+
+    class Networks(RandomNetworks):
+        def adapter(self, model: str, name: str = STUDENT) -> dict[str, Tensor]:
+            asked.append((model, name))
+            return {}
+
+    METHODS[method].build(settings, Networks(SMALL, torch.device("cpu"), torch.float32))
+    start = METHODS[method].start_of(settings)
+    assert asked == ([(start, FAKE)] if taken else [])
+    assert ("is not taken over" in capsys.readouterr().err) == (taken is None)
+
+
+def test_the_equilibrium_leaves_its_fake_model(tmp_path):
+    build_equilibrium(score=Score(weight=1.0)).save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"head.safetensors", "fake_lora.safetensors"}
 
 
 def test_without_an_adversary_the_head_learns_nothing():

@@ -178,6 +178,15 @@ def test_looks_and_what_they_keep_change_no_loss_and_no_weight(tmp_path, acceler
             assert all(theirs[name].equal(value) for name, value in owner.module.state_dict().items())
 
 
+def test_signs_are_written_at_steps_that_are_not_logged_otherwise(tmp_path, accelerator):
+    training = Training(steps=4, batch_size=2, ema_decay=0.5, log_every=3, monitor=KEEPS)
+    draw = Fixed(build_priming(training=training), 0)
+    train(draw.phase, lambda n: build_batch(2, seed=n), training, 0, tmp_path, accelerator, Watch(KEEPS, draw, draw.x))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4]
+    assert [BOUNDS.keys() <= line.keys() for line in lines] == [True, False, True]
+
+
 def test_only_the_first_process_keeps_videos(tmp_path):
     w = world()
     watch = Watch(Monitor(every=1, videos=1, stop=False), lambda number: w["start"], w["x"])
