@@ -16,6 +16,7 @@ from vpae.cli import main
 from vpae.distill.student import save_student
 from vpae.experiment import ConfigError, load
 from vpae.models.wan import load_pipeline, load_transformer
+from vpae.teacher import stage
 from vpae.teacher.folder import checked, faults, header, require_whole, variant_of
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -167,3 +168,16 @@ def test_a_model_of_a_stage_whose_bytes_have_changed_is_refused_by_name_at_its_n
     assert not list(tmp_path.glob("c.mp4")) and not list(tmp_path.glob("e"))
     shutil.copytree(stage / "student", tmp_path / "mine")
     require_whole(tmp_path / "mine")  # nobody's but the user's
+
+
+@pytest.mark.parametrize(
+    ("has", "said"), [({"shift": SHIFT}, False), ({"flow_shift": 5.0, "shift": SHIFT}, True), ({"shift": 5}, True)]
+)
+def test_a_shift_other_than_that_of_the_folder_s_scheduler_is_said(has, said, teacher, tmp_path, capsys):
+    shutil.copytree(teacher, tmp_path / "copy")
+    configured("scheduler/scheduler_config.json", **has)(tmp_path / "copy")
+    overrides = ["teacher.source=folder", f"teacher.path={tmp_path / 'copy'}", f"teacher.shift={SHIFT}"]
+    settings = load(Path("configs/micro.yaml"), overrides).settings
+    (tmp_path / "out").mkdir()
+    stage.run(settings, {}, tmp_path / "out", tmp_path / "state")
+    assert ("and the scheduler of" in capsys.readouterr().err) == said

@@ -57,7 +57,7 @@ def experiment(name):
 def all_folders(wildcards):
     """Input function: every stage of the experiments asked for; what an overlay leaves alone is its base's."""
     names = config.get("experiment", "tiny")
-    names = names.split(",") if isinstance(names, str) else names
+    names = names if isinstance(names, list) else str(names).split(",")
     wanted = [(experiment(name), stage) for name in names for stage in stages_of(experiment(name).settings)]
     return sorted({str(stage_folder(source, stage)) for source, stage in wanted})
 
@@ -226,7 +226,7 @@ def compared(kind):
 @cache
 def names_compared(kind):
     """Names of the experiments, NAME@SEED where the seed is not the file's own."""
-    base = config.get("experiment", "tiny")
+    base = str(config.get("experiment", "tiny"))
     if kind == "rivals":
         names = [f"{base}-consistency", f"{base}-rivals"]
     else:

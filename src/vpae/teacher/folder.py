@@ -187,6 +187,13 @@ def _other_than(config: dict, found: dict[str, tuple[int, ...]]) -> list[str]:
     return [f"{shown}; download it again"] if wrong else []
 
 
+def shift_of(folder: Path) -> float | None:
+    """The timestep shift of a pipeline's scheduler, whatever its class; None if it says none."""
+    config = _table(folder / "scheduler" / "scheduler_config.json")
+    found = config.get("flow_shift", config.get("shift"))
+    return found if isinstance(found, int | float) else None
+
+
 def variant_of(folder: Path) -> str | None:
     """The variant (fp16, bf16 ...) that diffusers has to be told, because a network is there in no other form.
 

@@ -4,6 +4,7 @@ A tiny teacher is trained in three runs of the one training loop: VAE, encoders,
 checked and linked, never trained; LoRAs may be merged into its transformer.
 """
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -34,7 +35,13 @@ from vpae.preemption import Interruption
 from vpae.progress import track
 from vpae.randomness import Shuffled, derived_seed
 from vpae.teacher import encoders, flow_matching, vae
-from vpae.teacher.folder import NETWORKS, checked, external_inputs, variant_of  # noqa: F401, the stage's external inputs
+from vpae.teacher.folder import (  # noqa: F401, the stage's external inputs
+    NETWORKS,
+    checked,
+    external_inputs,
+    shift_of,
+    variant_of,
+)
 from vpae.training.loop import train
 
 
@@ -53,6 +60,12 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     # Nobody edits the hub's cache, whose files are named by their content.
     changed = ("transformer",) if teacher.loras else ()
     link_tree(checked(folder), out, skip=(GEOMETRY, *changed), foreign=teacher.source == "folder")
+    if (has := shift_of(folder)) not in (None, teacher.shift):
+        print(
+            f"vpae: teacher.shift = {teacher.shift:g}, and the scheduler of {folder} has {has:g}: times are shifted by the "
+            "former. Wan2.1 has 3 at 480p and 5 at 720p",
+            file=sys.stderr,
+        )
     if teacher.loras:
         loras = read_loras(teacher.loras, folder)
         transformer = load_transformer(folder, stored_dtype(stored_weights(folder / "transformer")))
