@@ -62,8 +62,8 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     link_tree(checked(folder), out, skip=(GEOMETRY, *changed), foreign=teacher.source == "folder")
     if (has := shift_of(folder)) not in (None, teacher.shift):
         print(
-            f"vpae: teacher.shift = {teacher.shift:g}, and the scheduler of {folder} has {has:g}: times are shifted by the "
-            "former. Wan2.1 has 3 at 480p and 5 at 720p",
+            f"vpae: teacher.shift = {teacher.shift:g}, and the scheduler of {folder} has {has:g}: the former shifts "
+            "all times. Wan2.1 has 3 at 480p and 5 at 720p",
             file=sys.stderr,
         )
     if teacher.loras:
