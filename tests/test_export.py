@@ -391,6 +391,23 @@ def test_a_model_without_a_card_takes_the_provenance_beside_it(teacher, tmp_path
     assert "adversarial equilibrium against" in text
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, "by an adversarial equilibrium against its own EMA with conditional SDS,"),
+        ({"adversarial_weight": 0.0, "score": {"weight": 1.0}}, "by score distillation with conditional SDS,"),
+        (
+            {"backbone": "copy", "csds_weight": 0.0},
+            "by an adversarial equilibrium against a trained copy of the teacher,",
+        ),
+    ],
+)
+def test_the_card_names_the_terms_that_were_on(section, words, tmp_path):
+    write_card(tmp_path, PROVENANCE, {"equilibrium": section})
+    _, text = front_and_text(tmp_path / "README.md")
+    assert words in " ".join(text.split())
+
+
 def test_the_card_of_a_student_of_the_first_phase_does_not_claim_the_second(student, tmp_path):
     write_card(tmp_path, PROVENANCE, {"priming": {"guidance_scale": 5.0}, "teacher": {"shift": SHIFT}})
     _, text = front_and_text(tmp_path / "README.md")

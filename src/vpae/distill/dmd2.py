@@ -6,7 +6,8 @@ student DMD2 writes `fake.safetensors` (`fake_lora.safetensors` of an adapter).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -150,6 +151,11 @@ class Dmd2(score.ScoreDistillation):
             opposed = gan.generator_loss(logits)
             loss, logs["adversarial"] = loss + config.adversarial_weight * opposed, opposed
         return loss, logs
+
+    @classmethod
+    def described(cls, section: Mapping[str, Any]) -> str:
+        """As `Method`: without its head it is score distillation alone."""
+        return cls.about if section.get("head_weight", 1) or cls is not Dmd2 else "score distillation"
 
     def where_the_teacher_looks(self, xh_t: Tensor, noise: Tensor, t: Tensor, clips: Clips) -> Tensor:
         """xh_t', but for a share of the clips the real one with the same noise at the same t' (Data-Forcing)."""

@@ -7,9 +7,10 @@ be kept on beside the adversary. Beside the student it writes `head.safetensors`
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -138,7 +139,7 @@ class Equilibrium(Method):
     name = "equilibrium"
     title = "Phase II: adversarial equilibrium"
     label = "V-PAE"
-    about = "an adversarial equilibrium against the generator's own EMA"
+    about = "an adversarial equilibrium against its own EMA"
     caption = (
         "Points: single steps; lines: running mean. The discriminator separates real from generated where the gap of "
         "its logits is above 0 and its hinge loss below 2. C-SDS is the mean square distance of one-step videos from "
@@ -200,6 +201,19 @@ class Equilibrium(Method):
         teacher = teacher if shared is None else shared.network(None)
         backbone = networks.transformer(TEACHER, trained=True) if config.backbone == "copy" else None
         return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps, fake, backbone)
+
+    @classmethod
+    def described(cls, section: Mapping[str, Any]) -> str:
+        """As `Method`: which terms are on, and what the discriminator looks through."""
+        through = {"teacher": "the frozen teacher", "copy": "a trained copy of the teacher"}
+        adversary = f"an adversarial equilibrium against {through.get(section.get('backbone'), 'its own EMA')}"
+        terms = {
+            adversary: section.get("adversarial_weight", 1),
+            "score distillation": section.get("score", {}).get("weight", 0),
+            "conditional SDS": section.get("csds_weight", 1),
+        }
+        first, *others = (name for name, weight in terms.items() if weight)
+        return f"{first} with {' and '.join(others)}" if others else first
 
     @classmethod
     def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:

@@ -6,11 +6,11 @@ A method's file is read wherever an experiment is, so it imports torch and netwo
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -180,6 +180,11 @@ class Method(Phase):
     def start_of(cls, settings: Experiment) -> str:
         """What the generator starts as: the teacher, or another method's student."""
         return settings.methods.get(cls.name, TEACHER)
+
+    @classmethod
+    def described(cls, section: Mapping[str, Any]) -> str:
+        """`about`, as far as the plain values of its section leave it true."""
+        return cls.about
 
     @classmethod
     def fake_left(cls, settings: Experiment) -> Lora | None:

@@ -77,7 +77,7 @@ def write_card(
         known_geometry=bool(_geometry(folder, settings)),
         shift=settings.get("teacher", {}).get("shift"),
         trained=_trained(settings),
-        methods=[METHODS[name].about for name in settings if name in METHODS],
+        methods=[METHODS[name].described(settings[name]) for name in settings if name in METHODS],
         table=_table(scores),
         weights=weights,
         licence=licence,
