@@ -227,8 +227,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     (package / "toy-1.0.dist-info").mkdir()
     (package / "toy-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (package / "toy-1.0.dist-info/entry_points.txt").write_text("[vpae.methods]\ntoy = toy:Toy\n")
-    rows = {"toy-1nfe": {"model": "toy", "steps": 1}}
-    write(project / "configs", "toyed", {"extends": "micro", "methods": {"toy": "teacher"}, "samples": {"rows": rows}})
+    rows = {"toy-1nfe": {"model": "toy", "steps": 1}, **dict.fromkeys(["teacher-100nfe", "vpae-2nfe", "vpae-4nfe"])}
+    tree = {"methods": {"toy": "teacher"}, "samples": {"rows": rows}, "evaluation": {"latency_warmup": 0}}
+    write(project / "configs", "toyed", {"extends": "micro", **tree})
     path = os.pathsep.join([str(package), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VPAE_", "SNAKEMAKE_"))}
     return project, kept | {"PYTHONPATH": path, "PATH": f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"}
