@@ -56,7 +56,7 @@ class FewStep(Section):
     """Learning of the later times of few-step sampling beside t = 1."""
 
     share: Share = Field(0.25, description="Share of the clips that are at a later time.")
-    steps: int = Field(4, ge=2, description="The steps of that sampling; half of them go through some of its times.")
+    steps: int = Field(4, ge=2, description="The steps of that sampling; half as many share some of its times.")
     own: bool = Field(
         False,
         description="Noise the student's own one-step videos, as sampling does, and not real clips (DMD2's backward "

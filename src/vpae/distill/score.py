@@ -55,7 +55,7 @@ class Settings(MethodSettings):
         description="Share of the clips at which the generator learns the later times of few-step sampling, which "
         "generator_times leaves out [choice].",
     )
-    few_steps: int = Field(4, ge=2, description="The steps of that sampling; half of them share some of its times.")
+    few_steps: int = Field(4, ge=2, description="The steps of that sampling; half as many share some of its times.")
     score_times: Times = Field(Times(), description="t' at which the scores are compared [choice].")
 
 
