@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -14,14 +15,17 @@ import pytest
 import yaml
 from PIL import Image
 
+from vpae import cli
 from vpae.artifacts import PROVENANCE, ArtifactError, building, file_hashes, read_provenance, sha256
 from vpae.data import catalog, video
 from vpae.data.catalog import read_truth
+from vpae.data.corpus import candidates
 from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resample_indices, resize_and_crop, write_video
 from vpae.data.world import render
 from vpae.experiment import Source, load
-from vpae.stages import run_stage, standing
+from vpae.stages import run_stage
+from vpae.standing import standing
 
 REAL = Path(__file__).parents[2] / "shared" / "clips"
 REAL_CLIPS = {  # width, height, fps and frames of the first video stream
@@ -262,6 +266,44 @@ def test_a_folder_becomes_a_manifest_that_points_to_the_videos(videos: Path, tmp
         assert (clip.width, clip.height, clip.fps) == (64, 32, 8.0)
         assert clip.frames(source.settings.geometry, folder).shape == (5, 32, 32, 3)
     assert not (folder / "videos").exists() and read_truth(folder) == {}
+
+
+def test_folders_that_are_linked_are_read_and_hidden_ones_and_circles_are_not(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "eighth.mp4").write_bytes((videos / "deeper" / "seventh.MP4").read_bytes())
+    (videos / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(videos)
+    (videos / ".trash").mkdir()
+    (videos / "clip_no-0.mp4").rename(videos / ".trash" / "gone.mp4")
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
+    found = [Path(one.path).relative_to(videos).as_posix() for one in candidates(source.settings.clips)]
+    assert found == [*(f"clip_no-{n}.mp4" for n in range(1, 6)), "deeper/seventh.MP4", "more/deep/eighth.mp4"]
+
+
+def test_a_folder_that_may_not_be_read_ends_the_stage(videos: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    whole = os.scandir
+
+    def denied(path):
+        if Path(path).name == "deeper":  # root, who may run this test, may read everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
+    monkeypatch.setattr(os, "scandir", denied)
+    assert cli.main(["clips", "--config", str(source.path), "--results", str(tmp_path / "results")]) == 2
+    assert "Permission denied: " in (said := capsys.readouterr().err) and "deeper" in said
+    assert not (tmp_path / "results" / source.name / "clips").exists()
+
+
+def test_a_worker_that_is_killed_is_said_with_the_setting_that_helps(videos, tmp_path, monkeypatch) -> None:
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3, workers=2)
+    monkeypatch.setattr(catalog, "_check_stretch", _killed)
+    with pytest.raises(ArtifactError, match=r"one of clips\.workers = 2 processes was killed"):
+        run_stage(source, "clips", tmp_path / "results")
+
+
+def _killed(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_relative_path_is_found_again_from_elsewhere(

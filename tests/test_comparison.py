@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from vpae.evaluation import truth
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import stage_folder, stage_settings, stages_of, upstream
 from vpae.report import comparison
+from vpae.stages import run_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EVALUATED = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -135,6 +137,34 @@ def test_scores_of_an_older_student_are_refused(tmp_path):
     write_json(results / "micro/priming/provenance.json", {**provenance, "outputs": {"student": "trained again"}})
     with pytest.raises(ArtifactError, match="was made with other settings or of other results"):
         comparison.runs_of(source, results)
+
+
+def test_a_stage_is_not_made_from_results_of_other_settings_and_says_which(tmp_path):
+    folder = overlays(tmp_path)
+    source, results = load(folder / "micro.yaml"), folder / "results"
+    finish(source, results)
+    changed = load(folder / "micro.yaml", ["priming.guidance_scale=2.5"])
+    for stage in ("equilibrium", "samples", "evaluation", "report"):
+        with pytest.raises(ArtifactError) as refused:
+            run_stage(changed, stage, results)
+        said = str(refused.value)
+        assert (
+            f"{results}/micro/priming: made with priming.guidance_scale = 5.0, but the configuration says 2.5" in said
+        )
+    provenance = json.loads((results / "micro/priming/provenance.json").read_text())
+    write_json(results / "micro/priming/provenance.json", {**provenance, "outputs": {"student": "trained again"}})
+    with pytest.raises(ArtifactError, match=r"micro/equilibrium: made from another .*micro/priming than the present"):
+        run_stage(source, "samples", results)
+
+
+def test_scores_that_were_pulled_with_the_students_alone_can_be_compared(tmp_path):
+    folder = overlays(tmp_path)
+    source, results = load(folder / "micro.yaml"), folder / "results"
+    finish(source, results)
+    whole = comparison.runs_of(source, results)
+    for stage in ("clips", "latents", "samples"):
+        shutil.rmtree(results / "micro" / stage)
+    assert comparison.runs_of(source, results) == whole
 
 
 def test_what_is_not_evaluated_or_was_with_other_settings_is_refused(tmp_path):

@@ -123,7 +123,7 @@ def test_clips_are_cut_out_of_films_and_a_film_is_not_on_both_sides(tmp_path: Pa
             {"videoID": f"film {film}", "caption": f"{film} {n}", "timestamp": [f"0:00:0{n}", f"{n + 1}"]}
             for n in range(4)
         ]
-    rows.append(rows[5])
+    rows += [rows[5], {**rows[6], "timestamp": ["0:00:02.0004", "3"]}]  # keys say milliseconds
     table = write_table(tmp_path / "t.parquet", rows)
     columns = {"path": "{videoID}.mp4", "span": "timestamp"}
     source = experiment(tmp_path, path=str(table), columns=columns)
@@ -136,6 +136,7 @@ def test_clips_are_cut_out_of_films_and_a_film_is_not_on_both_sides(tmp_path: Pa
     reasons = [json.loads(line)["reason"] for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(reason.partition(" /")[0] for reason in reasons) == [
         "another clip of this file is held out",
+        "same content as",
         "same content as",
     ]
     for clip in found:

@@ -22,7 +22,8 @@ from vpae.models.small_decoder import SmallDecoder, load_small_decoder
 from vpae.models.wan import GEOMETRY, decode_latents, load_pipeline
 from vpae.planning.presence import missing
 from vpae.sampling.single import animate
-from vpae.stages import run_stage, standing
+from vpae.stages import run_stage
+from vpae.standing import standing
 
 ROOT = Path(__file__).parents[1]
 

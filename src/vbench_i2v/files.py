@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -17,9 +19,26 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def tree(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Everything in a folder and in those below it, in the order of the names, but for what is hidden.
+
+    Links to folders are followed, unless they lead back to one of those in which they stand (`above`).
+
+    Raises:
+        OSError: a folder cannot be read; names it.
+    """
+    above |= {os.path.realpath(folder)}
+    with os.scandir(folder) as entries:
+        shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in shown:
+        yield folder / entry.name
+        if entry.is_dir() and os.path.realpath(entry.path) not in above:
+            yield from tree(folder / entry.name, above)
+
+
 def folder_digest(folder: Path) -> str:
-    """One digest of all files of a folder, of their names and contents; hidden files do not count."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    """One digest of all files of a folder, of their names and contents; what is hidden does not count."""
+    files = [path for path in tree(folder) if path.is_file()]
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import vpae
-from vbench_i2v.files import digest, sha256
+from vbench_i2v.files import digest, sha256, tree
 from vpae.locks import lock
 
 PROVENANCE = "provenance.json"
@@ -327,9 +327,9 @@ def link_tree(source: Path, target: Path, skip: tuple[str, ...] = (), foreign: b
         skip: top-level entries to leave out.
         foreign: the files are somebody's who may edit them in place, see `take`; otherwise they are hard-linked.
     """
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+    for path in (p for p in tree(source) if p.is_file()):
         relative = path.relative_to(source)
-        if relative.parts[0] in skip or path.name == PROVENANCE or path.name.startswith("."):
+        if relative.parts[0] in skip or path.name == PROVENANCE:
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)

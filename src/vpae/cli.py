@@ -36,7 +36,15 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return arguments.run(arguments) or 0
-    except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
+    except (
+        ConfigError,
+        ArtifactError,
+        VBenchError,
+        Collapse,
+        FloatingPointError,
+        FileNotFoundError,
+        PermissionError,
+    ) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
     except Interruption as interruption:

@@ -1,7 +1,6 @@
 """Running a stage: find its inputs, skip it if it is done, build its folder all or nothing."""
 
 import importlib
-import itertools
 import os
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from vpae.artifacts import (
     identity,
     is_finished,
     locked,
-    read_provenance,
     recover,
 )
 from vpae.config import Experiment
@@ -30,19 +28,8 @@ from vpae.distill.method import TEACHER
 from vpae.experiment import ConfigError, Source
 from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, upstream
 from vpae.parts import Part
-from vpae.teacher.folder import decoder_inputs, external_inputs
+from vpae.standing import departures, made_from
 
-
-def _vbench_weights(settings: Experiment) -> dict[str, str]:
-    if settings.evaluation.vbench.backbones != "official":
-        return {}
-    from vpae.evaluation.stage import external_inputs  # brings torch
-
-    return external_inputs(settings)
-
-
-# What stages read beside the results of others and that is small enough to be hashed before any job.
-OUTSIDE = {TEACHER: external_inputs, "samples": decoder_inputs, "evaluation": _vbench_weights}
 # What takes less memory, to be tried in this order. What a method can switch changes its training: see `vpae plan`.
 SMALLER = {
     "latents": ("latents.batch_size=1",),
@@ -127,6 +114,12 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
         )
     if problems := missing_students(source):
         raise ConfigError("\n".join(problems))
+    above = made_from(source.settings, stage)
+    if problems := [one for name in above for one in departures(source, name, results)]:
+        raise ArtifactError(
+            "\n  ".join([f"{stage} would be made from results that are not what {source.path} says:", *problems])
+            + "\nrun their stages again, in this order, or set these keys as they were"
+        )
     folder = stage_folder(source, stage, results)
     recover(folder)
     settings = stage_settings(source.settings, stage)
@@ -137,42 +130,6 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
         digests |= module.external_inputs(source.settings)
     run = partial(module.run, stage) if stage in METHODS else module.run
     return _Task(module, run, folder, settings, folders, digests)
-
-
-def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
-    """Stage -> whether its result is what it would make now; only of results of which that can be told.
-
-    Settings and hashes count, so that a copy, a checkout or a `touch` makes no difference. Of videos, whose content
-    takes hours to read, the date counts: they must not be newer than their catalogue.
-    """
-    settings = source.settings
-    made = {name: identity(stage_folder(source, name, results)) for name in settings.students}
-    found = dict.fromkeys(made, True)
-    for stage in stages_of(settings):  # each stands behind those that it reads
-        folder, above = stage_folder(source, stage, results), upstream(settings, stage)
-        recover(folder)
-        if (provenance := read_provenance(folder)) is None:
-            continue
-        made[stage], inputs = digest(provenance["outputs"]), provenance["inputs"]
-        outside = {name: value for name, value in inputs.items() if name not in above}
-        if provenance["settings"] != stage_settings(settings, stage):
-            found[stage] = False
-        elif all(found.get(name) for name in above):
-            found[stage] = (
-                all(inputs.get(name) == made[name] for name in above)
-                and not (stage in OUTSIDE and outside != OUTSIDE[stage](settings))
-                and not (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder))
-            )
-    return {stage: stands for stage, stands in found.items() if stage not in settings.students}
-
-
-def _is_newer(path: Path, folder: Path) -> bool:
-    """Whether a file or anything in a folder is newer than a result.
-
-    Snakemake notes in the result's folder when it last found it up to date.
-    """
-    seen = max(p.stat().st_mtime for p in (folder / PROVENANCE, folder / ".snakemake_timestamp") if p.exists())
-    return any(p.exists() and p.stat().st_mtime > seen for p in itertools.chain([path], path.rglob("*")))
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from vpae.config.teacher import file_and_strength
 from vpae.experiment import ConfigError, load
 from vpae.graph import STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
-from vpae.stages import missing_students, standing
+from vpae.stages import missing_students
+from vpae.standing import standing
 
 DIVISIBLE = [name for name, stage in STAGES.items() if stage.divisible]
 
@@ -78,7 +79,7 @@ def stands(name):
     """Stage -> whether its result is up to date by its content, for the stages of the experiment NAME."""
     try:
         return standing(experiment(name))
-    except ArtifactError as error:
+    except (ArtifactError, PermissionError) as error:
         stop(error)
 
 

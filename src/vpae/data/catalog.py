@@ -14,6 +14,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -183,7 +184,7 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
     last_held_out = ""
     for row in rows:
         same_file = row["sha256"] == before["sha256"]
-        if same_file and row["start"] == before["start"]:
+        if same_file and _milliseconds(row) == _milliseconds(before):
             left_out(row["path"], f"same content as {before['path']}")
             continue
         usable, before = usable + 1, row
@@ -195,7 +196,7 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
         else:
             count[split] += 1
             last_held_out = row["sha256"] if split == "held_out" else last_held_out
-            place = f"-{round(1000 * row['start']):08d}" if row["start"] else ""
+            place = f"-{_milliseconds(row):08d}" if row["start"] else ""
             yield Clip(key=f"{split}-{row['sha256'][:16]}{place}", split=split, **row)
     if count["train"] < needed:
         reasons = "; ".join(left_out.first)
@@ -204,6 +205,11 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
             f"{needed} to train on ({why}); add videos or hold out fewer. Left out: {left_out.count}"
             f"{': ' + reasons if reasons else ''}"
         )
+
+
+def _milliseconds(row: dict) -> int:
+    """Where in its file a clip begins, as exactly as keys say it."""
+    return round(1000 * row["start"])
 
 
 def stretches(plan: Path) -> list[range]:
@@ -274,6 +280,7 @@ def _in_processes(work: Callable, jobs: Sequence, workers: int) -> Iterator:
 
     Raises:
         Interruption: asked to end; what is finished is kept.
+        ArtifactError: a process was killed.
     """
     spawn = multiprocessing.get_context("spawn")
     with Interruption.watch() as request:
@@ -283,6 +290,11 @@ def _in_processes(work: Callable, jobs: Sequence, workers: int) -> Iterator:
                 yield done
                 if request.requested:
                     raise Interruption("clips: finished ones are kept")
+        except BrokenProcessPool as error:
+            raise ArtifactError(
+                f"one of clips.workers = {workers} processes was killed, as a rule because memory was exhausted; set "
+                "fewer: finished clips are kept"
+            ) from error
         finally:
             if pool:
                 pool.shutdown(cancel_futures=True)

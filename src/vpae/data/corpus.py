@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vbench_i2v.files import tree
 from vpae.artifacts import ArtifactError
 from vpae.config.clips import Clips, Columns, Filters
 from vpae.data.manifest import ROWS
@@ -120,10 +121,12 @@ def _sizes_and_dates(some: list[Candidate]) -> list[tuple[int, ...]]:
 
 
 def _of_folder(root: Path) -> Iterator[Candidate]:
-    """Videos with captions from X.txt beside X.mp4, else from the file's name; hidden files are nobody's clips."""
+    """Videos with captions from X.txt beside X.mp4, else from the file's name; what is hidden is nobody's clip."""
     if not root.is_dir():
         raise ArtifactError(f"clips.path = {root}: no such folder")
-    for video in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
+    for video in tree(root):
+        if video.suffix.lower() not in SUFFIXES or video.is_dir():
+            continue
         text = video.with_suffix(".txt")
         if not text.is_file():
             caption = os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")

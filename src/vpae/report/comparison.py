@@ -22,7 +22,7 @@ from vpae.evaluation import truth
 from vpae.evaluation.statistics import bootstrap
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import RESULTS, fingerprint, stage_folder
-from vpae.stages import standing
+from vpae.standing import departures, made_from, standing
 
 Interval = dict[str, float]  # mean, low, high
 SCORE = "mean_score"
@@ -71,9 +71,12 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
     """
     folder = stage_folder(source, "evaluation", results)
     provenance = read_provenance(folder)
-    if provenance is None or not standing(source, results).get("evaluation"):
+    stages, stands = [*made_from(source.settings, "evaluation"), "evaluation"], standing(source, results)
+    if provenance is None or any(stands.get(stage) is False for stage in stages):
+        problems = [one for stage in stages for one in departures(source, stage, results)]
         state = "is not there" if provenance is None else "was made with other settings or of other results"
-        raise ArtifactError(f"{folder} {state}: run `snakemake all --config experiment={source.name}` first")
+        remedy = f"run `snakemake all --config experiment={source.name}` first"
+        raise ArtifactError("\n  ".join([f"{folder} {state}: {remedy}", *problems]))
     scores = json.loads((folder / "scores.json").read_text())["rows"]
     official = _official_scores(folder)
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

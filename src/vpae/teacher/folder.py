@@ -5,6 +5,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vbench_i2v.files import tree
 from vpae.artifacts import PROVENANCE, ArtifactError, digest, read_provenance, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.teacher import file_and_strength
@@ -29,7 +30,7 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
     if not name:
         return found
     folder = checked(Path(name))
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = [p for p in tree(folder) if p.is_file()]
     hashes = zip(files, _hashes(files), strict=True)
     return found | {name: digest({p.relative_to(folder).as_posix(): h for p, h in hashes})}
 

@@ -7,11 +7,10 @@ which inputs it was made and what each of its files hashed to, and all three are
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vpae.artifacts import ArtifactError, file_hashes, identity, read_provenance, sha256
+from vpae.artifacts import ArtifactError, file_hashes, read_provenance, sha256
 from vpae.experiment import Source, load
-from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, upstream
-
-SHOWN = 3
+from vpae.graph import RESULTS, stage_folder, stages_of, upstream
+from vpae.standing import SHOWN, departures
 
 
 def committed(path: Path) -> Source:
@@ -43,14 +42,10 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
     if provenance is None:
         yield f"{folder}: missing or unfinished"
         return
-    for key, (was, wanted) in _differences(provenance["settings"], stage_settings(source.settings, stage)):
-        yield f"{folder}: made with {key} = {was}, but the configuration says {wanted}"
+    yield from departures(source, stage, results)
     for name in upstream(source.settings, stage):
-        above = stage_folder(source, name, results)
-        if read_provenance(above) is None:
+        if read_provenance(above := stage_folder(source, name, results)) is None:
             yield f"{folder}: made from {above}, which is missing or unfinished"
-        elif provenance["inputs"].get(name) != identity(above):
-            yield f"{folder}: made from another {above} than the present one"
     recorded, present = provenance["outputs"], file_hashes(folder)
     for name in _first(sorted(recorded.keys() | present.keys()), lambda n: recorded.get(n) != present.get(n)):
         what = "missing" if name not in present else "not of this result" if name not in recorded else "damaged"
@@ -75,21 +70,3 @@ def _first(names, is_wrong) -> Iterator[str]:
         if shown < SHOWN and is_wrong(name):
             shown += 1
             yield name
-
-
-def _differences(was: dict, wanted: dict) -> Iterator[tuple[str, tuple]]:
-    """Dotted key -> the two values, for the first few keys that differ."""
-    old, new = _flat(was), _flat(wanted)
-    for key in _first(sorted(old.keys() | new.keys()), lambda k: old.get(k, _ABSENT) != new.get(k, _ABSENT)):
-        yield key, (old.get(key, "nothing"), new.get(key, "nothing"))
-
-
-_ABSENT = object()
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
