@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from conftest import STAGES
+from vpae import cli
 from vpae.artifacts import PROVENANCE, read_provenance
 from vpae.experiment import load
 from vpae.graph import owner, upstream
@@ -255,6 +256,12 @@ def test_dvc_has_the_stages_of_snakemake_reading_the_same_folders(tmp_path: Path
             assert params.def_path == f"results/{experiment}/settings.json"
             assert params.params == [stage]
     assert set(stages) == expected
+
+
+def test_another_seed_is_versioned_by_a_file_of_its_own(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["dvc", "micro", "micro@2"]) == 2
+    said = capsys.readouterr().err
+    assert "write configs/micro-2.yaml with the lines `extends: micro` and `seed: 2`" in said
 
 
 def test_the_shipped_dvc_yaml_is_what_the_command_prints() -> None:

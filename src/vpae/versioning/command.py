@@ -80,7 +80,15 @@ def _metrics(arguments: argparse.Namespace) -> None:
 
 
 def _dvc(arguments: argparse.Namespace) -> None:
+    from vpae.experiment import ConfigError
     from vpae.versioning.pipeline import pipeline
     from vpae.versioning.verify import committed
 
+    for name in arguments.names:
+        base, at, seed = name.partition("@")
+        if at:
+            raise ConfigError(
+                f"vpae dvc {name}: DVC versions experiments with a file of their own; write configs/{base}-{seed}.yaml "
+                f"with the lines `extends: {base}` and `seed: {seed}`, and name {base}-{seed}"
+            )
     print(pipeline([committed(Path("configs") / f"{name}.yaml") for name in arguments.names]), end="")
