@@ -22,7 +22,7 @@ from vbench_i2v.backbones import clip, plugins
 from vbench_i2v.backbones.dino import DinoViT
 from vbench_i2v.backbones.raft import RAFT
 from vbench_i2v.base import OFFICIAL
-from vbench_i2v.errors import NotComputed
+from vbench_i2v.errors import NotComputed, VBenchError
 from vpae.data.world import draw_truth, render, sprite_alpha
 from vpae.evaluation.vbench.tiny import classical, quality
 
@@ -410,7 +410,7 @@ def test_raft_is_torchvisions():
 
 
 def test_raft_refuses_frames_that_would_give_nan():
-    with pytest.raises(NotComputed, match="128 x 128"):
+    with pytest.raises(VBenchError, match="128 x 128"):
         RAFT(**SMALL)(torch.zeros(1, 3, 64, 128), torch.zeros(1, 3, 64, 128))
 
 
@@ -532,6 +532,13 @@ def test_dreamsim_leaves_the_hubs_cache_alone(tmp_path, monkeypatch):
     assert backbones.official(tmp_path).dreamsim()(torch.ones(2, 3, 4, 4)).shape == (2, 48)
     assert torch.hub.get_dir() == before
 
+    def damaged(**_) -> None:
+        raise EOFError("Ran out of input")
+
+    package.dreamsim = damaged
+    with pytest.raises(NotComputed, match=r"dreamsim cannot be read \(EOFError: Ran out of input\); delete it"):
+        backbones.official(tmp_path).dreamsim()
+
 
 def test_amt_is_asked_for_the_frame_halfway(tmp_path, monkeypatch):
     class Model(nn.Module):
@@ -551,7 +558,7 @@ def test_amt_is_asked_for_the_frame_halfway(tmp_path, monkeypatch):
     interpolate = backbones.official(tmp_path).interpolate()
     frames = torch.ones(2, 3, 128, 128)
     assert torch.equal(interpolate(torch.zeros_like(frames), frames), frames)
-    with pytest.raises(NotComputed, match="128 x 128"):  # the real one returns NaN, which as bytes would be a score
+    with pytest.raises(VBenchError, match="128 x 128"):  # the real one returns NaN, which as bytes would be a score
         interpolate(frames[..., :112], frames[..., :112])
 
 

@@ -21,7 +21,9 @@ from PIL import Image
 
 import synthetic
 from vbench_i2v import results, runner
+from vbench_i2v.backbones.raft import RAFT
 from vbench_i2v.base import Dimension
+from vbench_i2v.command import main as vbench_i2v
 from vbench_i2v.errors import NotComputed, VBenchError
 from vbench_i2v.runner import Networks, gather, read_records, run
 from vbench_i2v.scores import COLUMNS, read_results, totals
@@ -176,12 +178,17 @@ def test_a_record_is_of_the_content_and_not_of_the_name(thousand: Plan, tmp_path
     assert outcome(Networks(FakeBackbones(), {"imaging_quality": {"weights": "other"}})) == (1, 1)
 
 
-def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    held = runner.Appender(tmp_path / "x.jsonl")
-    with pytest.raises(VBenchError, match="being written by another process"):
-        runner.Appender(tmp_path / "x.jsonl")
-    held.close()
-    runner.Appender(tmp_path / "x.jsonl").close()
+def test_processes_at_the_same_videos_do_not_write_one_file_and_need_no_lock(tmp_path: Path, monkeypatch) -> None:
+    def without_locks(*_) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    both = [runner.Appender(tmp_path) for _ in range(2)]
+    for number, file in enumerate(both * 2):
+        file.append({"key": str(number)})
+    for file in both:
+        file.close()
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2 and set(read_records(tmp_path)) == set("0123")
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "-1/4"])
@@ -206,16 +213,62 @@ def test_a_truncated_video_fails_or_is_left_out_by_name(thousand: Plan, tmp_path
         run(clips, NETS, records, dimensions=dimensions)
     assert len(read_records(records)) == 1  # what came before is kept
     outcome = run(clips, NETS, records, allow_damaged=True, dimensions=dimensions)
-    assert (outcome.computed, outcome.found, list(outcome.damaged)) == (1, 1, ["b-0.mp4"])
+    assert (outcome.computed, outcome.found, list(outcome.damaged)) == (1, 1, [(bad, "")])
     plan, gathered = Plan(tuple(clips), {"imaging_quality": 3}), gather(clips, NETS, records)
     with pytest.raises(VBenchError, match="imaging_quality: 2 of 3 videos have a record"):
         results.score(plan, gathered, dimensions=dimensions)
     found = results.score(plan, gathered, allow_incomplete=True, dimensions=dimensions)
     assert found.counts["imaging_quality"] == 2 and found.values["imaging_quality"] is not None
     assert "2/3  incomplete" in found.table()
-    account = results.account(found, plan, gathered, "official", outcome.damaged, comparable=True)
+    account = results.account(found, plan, gathered, "official", outcome.damaged_of(clips), comparable=True)
     assert not account["complete"] and not account["comparable_with_published_scores"]
     assert list(account["damaged_videos"]) == ["b-0.mp4"]
+
+
+def test_a_damaged_video_takes_none_of_the_same_name_from_another_folder(thousand: Plan, tmp_path: Path) -> None:
+    names = ["a-0.mp4", "b-0.mp4"]
+    rows = {row: clips_of(tmp_path / row, names, thousand.clips[0]) for row in ("one", "other")}
+    bad = rows["one"][0].item.video
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    noise(rows["other"][0].item.video, 7)
+    noise(rows["other"][1].item.video, 8)
+    both, dimensions = [*rows["one"], *rows["other"]], counting(tmp_path / "log")
+    outcome = run(both, NETS, tmp_path / "records", allow_damaged=True, dimensions=dimensions)
+    assert outcome.computed == 3
+    assert [list(outcome.damaged_of(clips)) for clips in rows.values()] == [["a-0.mp4"], []]
+    assert len(gather(rows["other"], NETS, tmp_path / "records")["imaging_quality"]) == 2
+
+
+def test_an_image_or_a_video_that_is_gone_is_left_out_by_name(thousand: Plan, tmp_path: Path) -> None:
+    clips = clips_of(tmp_path / "videos", ["a-0.mp4", "b-0.mp4", "c-0.mp4"], thousand.clips[0])
+    gone = tmp_path / "gone.png"
+    item = clips[0].item
+    clips[0] = Clip(type(item)(item.video, gone, ""), ("i2v_subject", "imaging_quality"), clips[0].prompt)
+    clips[1].item.video.unlink()
+    records, dimensions = tmp_path / "records", counting(tmp_path / "log")
+    with pytest.raises(FileNotFoundError, match=r"gone\.png.*--allow-incomplete"):
+        run(clips, NETS, records, dimensions=dimensions)
+    outcome = run(clips, NETS, records, allow_damaged=True, dimensions=dimensions)
+    assert outcome.computed == 2 and list(outcome.damaged_of(clips)) == [
+        "a-0.mp4, i2v_subject",
+        "b-0.mp4, imaging_quality",
+    ]
+
+
+def test_a_video_too_small_for_a_network_is_named_and_leaves_the_dimension_to_others(thousand, tmp_path) -> None:
+    clips = clips_of(tmp_path / "videos", ["a-0.mp4", "b-0.mp4"], thousand.clips[0])
+    counted = counting(tmp_path / "log")["imaging_quality"]
+
+    def measure(video, item, _backbones) -> dict:
+        if item.video.name == "a-0.mp4":
+            RAFT(widths=(8, 8, 8), features=8, hidden=8)(torch.zeros(1, 3, 64, 128), torch.zeros(1, 3, 64, 128))
+        return counted.measure(video, item, _backbones)
+
+    dimensions = {"imaging_quality": Dimension("imaging_quality", measure, np.mean)}
+    with pytest.raises(VBenchError, match=r"a-0\.mp4: RAFT needs frames of 128 x 128"):
+        run(clips, NETS, tmp_path / "records", dimensions=dimensions)
+    outcome = run(clips, NETS, tmp_path / "records", allow_damaged=True, allow_absent=True, dimensions=dimensions)
+    assert outcome.computed == 1 and not outcome.not_computed
 
 
 def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_path: Path) -> None:
@@ -372,6 +425,13 @@ def test_errors_of_the_command_line(scored: tuple[Path, Path], tmp_path: Path, c
     message = said(*no_weights, "--dimensions", "dynamic_degree")
     assert "raft-things.pth (missing)" in message and "vbench-i2v weights --fetch" in message
     assert "no such folder" in said("--config", str(config), "--videos", str(folder / "nowhere"))
+    assert "--samples-per-prompt: " in said("--config", str(config), "--samples-per-prompt", "0")
+    assert "--name: " in said("--config", str(config), "--name", "wan/14b")
+    assert "~nobody-at-all/x" in said("--config", str(config), "--videos", "~nobody-at-all/x")
+    (tmp_path / "date.yaml").write_text(config.read_text() + "sampling: {made: 2026-11-27}\n")
+    assert "date.yaml: sampling.made" in said("--config", str(tmp_path / "date.yaml"))
+    (tmp_path / "file").touch()
+    assert vbench_i2v(["run", "--videos", "v", "--out", str(tmp_path / "file"), "--images", "~nobody-at-all"]) == 2
 
 
 @pytest.mark.parametrize("suite", [True, False], ids=["suite", "folder"])
@@ -433,6 +493,16 @@ def test_sampling_a_suite_by_the_seed_rule(teacher: Path, tmp_path: Path, capsys
     made = read_frames(videos / f"{prompts[1]}-1.mp4")[0].astype(float)
     errors = [np.abs(animate(pipeline, image, prompts[1], 1, 1.0, s, 5) - made).mean() for s in (100_001, 100_000, 1)]
     assert errors[0] < 0.75 * min(errors[1:])  # what is left is H.264's, which noise suits badly
+
+    for option in ("--steps", "--samples-per-prompt"):
+        assert main([*command[:-2], "--out", str(tmp_path / "none"), option, "0"]) == 2
+        assert option in capsys.readouterr().err and not (tmp_path / "none").exists()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "sampling.json").write_text('{"steps": 7}')  # of a run that made no video
+    assert main([*command, "--out", str(tmp_path / "none"), "--shard", "1/4"]) == 0
+    (tmp_path / "none" / "sampling.json").write_text("{")
+    assert main([*command, "--out", str(tmp_path / "none"), "--shard", "1/4"]) == 2
+    assert "none/sampling.json: cannot be read" in capsys.readouterr().err
 
     note = json.loads((videos / "sampling.json").read_text())
     assert note["seed_rule"].startswith("100000 * i + j") and note["steps"] == 1 and note["geometry"] == geometry

@@ -109,13 +109,22 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     assert read_results([tmp_path / "r.json"]).values == {"imaging_quality": 0.7}
 
 
-def test_several_files_and_the_unscored_dimension(tmp_path: Path) -> None:
+def test_several_files_and_the_unscored_dimension(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     values = row("MAGI-1")
     first = write(tmp_path / "a_eval_results.json", {"camera_motion": values.pop("camera_motion")})
     second = write(tmp_path / "b_eval_results.json", values | {"temporal_flickering": 0.97})
     found = read_results([first, second])
     assert totals(found.values) == totals(row("MAGI-1"))
     assert found.counts == dict.fromkeys(COLUMNS, 2)
+    for name, measured in ({"a": ["camera_motion"], "b": list(values)}).items():
+        dimensions = {
+            d: {"expected": 2} if d in measured else {"expected": 0, "reason": "not asked for"} for d in COLUMNS
+        }
+        account = {"backbones": "official", "dimensions": dimensions}
+        (tmp_path / f"{name}_scores.json").write_text(json.dumps(account))
+    assert main(["evaluation", "score", str(first), str(second)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("2/2") == 9 and "more than" not in printed
     with pytest.raises(VBenchError, match=r"b_eval_results\.json: \w+ is in another of the files"):
         read_results([second, second])
 

@@ -1,7 +1,11 @@
 """Which videos and images a suite asks for; ratios and seeds; weights; and what is said when something is missing."""
 
+import http.server
+import importlib.util
+import io
 import json
 import re
+import threading
 import unicodedata
 import zipfile
 from collections import Counter
@@ -15,7 +19,7 @@ from PIL import Image
 import synthetic
 from vbench_i2v import weights
 from vbench_i2v.errors import VBenchError
-from vbench_i2v.files import sha256
+from vbench_i2v.files import folder_digest, sha256
 from vbench_i2v.scores import COLUMNS, OFFICIAL_COUNTS
 from vbench_i2v.suite import (
     RATIOS,
@@ -29,7 +33,9 @@ from vbench_i2v.suite import (
 )
 from vpae.cli import main
 from vpae.config import VBenchFolder
+from vpae.config.vbench import VBenchRows
 from vpae.data.video import write_video
+from vpae.evaluation.vbench.rows import external_inputs
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "vbench2_i2v_full_info.json"
 official = pytest.mark.skipif(not OFFICIAL.is_file(), reason="VBench's own suite is not on this machine")
@@ -123,6 +129,7 @@ def test_videos_of_other_names_are_no_suite(copy: Path) -> None:
 def test_missing_images_and_ratios_are_told_apart(copy: Path) -> None:
     image = next((copy / "crop" / "3-2").iterdir())
     image.unlink()
+    assert len(plan(copy, allow_incomplete=True).clips) == 20  # measuring leaves out what needs it
     with pytest.raises(FileNotFoundError, match=r"3-2: 1 \('.+'\) of the suite's images missing"):
         plan(copy)
     (copy / "crop" / "3-2").rename(copy / "crop" / "16-9")
@@ -137,6 +144,14 @@ def test_images_of_another_shape_are_refused(copy: Path) -> None:
         path.unlink()
         Image.new("RGB", (64, 64)).save(path)
     with pytest.raises(VBenchError, match=r"64 x 64 pixels, .* 48 x 32: another ratio"):
+        plan(copy)
+
+
+def test_one_image_of_another_shape_is_refused_wherever_it_stands(copy: Path) -> None:
+    last = sorted((copy / "crop" / "3-2").iterdir())[-1]
+    last.unlink()
+    Image.new("RGB", (64, 64)).save(last)
+    with pytest.raises(VBenchError, match=rf"{re.escape(last.name)} has 64 x 64 pixels"):
         plan(copy)
 
 
@@ -284,6 +299,61 @@ def test_fetch_verifies_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     assert weights.fetch(root, [plain, inner], f"{mirror.as_uri()}/") == (["plain.pth", "inner.pth"], [])
 
 
+def test_a_download_that_breaks_off_or_is_a_page_is_not_installed(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+    answers = {"/short.pth": (whole.getvalue()[:500], 1000), "/page.pth": (b"<html>gone</html>", 17)}
+    answers["/whole.pth"] = (whole.getvalue(), len(whole.getvalue()))
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content, said = answers[self.path]
+            self.send_response(200)
+            self.send_header("Content-Length", str(said))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        files = [weights.Weight(name[1:], (), address + name, None, None, "MIT") for name in answers]
+        fetched, failed = weights.fetch(tmp_path, files)
+        server.shutdown()
+    assert fetched == ["whole.pth"] and sorted(path.name for path in tmp_path.iterdir()) == ["whole.pth"]
+    assert "broke off after 500 of 1,000 bytes" in failed[0] and "is no checkpoint of PyTorch's" in failed[1]
+
+
+def test_what_python_and_the_hub_write_into_a_folder_of_code_is_not_its_content(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text("x = 1\n")
+    before = folder_digest(tmp_path)
+    (tmp_path / "hub" / "__pycache__").mkdir()
+    (tmp_path / "hub" / "__pycache__" / "hubconf.cpython-311.pyc").write_bytes(b"x")
+    (tmp_path / "trusted_list").write_text("")
+    assert folder_digest(tmp_path) == before
+    (tmp_path / "hub" / "hubconf.py").write_text("x = 2\n")
+    assert folder_digest(tmp_path) != before
+
+
+def test_the_stage_runs_again_once_a_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "absent", lambda *_: {})
+    there = importlib.util.find_spec
+    packages = {"pyiqa": False}
+
+    def find(name: str, *rest: object) -> object:
+        return packages[name] or None if name in packages else there(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    config = VBenchRows(backbones="official", dimensions=("imaging_quality", "dynamic_degree"))
+    assert external_inputs(config) == {"vbench_weights": "dynamic_degree"}
+    packages["pyiqa"] = True
+    assert external_inputs(config) == {"vbench_weights": "dynamic_degree, imaging_quality"}
+
+
 def test_weights_are_chosen_by_file_and_by_dimension(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = [weight.file for weight in weights.chosen(["raft-things.pth"], ["aesthetic_quality"])]
     assert names == ["ViT-L-14.pt", "sa_0_4_vit_l_14_linear.pth", "raft-things.pth"]
@@ -365,9 +435,8 @@ def test_whichever_video_is_damaged_the_rest_can_be_planned(copy: Path, which: i
         return plan_folder(copy / "videos", images, ["i2v_subject"], tolerant)
 
     assert len(planned(True).clips) == 20
-    if which == 0 or not suite:  # of a suite the first tells the shape, and measuring looks at the rest
-        with pytest.raises(VBenchError, match=re.escape(bad.name)):
-            planned(False)
+    with pytest.raises(VBenchError, match=re.escape(bad.name)):
+        planned(False)
 
 
 def test_a_damaged_image_is_one_videos_reason(copy: Path) -> None:

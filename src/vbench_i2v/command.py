@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (VBenchError, FileNotFoundError) as error:
+    except (VBenchError, OSError) as error:
         print(f"vbench-i2v: {error}", file=sys.stderr)
         return 2
 
@@ -97,18 +97,37 @@ def _score(arguments: argparse.Namespace) -> None:
         print(json.dumps(scores.summary(found.values)))
         return
     expected, gaps, source = dict(scores.OFFICIAL_COUNTS), {}, "the official suite"
+    accounts = [(own, scores.read_results([file]).values) for file in arguments.files if (own := _account_beside(file))]
     if arguments.suite:
-        from vbench_i2v.suite import counts, read_suite
+        from vbench_i2v.suite import SAMPLES, counts, read_suite
 
-        expected, source = counts(read_suite(arguments.suite)), str(arguments.suite)
-    elif (own := _account_beside(arguments.files[0])) is not None:
-        expected, gaps, source = own
+        samples = accounts[0][0].samples if accounts else None
+        expected, source = counts(read_suite(arguments.suite), samples or SAMPLES), str(arguments.suite)
+    else:
+        for own, _ in accounts:
+            expected, gaps, source = (
+                expected | own.expected,
+                gaps | own.gaps,
+                f"what was to be scored; networks: {own.of}",
+            )
+        for own, held in accounts:  # of several files, each knows its own dimensions best
+            expected |= {name: own.expected[name] for name in held}
     print(scores.table(found.values, found.counts, expected, gaps))
     print(f"\nvideos: measured / {source}")
 
 
-def _account_beside(results: Path) -> tuple[dict[str, int], dict[str, str], str] | None:
-    """Of what `run` wrote beside VBench's file, if it did: videos of each dimension, reasons of those left out, source.
+class _Account(NamedTuple):
+    """What `run` wrote beside VBench's file: videos of each dimension, reasons of those left out, networks, and videos
+    of a prompt."""
+
+    expected: dict[str, int]
+    gaps: dict[str, str]
+    of: str
+    samples: int | None
+
+
+def _account_beside(results: Path) -> _Account | None:
+    """The account beside a file; none of a file that others have written.
 
     Raises:
         VBenchError: it cannot be read.
@@ -121,7 +140,7 @@ def _account_beside(results: Path) -> tuple[dict[str, int], dict[str, str], str]
         dimensions = own["dimensions"].items()
         expected = {name: int(entry["expected"]) for name, entry in dimensions}
         gaps = {name: str(entry["reason"]) for name, entry in dimensions if "reason" in entry}
-        return expected, gaps, f"what was to be scored; networks: {own['backbones']}"
+        return _Account(expected, gaps, str(own["backbones"]), own.get("settings", {}).get("samples_per_prompt"))
     except Exception as error:
         raise VBenchError(f"{path}: cannot be read ({error!r}); score the videos again, or delete it") from error
 
@@ -147,7 +166,8 @@ def folder_settings(arguments: argparse.Namespace, kind: type[Settings] = Folder
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise VBenchError("\n".join(_explain(path, problem, kind) for problem in error.errors())) from error
+        said = (_explain(None if given.get(p["loc"][0]) is not None else path, p, kind) for p in error.errors())
+        raise VBenchError("\n".join(said)) from error
 
 
 def _explain(path: Path | None, problem: Mapping, kind: type[Folder]) -> str:

@@ -37,8 +37,12 @@ def tree(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def folder_digest(folder: Path) -> str:
-    """One digest of all files of a folder, of their names and contents; what is hidden does not count."""
-    files = [path for path in tree(folder) if path.is_file()]
+    """One digest of all files of a folder, of their names and contents.
+
+    What is hidden does not count, nor what Python and torch's hub write into a folder of code when they load it.
+    """
+    files = [path for path in tree(folder) if not {"__pycache__", "trusted_list"} & set(path.parts)]
+    files = [path for path in files if path.is_file()]
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 

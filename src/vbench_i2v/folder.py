@@ -45,8 +45,12 @@ def score_folder(
         networks, why = official_networks(settings, tolerant)
     records = out / "records"
     outcome = runner.run(plan.clips, networks, records, part, tolerant, absent, not_computed=why, track=track)
+    names = list(outcome.damaged_of(plan.clips))
+    damaged = [f"videos damaged: {some(names)}"] if names else []
     if part:
-        return f"{records}: {outcome.computed} new records; when all parts are done, run this without --part"
+        absent = [f"{name} is not computed: {reason}" for name, reason in outcome.not_computed.items()]
+        done = f"{records}: {outcome.computed} new records; when all parts are done, run this without --part"
+        return "\n".join([*absent, *damaged, done])
     gathered = runner.gather(plan.clips, networks, records)
     found = results.score(plan, gathered, outcome.not_computed, tolerant)
     name = networks.backbones.name
@@ -55,14 +59,13 @@ def score_folder(
         plan,
         gathered,
         name,
-        outcome.damaged,
+        outcome.damaged_of(plan.clips),
         comparable=name == OFFICIAL and _as_published(settings),
         settings=settings.model_dump(mode="json", exclude={"sampling", "videos", "out", "weights"}),
         suite_sha256=sha256(_path(settings.suite)) if settings.suite else None,
         sampling=sampling,
     )
     written = results.write(out, settings.name, plan, gathered, found, accounted)
-    damaged = [f"videos damaged: {some(list(outcome.damaged))}"] if outcome.damaged else []
     return "\n".join([found.table(), "", *plan.notes(), *damaged, f"networks: {name}", str(written)])
 
 
@@ -83,12 +86,15 @@ def make_plan(settings: Folder) -> Plan:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise VBenchError(f"{text}: {error}; name the folder without ~") from error
 
 
 def _as_published(settings: Folder) -> bool:
-    """Whether these are the suite and the number of videos of the leaderboard."""
-    if settings.samples_per_prompt != SAMPLES or not settings.suite:
+    """Whether these are the suite, the number of videos and CLIP's number format of the leaderboard."""
+    if settings.samples_per_prompt != SAMPLES or settings.clip_dtype != "float16" or not settings.suite:
         return False
     official = next(weight for weight in manifest() if not weight.dimensions)
     return sha256(_path(settings.suite)) == official.sha256

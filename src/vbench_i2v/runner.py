@@ -2,13 +2,13 @@
 
 A record's key is a digest of all that it depends on: the contents of video and image, the dimension, the networks and
 their settings; not of paths, dates or the part of the work. So a record is right wherever it is found, and gathering
-is looking up. Files of records are only ever appended to; a line that a killed run left unfinished is cut off.
+is looking up. Each process appends to a file of its own; a line that it left unfinished when it was killed is not read.
 """
 
-import fcntl
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,12 +37,21 @@ class Networks:
 
 @dataclass
 class Outcome:
-    """How a run ended: records made now, records that were there, and what could not be measured, with the reason."""
+    """How a run ended: records made now, records that were there, and what could not be measured, with the reason.
+
+    What is damaged is a video as a whole, or, where a dimension is named, only for that dimension.
+    """
 
     computed: int = 0
     found: int = 0
     not_computed: dict[str, str] = field(default_factory=dict)
-    damaged: dict[str, str] = field(default_factory=dict)
+    damaged: dict[tuple[Path, str], str] = field(default_factory=dict)
+
+    def damaged_of(self, clips: Iterable[Clip]) -> dict[str, str]:
+        """Video, or "video, dimension" -> reason, for some of the videos."""
+        paths = {clip.item.video for clip in clips}
+        found = {place: why for place, why in self.damaged.items() if place[0] in paths}
+        return {", ".join(filter(None, [path.name, name])): why for (path, name), why in found.items()}
 
 
 class Contents:
@@ -97,18 +106,12 @@ def read_records(folder: Path) -> dict[str, dict]:
 
 
 class Appender:
-    """A file of records that this process alone appends to."""
+    """A new file of records in a folder, which no other process writes to."""
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise VBenchError(f"{path} is being written by another process; wait for it, or end it") from error
-        content = path.read_bytes()
-        os.ftruncate(self._file, content.rfind(b"\n") + 1)
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{secrets.token_hex(8)}.jsonl"
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
 
     def append(self, record: dict) -> None:
         """Add one line in one write: a killed process leaves it whole, or cut short at the end of the file."""
@@ -154,7 +157,7 @@ def run(
     Args:
         clips: all videos, in the same order for every part.
         networks: the backbones.
-        folder: of files of records, which other processes may be writing to as well, each to its own.
+        folder: of files of records, to which other processes may be adding theirs.
         part: which of the videos; None: all.
         allow_damaged: note videos that cannot be used, and go on.
         allow_absent: note networks that cannot be had, and go on.
@@ -191,29 +194,30 @@ class _Work:
         self.outcome, self.part = Outcome(), part
         self._networks, self._folder, self._dimensions = networks, folder, dimensions
         self._allow_damaged, self._allow_absent = allow_damaged, allow_absent
-        self._contents, self._files = Contents(), {}
+        self._contents, self._file = Contents(), None
         self._known = set(read_records(folder))
 
     def __enter__(self) -> "_Work":
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for file in self._files.values():
-            file.close()
+        if self._file:
+            self._file.close()
 
     def measure(self, opened: "_Opened", name: str) -> None:
         """Measure one video on one dimension, unless that is done or known to be impossible."""
         item = opened.clip.item
-        if name in self.outcome.not_computed or item.video.name in self.outcome.damaged:
+        if name in self.outcome.not_computed or (item.video, "") in self.outcome.damaged:
             return  # said once
-        key = record_key(opened.clip, name, self._networks, self._contents)
-        if key in self._known:
-            self.outcome.found += 1
-            return
-        damaged = item.video.name
+        damaged = item.video, name
         try:
+            key = record_key(opened.clip, name, self._networks, self._contents)
+            if key in self._known:
+                self.outcome.found += 1
+                return
+            damaged = item.video, ""
             video = opened.video
-            damaged = f"{item.video.name}, {name}"
+            damaged = item.video, name
             measured = self._dimensions[name].measure(video, item, self._networks.backbones)
             _finite(item.video, name, measured)
         except NotComputed as error:
@@ -221,20 +225,16 @@ class _Work:
                 raise VBenchError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
             self.outcome.not_computed[name] = str(error)
             return
-        except VBenchError as error:
+        except (VBenchError, FileNotFoundError) as error:
+            said = str(error) if item.video.name in str(error) else f"{item.video}: {error}"
             if not self._allow_damaged:
-                raise VBenchError(f"{error}. Or {_LEAVE_OUT}") from error
-            self.outcome.damaged[damaged] = str(error)
+                raise type(error)(f"{said}. Or {_LEAVE_OUT}") from error
+            self.outcome.damaged[damaged] = said
             return
-        self._file(name).append({"key": key, "dimension": name, "video": item.video.name, **measured})
+        self._file = self._file or Appender(self._folder)
+        self._file.append({"key": key, "dimension": name, "video": item.video.name, **measured})
         self._known.add(key)
         self.outcome.computed += 1
-
-    def _file(self, name: str) -> Appender:
-        if name not in self._files:
-            share = f"{self.part.number}-of-{self.part.of}"
-            self._files[name] = Appender(self._folder / f"{name}.{share}.jsonl")
-        return self._files[name]
 
 
 def _finite(path: Path, name: str, measured: dict) -> None:

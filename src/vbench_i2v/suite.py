@@ -13,11 +13,9 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 from vbench_i2v import camera
 from vbench_i2v.base import Item
@@ -177,11 +175,12 @@ def plan_suite(
         dimensions: which are wanted.
         ratio: a key of `RATIOS`; "auto": the nearest to the videos' size; "none": `images` holds the images themselves.
         samples: videos per prompt.
-        allow_incomplete: leave out videos that are missing instead of refusing.
+        allow_incomplete: leave out videos that are missing, and leave missing images to the measuring, instead of
+            refusing.
 
     Raises:
         FileNotFoundError: a folder, videos or images are missing.
-        VBenchError: images of another shape than the videos.
+        VBenchError: an image of another shape than its video.
     """
     present = names_in(videos)
     wanted = [(p, tuple(d for d in COLUMNS if d in p.dimensions and d in dimensions)) for p in prompts]
@@ -203,9 +202,8 @@ def plan_suite(
     if with_image:
         size = _first_size([path for *_, path in paths], allow_incomplete)
         folder, ratio = image_folder(images, ratio, size, videos)
-        pictures = find_images(folder, [prompt for prompt, _ in with_image])
-        # All images of a ratio have one shape, and all videos are made alike: one pair that can be read tells.
-        any(same_shape(pictures[p.image_name], path, allow_incomplete) for p, path in with_image)
+        pictures = find_images(folder, [prompt for prompt, _ in with_image], allow_incomplete)
+        _refuse_other_shapes([(pictures[prompt.image_name], path) for prompt, path in with_image], allow_incomplete)
     clips = []
     for prompt, names, path in paths:
         image = pictures[prompt.image_name] if IMAGE_DIMENSIONS & set(names) else None
@@ -222,7 +220,7 @@ def _first_size(videos: Sequence[Path], allow_incomplete: bool) -> tuple[int, in
         try:
             info = shape(path)
             return info.width, info.height
-        except VBenchError:
+        except (VBenchError, FileNotFoundError):
             if not allow_incomplete:
                 raise
     raise VBenchError(f"{videos[0].parent}: none of its {len(videos)} videos can be read; make them again")
@@ -239,7 +237,7 @@ def plan_folder(videos: Path, images: Path | None, dimensions: Collection[str], 
 
     Raises:
         FileNotFoundError: no videos, or images missing.
-        VBenchError: images of another shape than the videos; unless `allow_incomplete`, videos that cannot be read.
+        VBenchError: an image of another shape than its video; unless `allow_incomplete`, videos that cannot be read.
     """
     present = names_in(videos)
     paths = {key: videos / present[key] for key in sorted(present) if key.endswith(VIDEO)}
@@ -250,13 +248,13 @@ def plan_folder(videos: Path, images: Path | None, dimensions: Collection[str], 
         pictures = names_in(images) if images else {}
         found = {key: find_image(images, pictures, Path(key).stem) for key in paths}
     lacking = [paths[key].name for key, image in found.items() if image is None]
-    if lacking:
+    if lacking and not (allow_incomplete and images):
         raise FileNotFoundError(
             f"{images or 'no folder of images given'}: {some(lacking)} of {len(paths)} videos without an image; "
             f"that of X-0.mp4 is X-0.png or X.png (or {', '.join(IMAGES)}). Or leave out i2v_subject and i2v_background"
         )
-    for key, image in found.items():
-        same_shape(image, paths[key], allow_incomplete)
+    found |= {key: images / f"{Path(key).stem}.png" for key, image in found.items() if image is None}
+    _refuse_other_shapes([(image, paths[key]) for key, image in found.items()], allow_incomplete)
     clips = []
     for key, path in paths.items():
         stem, image = Path(key).stem, found.get(key)
@@ -268,20 +266,21 @@ def plan_folder(videos: Path, images: Path | None, dimensions: Collection[str], 
     return Plan(tuple(clips), expected, extra=_extra(present, paths))
 
 
-def find_images(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Path]:
+def find_images(folder: Path, prompts: Sequence[Prompt], allow_incomplete: bool = False) -> dict[str, Path]:
     """Image name -> its path in a folder.
 
     Raises:
-        FileNotFoundError: some are not there.
+        FileNotFoundError: some are not there; unless `allow_incomplete`.
     """
     there = names_in(folder)
     wanted = dict.fromkeys(prompt.image_name for prompt in prompts)
-    if lacking := [name for name in wanted if _key(name) not in there]:
+    lacking = [name for name in wanted if _key(name) not in there]
+    if lacking and not allow_incomplete:
         raise FileNotFoundError(
             f"{folder}: {some(lacking)} of the suite's images missing; VBench publishes them per ratio, "
             "see docs/vbench.md"
         )
-    return {name: folder / there[_key(name)] for name in wanted}
+    return {name: folder / there.get(_key(name), name) for name in wanted}
 
 
 def find_image(folder: Path, names: Mapping[str, str], stem: str) -> Path | None:
@@ -330,31 +329,32 @@ def image_folder(images: Path | None, ratio: str, size: tuple[int, int], made: P
     return images / chosen, chosen
 
 
-def same_shape(image: Path, video: Path, allow_incomplete: bool = False) -> bool:
+def _refuse_other_shapes(pairs: Iterable[tuple[Path, Path]], allow_incomplete: bool) -> None:
     """Refuse an image whose shape is not its video's: the measures resize both, and would compare other contents.
 
-    Returns:
-        False if one of them cannot be read, which is left to the measuring where `allow_incomplete`.
+    A file that is missing or cannot be read is left to the measuring where `allow_incomplete`.
 
     Raises:
+        FileNotFoundError: an image or a video is missing.
         VBenchError: the shapes differ, or one cannot be read.
     """
-    try:
-        info = shape(video)
-        picture = read_image(image)
-    except VBenchError:
-        if allow_incomplete:
-            return False
-        raise
-    refuse_other_shape(image, picture, video.name, info.width, info.height)
-    return True
+    sizes: dict[Path, tuple[int, int]] = {}
+    for image, video in pairs:
+        try:
+            sizes[image] = sizes.get(image) or read_image(image).size
+            info = shape(video)
+        except (VBenchError, FileNotFoundError):
+            if not allow_incomplete:
+                raise
+            continue
+        refuse_other_shape(image, sizes[image], video.name, info.width, info.height)
 
 
-def refuse_other_shape(image: Path, picture: Image.Image, made: str, width: int, height: int) -> None:
+def refuse_other_shape(image: Path, size: tuple[int, int], made: str, width: int, height: int) -> None:
     """Raise `VBenchError` if an image's width / height is not that of what is made of it."""
-    if not 1 / _OTHER_SHAPE <= (width / height) / (picture.width / picture.height) <= _OTHER_SHAPE:
+    if not 1 / _OTHER_SHAPE <= (width / height) / (size[0] / size[1]) <= _OTHER_SHAPE:
         raise VBenchError(
-            f"{image} has {picture.width} x {picture.height} pixels, {made} {width} x {height}: another ratio. "
+            f"{image} has {size[0]} x {size[1]} pixels, {made} {width} x {height}: another ratio. "
             "Give the images that the videos were made from, cropped as they were"
         )
 

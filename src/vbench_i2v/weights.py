@@ -4,6 +4,7 @@ Nothing is fetched inside a job: `vbench-i2v weights --fetch` runs where there i
 folder.
 """
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -59,6 +60,8 @@ class Weight:
             return "missing"
         if self.size is not None and path.stat().st_size != self.size:
             return f"{path.stat().st_size:,} bytes instead of {self.size:,}"
+        if self.sha256 is None and not _is_checkpoint(path):
+            return "is no checkpoint of PyTorch's, or not whole"
         if self.sha256 is not None and not (found := _sha256(path)).startswith(self.sha256):
             return f"sha256 {found} instead of {self.sha256}{'...' if len(self.sha256) < 64 else ''}"
         return ""
@@ -102,6 +105,18 @@ def identities(root: Path, dimensions: Iterable[str]) -> dict[str, dict[str, str
     """Dimension -> {file: sha256} of the weights that are there; part of what a record depends on."""
     digests = {w.file: _identity(root / w.file) for w in needed(dimensions) if (root / w.file).exists()}
     return {name: {w.file: digests[w.file] for w in needed([name]) if w.file in digests} for name in dimensions}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file is a whole zip archive or, as before PyTorch 1.6, pickled."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+
+
+def lacking_packages(dimension: str) -> list[str]:
+    """Packages that the user has to install for a dimension and has not; nothing is imported."""
+    packages = {weight.module.partition(".")[0] for weight in needed([dimension]) if weight.module}
+    return sorted(name for name in packages if importlib.util.find_spec(name) is None)
 
 
 def _identity(path: Path) -> str:
@@ -216,6 +231,9 @@ def _download(url: str, target: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, target.open("wb") as file:
             shutil.copyfileobj(response, file, 1 << 20)
+            promised = response.headers.get("Content-Length")  # urllib does not compare
+            if promised is not None and file.tell() != int(promised):
+                raise OSError(f"the connection broke off after {file.tell():,} of {int(promised):,} bytes")
     except (OSError, ValueError, HTTPException) as error:  # the last is of a connection that breaks off
         reason = getattr(error, "reason", error)
         raise VBenchError(f"{url}: {reason}; try --mirror, or fetch it by other means and put it there") from None

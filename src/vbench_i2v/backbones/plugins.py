@@ -18,7 +18,7 @@ from torch import Tensor
 from vbench_i2v.backbones import fill, read_state, require
 from vbench_i2v.backbones.raft import SMALLEST
 from vbench_i2v.camera import GRID
-from vbench_i2v.errors import NotComputed
+from vbench_i2v.errors import NotComputed, VBenchError
 from vbench_i2v.packages import ENVIRONMENT, imported
 from vbench_i2v.video import Video
 from vbench_i2v.weights import filling, manifest
@@ -29,7 +29,7 @@ TRACKER_SIZE = (384, 512)  # what CoTracker resizes every video to
 def amt_s(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """AMT-S at t = 0.5 and scale 1, from the code that VBench's package carries and `amt-s.pth`.
 
-    Below 128 pixels it raises `NotComputed`, where the original returns NaN, as RAFT does.
+    Below 128 pixels it raises `VBenchError`, where the original returns NaN, as RAFT does.
     """
     module = imported("vbench.third_party.amt.networks.AMT-S")
     model = module.Model(corr_radius=3, corr_lvls=4, num_flows=3)
@@ -38,7 +38,7 @@ def amt_s(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor
 
     def middle(first: Tensor, second: Tensor) -> Tensor:
         if min(first.shape[-2:]) < SMALLEST:
-            raise NotComputed(f"AMT-S needs frames of {SMALLEST} x {SMALLEST} pixels or more; these have fewer")
+            raise VBenchError(f"AMT-S needs frames of {SMALLEST} x {SMALLEST} pixels or more; these have fewer")
         halfway = torch.full((len(first), 1, 1, 1), 0.5, device=device)
         return model(first, second, halfway, scale_factor=1.0, eval=True)["imgt_pred"]
 
@@ -97,6 +97,9 @@ def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     hub = torch.hub.get_dir()
     try:
         model, _ = module.dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+    except Exception as error:  # a damaged checkpoint raises anything
+        what = f"{folder} cannot be read ({type(error).__name__}: {error})"
+        raise NotComputed(f"{what}; delete it, and where there is internet, run: {filling(folder)}") from error
     finally:
         torch.hub.set_dir(hub)  # it moves the cache of the whole process
     return model.embed

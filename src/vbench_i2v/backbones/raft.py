@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vbench_i2v.errors import NotComputed
+from vbench_i2v.errors import VBenchError
 
 LEVELS = 4  # of the correlation pyramid
 RADIUS = 4  # of the window looked up at each level, in pixels of that level
@@ -120,7 +120,7 @@ class UpdateBlock(nn.Module):
 class RAFT(nn.Module):
     """Optical flow in pixels (x, y) from `first` to `second`: twice (B, 3, H, W) in [0, 255] -> (B, 2, H, W).
 
-    H and W must be multiples of 8; below 128 pixels it raises `NotComputed`, where the original returns NaN.
+    H and W must be multiples of 8; below 128 pixels it raises `VBenchError`, where the original returns NaN.
 
     Args:
         widths: channels of the encoders' three stages.
@@ -142,7 +142,7 @@ class RAFT(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor, updates: int = UPDATES) -> Tensor:
         if min(first.shape[-2:]) < SMALLEST:
-            raise NotComputed(f"RAFT needs frames of {SMALLEST} x {SMALLEST} pixels or more; these have fewer")
+            raise VBenchError(f"RAFT needs frames of {SMALLEST} x {SMALLEST} pixels or more; these have fewer")
         first, second = (2 * (frame / 255) - 1 for frame in (first, second))
         features = self.fnet(torch.cat([first, second]))
         pyramid = correlation_pyramid(*features.chunk(2))

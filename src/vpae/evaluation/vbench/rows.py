@@ -102,7 +102,9 @@ def measure(
     for row, plan in plans.items():
         gathered = runner.gather(plan.clips, nets, records)
         found = results.score(plan, gathered, outcome.not_computed, config.allow_incomplete)
-        rows[row] = results.account(found, plan, gathered, nets.backbones.name, outcome.damaged, comparable=False)
+        rows[row] = results.account(
+            found, plan, gathered, nets.backbones.name, outcome.damaged_of(plan.clips), comparable=False
+        )
         results.write(out / FOLDER, row, plan, gathered, found, rows[row], whole_paths=False)
         of_videos[row] = {
             name: {clip.item.video.name: float(record["video_results"]) for clip, record in pairs}
@@ -129,7 +131,7 @@ def _measured(
     config = settings.evaluation.vbench
     # What the official networks find is dear, and outlives the stage: beside the samples that they measure.
     work = (state if config.backbones == "tiny" else inputs["samples"].parent) / FOLDER
-    plans = make_plans(settings, inputs, suite, work / "first_frames")
+    plans = make_plans(settings, inputs, suite, state / "first_frames")
     clips = [clip for plan in plans.values() for clip in plan.clips]
     records, why = work / "records", {}
     if config.backbones == "tiny":
@@ -153,8 +155,12 @@ def measure_part(
         Interruption: asked to end; what was measured is kept.
     """
     *_, outcome, records = _measured(settings, inputs, suite, state, part)
-    absent = "".join(f"\n{name}: not computed: {reason}" for name, reason in outcome.not_computed.items())
-    print(f"{records}: {outcome.computed} new records, {outcome.found} were there{absent}", file=sys.stderr)
+    gaps = {f"{name}: not computed": reason for name, reason in outcome.not_computed.items()}
+    gaps |= {
+        f"{path.parent.name}/{path.name}{name and f', {name}'}": why for (path, name), why in outcome.damaged.items()
+    }
+    lines = [f"{records}: {outcome.computed} new records, {outcome.found} were there"]
+    print("\n".join(lines + [f"{what}: {why}" for what, why in gaps.items()]), file=sys.stderr)
 
 
 def rank_correlations(
@@ -204,11 +210,12 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def external_inputs(config: VBench) -> dict[str, str]:
-    """Which weights of the official backbones are there: a stage that ran without them runs again with them."""
+    """Which official backbones can be used: a stage that ran without some runs again once they are there."""
     if config.backbones != "official":
         return {}
     why = weights.absent(networks.weights_root(config), networks.wanted(config))
-    return {"vbench_weights": ", ".join(name for name in networks.wanted(config) if name not in why) or "none"}
+    usable = (name for name in networks.wanted(config) if name not in why and not weights.lacking_packages(name))
+    return {"vbench_weights": ", ".join(usable) or "none"}
 
 
 def table(content: Mapping) -> str:

@@ -1,6 +1,7 @@
 """The videos of a prompt suite: five for each prompt, each from its own seed, in any number of jobs."""
 
 import json
+import math
 import secrets
 from collections.abc import Collection
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vbench_i2v.errors import VBenchError
 from vbench_i2v.folder import SAMPLING
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import SEED_RULE, find_images, image_folder, read_suite, refuse_other_shape, seed_of, video_name
-from vpae.artifacts import ArtifactError, sha256, write_json
+from vpae.artifacts import ArtifactError, reading, sha256, write_json
 from vpae.data.image import read_image, read_image_at
 from vpae.data.video import write_video
 from vpae.models.wan import GEOMETRY
@@ -56,10 +58,18 @@ def sample_suite(
 
     Raises:
         FileNotFoundError: model, suite or images are missing.
-        VBenchError: an image of another shape than the model's videos.
+        VBenchError: steps, guidance or number of videos that cannot be, or an image of another shape than the model's
+            videos.
         ArtifactError: the folder holds videos made with other settings.
         Interruption: asked to end; finished videos are kept.
     """
+    bad = {
+        "--steps": steps < 1,
+        "--samples-per-prompt": samples < 1,
+        "--guidance-scale": not math.isfinite(guidance_scale),
+    }
+    if wrong := [option for option, is_wrong in bad.items() if is_wrong]:
+        raise VBenchError(f"{', '.join(wrong)}: steps and videos are counted from 1, and guidance is a finite number")
     if not (model / GEOMETRY).is_file():
         raise FileNotFoundError(f"{model / GEOMETRY}: missing; give a pipeline folder that vpae has made")
     geometry = json.loads((model / GEOMETRY).read_text())
@@ -68,9 +78,8 @@ def sample_suite(
     folder, ratio = image_folder(images, ratio, size, model)
     wanted = [(i, p, j) for i, p in enumerate(prompts) if set(p.dimensions) & set(dimensions) for j in range(samples)]
     pictures = find_images(folder, [p for _, p, _ in wanted])
-    if wanted:
-        first = pictures[wanted[0][1].image_name]
-        refuse_other_shape(first, read_image(first), str(model), *size)
+    for picture in pictures.values():
+        refuse_other_shape(picture, read_image(picture).size, str(model), *size)
     _note(out, model, suite, geometry, steps, guidance_scale, ratio)
     mine, made, pipeline = (part or Part()).share(wanted), 0, None
     progress = Progress(len(mine), "sample")
@@ -116,8 +125,12 @@ def _note(out: Path, model: Path, suite: Path, geometry: dict, steps: int, guida
     }
     out.mkdir(parents=True, exist_ok=True)
     path = out / SAMPLING
-    if not path.is_file():
+    with reading(path, "correct it, or choose another folder"):
+        found = json.loads(path.read_text()) if path.is_file() and any(out.glob("[!.]*.mp4")) else None
+        if found is not None and not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    if found is None:
         write_json(path, note)
-    elif (found := json.loads(path.read_text())) != note:
+    elif found != note:
         other = ", ".join(key for key in note if found.get(key) != note[key])
         raise ArtifactError(f"{path}: the videos there were made with another {other}; choose another folder")
