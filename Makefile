@@ -20,7 +20,8 @@ help: ## List the targets
 setup: $(READY) ## Make .venv, with the tested versions of everything
 
 demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and write the report
-	$(BIN)/dvc pull --quiet $(TEACHER)
+	@git rev-parse --git-dir >/dev/null || { echo "make demo: DVC needs the repository itself: git clone it" >&2; exit 2; }
+	$(BIN)/dvc pull $(TEACHER)
 	$(BIN)/snakemake all
 	@test -f $(REPORT)
 	@echo $(REPORT)

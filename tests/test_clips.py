@@ -1,11 +1,14 @@
 """Stage `clips`: the rendered world, anyone's videos from a folder or a table, and what is put in quarantine."""
 
 import csv
+import errno
 import json
 import os
 import signal
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from vbench_i2v.media import reading
 from vpae import cli
 from vpae.artifacts import PROVENANCE, ArtifactError, building, file_hashes, read_provenance, sha256
 from vpae.data import catalog, video
@@ -23,9 +27,10 @@ from vpae.data.corpus import candidates
 from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resample_indices, resize_and_crop, write_video
 from vpae.data.world import render
-from vpae.experiment import Source, load
+from vpae.experiment import ConfigError, Source, load
 from vpae.stages import run_stage
 from vpae.standing import standing
+from vpae.versioning.verify import problems
 
 REAL = Path(__file__).parents[2] / "shared" / "clips"
 REAL_CLIPS = {  # width, height, fps and frames of the first video stream
@@ -422,13 +427,49 @@ def test_the_workflow_sees_a_caption_and_a_video_that_were_replaced_in_a_subfold
     ):
         folder = run_stage(source, "clips", tmp_path / "results")
         assert standing(source, tmp_path / "results")["clips"]
-        os.utime(folder / PROVENANCE, (time.time() - 10,) * 2)
+        note = json.loads((folder / PROVENANCE).read_text())
+        ago = datetime.now(UTC) - timedelta(seconds=10)
+        (folder / PROVENANCE).write_text(json.dumps({**note, "began": ago.isoformat()}))
         for path in [videos, *videos.rglob("*")]:
             os.utime(path, (time.time() - 20,) * 2)
         assert standing(source, tmp_path / "results")["clips"]
         change()
         os.utime(videos, (time.time() - 20,) * 2)  # a file that is written over leaves its folder's date
         assert not standing(source, tmp_path / "results")["clips"]
+        assert list(problems(source, "clips", tmp_path / "results"))
+
+
+def test_what_changes_while_the_stage_is_at_work_is_seen(videos: Path, tmp_path: Path, monkeypatch) -> None:
+    source, whole = (
+        experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3),
+        catalog.write_manifest,
+    )
+
+    def meanwhile(*given: object) -> None:
+        (videos / "clip_no-1.txt").write_text("another caption")
+        whole(*given)
+
+    for path in [videos, *videos.rglob("*")]:
+        os.utime(path, (time.time() - 20,) * 2)
+    monkeypatch.setattr(catalog, "write_manifest", meanwhile)
+    run_stage(source, "clips", tmp_path / "results")
+    (tmp_path / "results/own/clips/.snakemake_timestamp").touch()  # as Snakemake does at the end of the job
+    assert not standing(source, tmp_path / "results")["clips"]
+
+
+def test_the_stage_says_what_it_left_out(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (videos / "broken.mp4").write_bytes(b"x")
+    source = experiment(tmp_path, source="folder", path=str(videos), train=9, held_out=3)
+    run_stage(source, "clips", tmp_path / "results")
+    said = capsys.readouterr().err
+    assert "clips: 4 to train on, for clips.train = 9, 3 held out, 1 left out, such as " in said
+    assert "broken.mp4: unreadable" in said and "quarantine.jsonl has all" in said
+
+
+def test_keys_of_tables_are_refused_of_folders(tmp_path: Path) -> None:
+    for key in ({"root": "/nowhere"}, {"columns": {"path": "{video}"}}, {"filters": {"at_least": {"aesthetic": 5}}}):
+        with pytest.raises(ConfigError, match="source = folder has no columns, for"):
+            experiment(tmp_path, source="folder", path=str(tmp_path), **key)
 
 
 def test_renaming_moves_no_clip_between_splits_and_adding_moves_none_into_the_held_out_ones(
@@ -485,9 +526,13 @@ def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: 
         ("t.jsonl", '{"path": "a.mp4", "caption": "x"}\n{"path": "b.mp4"}\n', "row 2: needs the columns"),
         ("t.jsonl", '{"path": "a.mp4", "caption": 5}\n', "row 1: needs the columns path and caption, both text"),
         ("t.jsonl", '["a.mp4", "x"]\n', "row 1: needs the columns path and caption"),
-        ("t.jsonl", '{"path": "a.mp4", "caption": "x"\n', "not a CSV, JSONL or parquet table"),
+        ("t.jsonl", '{"path": "a.mp4", "caption": "x"\n', "correct its line 1"),
         ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "not UTF-8 text"),
         ("t.csv", "path,caption\n", "no videos there"),
+        ("t.csv", "path,caption\na.mp4,a red, round ball\n", "line 2 has 3 cells and the header 2; put texts"),
+        ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "not a CSV, JSONL or parquet table: unexpected end"),
+        ("t.jsonl", '{"path": "a.mp4", "caption": "x"}\n{"path":\n', "correct its line 2"),
+        ("t.json", '[{"path": "a.mp4", "caption": "x"}]', "tables are named .csv, .jsonl, .parquet"),
     ],
 )
 def test_a_table_with_a_fault_is_an_error_that_names_file_and_row(
@@ -586,6 +631,61 @@ def test_a_varying_frame_rate_changes_no_speeds(suffix: str, tmp_path: Path) -> 
     assert found == [int(np.abs(np.array(ticks) - tick).argmin()) for tick in wanted]
     with pytest.raises(VideoError, match="too short"):
         read_clip(path, 17, 32, 64, 8)
+
+
+def test_a_recording_that_was_trimmed_without_encoding_it_anew_keeps_its_speeds(tmp_path: Path) -> None:
+    """The file still holds what stands before the cut; its edit list says that it is not shown."""
+    ticks = [*range(30), *range(30, 90, 3)]
+    write_timed(tmp_path / "whole.mp4", ticks, 30)
+    with (
+        av.open(str(tmp_path / "whole.mp4")) as whole,
+        av.open(str(tmp_path / "cut.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as cut,
+    ):
+        copy = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                half_a_second = int(0.5 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - half_a_second, packet.dts - half_a_second, copy
+                cut.mux(packet)
+    shown = 0.5 + np.arange(17) / 8
+    nearest = [int(np.abs(np.array(ticks) / 30 - time).argmin()) for time in shown]
+    assert decoded(read_clip(tmp_path / "cut.mp4", 17, 32, 64, 8)) == nearest
+
+
+def test_a_long_gap_in_a_recording_does_not_make_its_last_frame_stand(tmp_path: Path) -> None:
+    path = write_timed(tmp_path / "gap.mp4", [*range(10), *range(40, 50)], 10)
+    assert len(read_clip(path, 49, 32, 64, 10)) == 49
+    with pytest.raises(VideoError, match="too short"):
+        read_clip(path, 57, 32, 64, 10)
+
+
+def test_a_clip_of_large_frames_takes_the_memory_of_a_few(tmp_path: Path) -> None:
+    write_video(tmp_path / "large.mp4", coded(range(24), 720, 1280), 8, crf=10)
+    tracemalloc.start()
+    try:
+        assert read_clip(tmp_path / "large.mp4", 24, 32, 64, 8).shape == (24, 32, 64, 3)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 720 * 1280 * 3
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "fault", [MemoryError(), OSError(errno.ESTALE, "Stale file handle")], ids=["memory", "network"]
+)
+def test_a_fault_of_the_machine_leaves_no_file_out(fault: Exception, videos: Path, tmp_path: Path, monkeypatch) -> None:
+    source, whole = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3), catalog.read_clip
+
+    def failing(path: Path, *given: object) -> np.ndarray:
+        if path.name == "clip_no-3.mp4":
+            with reading():
+                raise fault
+        return whole(path, *given)
+
+    monkeypatch.setattr(catalog, "read_clip", failing)
+    with pytest.raises(ArtifactError, match=r"clip_no-3\.mp4: .* this machine's fault"):
+        run_stage(source, "clips", tmp_path / "results")
+    monkeypatch.setattr(catalog, "read_clip", whole)
+    assert len(read_manifest(run_stage(source, "clips", tmp_path / "results"))) == 7
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])

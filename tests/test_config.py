@@ -175,7 +175,8 @@ def test_an_unknown_key_in_the_base_is_laid_to_the_base(base: Path) -> None:
     ("geometry", "remedy"),
     [
         ({"frames": 16}, "the nearest are 13 and 17"),
-        ({"frames": 4}, "the nearest are 1 and 5"),
+        ({"frames": 4}, "the nearest are 5 and 9"),
+        ({"frames": 1}, "the fewest are 5"),
         ({"height": 72}, "the nearest are 64 and 80"),
         ({"width": 840}, "the nearest are 832 and 848"),
         ({"frames": 0}, "greater than 0"),

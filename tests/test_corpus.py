@@ -156,8 +156,8 @@ def still(count: int = 12) -> np.ndarray:
         ({"min_motion": 0.002}, {"still.mp4": "nearly still: motion 0.0"}),
         ({"max_jump": 0.2}, {"cut.mp4": "a scene cut: a jump of 0."}),
         ({"min_width": 48}, {"narrow.mp4": "32 x 64 pixels are less than 48 x 0"}),
-        ({"min_seconds": 1.4}, {"short.mp4": "1.25 s are less than 1.4"}),
-        ({"max_seconds": 1.6}, {"long.mp4": "1.75 s are more than 1.6"}),
+        ({"min_seconds": 1.4}, {"short.mkv": "1.25 s are less than 1.4"}),
+        ({"max_seconds": 1.6}, {"long.mkv": "1.75 s are more than 1.6"}),
         ({}, {}),
     ],
     ids=["motion", "jump", "width", "short", "long", "none"],
@@ -169,8 +169,8 @@ def test_filters_leave_out_just_what_they_say(filters: dict, left_out: dict, tmp
     write_clip(videos / "still.mp4", np.repeat(moving(64, 64, 1), 12, 0))
     write_clip(videos / "cut.mp4", np.concatenate([moving(64, 64, 3), 255 - moving(64, 64, 9)]))
     write_clip(videos / "narrow.mp4", moving(64, 32))
-    write_clip(videos / "short.mp4", moving(64, 64, 10))
-    write_clip(videos / "long.mp4", moving(64, 64, 14))
+    write_clip(videos / "short.mkv", moving(64, 64, 10))
+    write_clip(videos / "long.mkv", moving(64, 64, 14))
     folder = run_stage(
         experiment(tmp_path, source="folder", path=str(videos), filters=filters), "clips", tmp_path / "results"
     )

@@ -25,8 +25,10 @@ from conftest import STAGES
 from vpae import cli
 from vpae.artifacts import PROVENANCE, read_provenance
 from vpae.experiment import load
-from vpae.graph import owner, upstream
+from vpae.graph import owner, stage_folder, upstream
+from vpae.versioning import record
 from vpae.versioning.pipeline import pipeline
+from vpae.versioning.tables import write_metrics
 
 ROOT = Path(__file__).parents[1]
 TOY = f"""#!{sys.executable}
@@ -262,6 +264,25 @@ def test_another_seed_is_versioned_by_a_file_of_its_own(capsys: pytest.CaptureFi
     assert cli.main(["dvc", "micro", "micro@2"]) == 2
     said = capsys.readouterr().err
     assert "write configs/micro-2.yaml with the lines `extends: micro` and `seed: 2`" in said
+
+
+def test_only_the_stages_that_are_named_are_committed() -> None:
+    named = ["report@micro", "settings@micro", "metrics@micro"]
+    assert record._targets(load(ROOT / "configs/micro.yaml", environment=False), ["report"]) == named
+
+
+def test_a_given_student_is_pulled_like_the_teacher_and_its_empty_losses_are_kept(tmp_path: Path, monkeypatch) -> None:
+    source = load(ROOT / "configs/tiny-shipped.yaml", environment=False)
+    monkeypatch.chdir(ROOT)
+    assert record._given_files(source) == ["data/students/tiny.dvc", "data/teachers/tiny.dvc"]
+    assert not source.settings.methods
+    evaluation = stage_folder(source, "evaluation", tmp_path / "results")
+    evaluation.mkdir(parents=True)
+    (evaluation / "scores.json").write_text('{"rows": {}}')
+    (tmp_path / "metrics" / "losses").mkdir(parents=True)
+    (tmp_path / "metrics" / "losses" / "priming.csv").touch()  # of a method that the experiment had before
+    write_metrics(source, tmp_path / "metrics", tmp_path / "results")
+    assert [path.name for path in (tmp_path / "metrics" / "losses").iterdir()] == [".gitkeep"]
 
 
 def test_the_shipped_dvc_yaml_is_what_the_command_prints() -> None:

@@ -268,6 +268,21 @@ def test_after_a_damaged_state_the_one_before_is_taken_loudly(
         checkpoint.load_latest(tmp_path, phase)
 
 
+def test_a_folder_that_was_moved_and_linked_back_is_replaced_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    place, scratch = tmp_path / "results" / "latents", tmp_path / "scratch"
+    with building(place, {"n": 0}, {}) as (out, _):
+        (out / "x").write_text("0")
+    place.rename(scratch)
+    place.symlink_to(scratch)
+    for n in (1, 2, 3):
+        with building(place, {"n": n}, {}) as (out, _):
+            (out / "x").write_text(str(n))
+        assert (place / "x").read_text() == str(n) and not place.is_symlink()
+    assert (scratch / "x").read_text() == "0"
+    assert {p.name for p in (tmp_path / "results").iterdir()} == {"latents", ".latents.lock"}
+
+
 @pytest.mark.parametrize(("name", "file"), [("teacher", "weights.bin"), ("latents", "index.json")])
 def test_a_changed_byte_of_an_input_is_named_before_the_stage_begins(
     name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,19 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
     assert "| joint | 0 |" in search.table(out)
 
 
+def test_clips_that_were_encoded_for_another_plan_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = {"config": "configs/micro.yaml", "seeds": [], "clips": {"train": 4, "fit": 4, "test": 4}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.setattr(search, "make_data", lambda *_: {"x": search.torch.zeros(1)})
+    arguments = (tmp_path / "plan.yaml", tmp_path, tmp_path / "rows.jsonl", tmp_path / "data.pt", 1)
+    search.run(*arguments)
+    search.run(*arguments)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, "clips": {"train": 8, "fit": 4, "test": 4}}))
+    with pytest.raises(SystemExit, match="encoded for another plan's clips"):
+        search.run(*arguments)
+
+
 def test_the_table_is_that_of_the_page():
     printed = search.table(ROOT / "docs" / "search" / "phase2-forerunner.jsonl").splitlines()
     found = {line.split(" | ")[0].removeprefix("| "): line for line in printed}

@@ -31,6 +31,7 @@ import yaml
 from scipy import stats
 from torch import Tensor, nn
 
+from vpae.artifacts import sha256
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.world import Truth, draw_truth, render
@@ -412,8 +413,15 @@ def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
     """
     variants = yaml.safe_load(plan.read_text())
     geometry = load(variants["config"], variants.get("set", [])).settings.geometry
+    weights = sorted(teacher.rglob("*.safetensors"))
+    of = {"clips": variants["clips"], "geometry": geometry.model_dump(), "teacher": [sha256(file) for file in weights]}
     if not data.exists():
-        torch.save(make_data(variants["clips"], teacher, 4 * workers, geometry.frames, geometry.height), data)
+        made = make_data(variants["clips"], teacher, 4 * workers, geometry.frames, geometry.height)
+        torch.save(made | {"of": json.dumps(of)}, data)
+    elif json.loads(torch.load(data, weights_only=True, mmap=True).get("of", "{}")) != of:
+        raise SystemExit(
+            f"{data}: encoded for another plan's clips or geometry, or by another teacher; name another --data"
+        )
     context, common = torch.multiprocessing.get_context("spawn"), (variants, data, teacher, out, workers)
     processes = [context.Process(target=work, args=(seed, *common)) for seed in variants["seeds"]]
     for process in processes:

@@ -3,6 +3,7 @@
 Axes: T frames, H height, W width, 3 colours (RGB, uint8).
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +27,30 @@ def open_container(path: Path, mode: str = "r"):
     return av.open(f"file:{path}", mode, metadata_errors="replace")
 
 
+# Faults of the machine or of its network, which are gone when one tries again: no reason to leave a file out.
+PASSING = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
+PASSING |= {errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
+
 @contextmanager
 def reading(fault: str = "unreadable") -> Iterator[None]:
-    """Whatever goes wrong while one file is read is a reason to leave out that file, and no more."""
+    """Whatever goes wrong while one file is read is a reason to leave out that file, and no more.
+
+    Raises:
+        VideoError: the file is at fault.
+        MemoryError, OSError: the machine is.
+    """
     try:
         yield
-    except VideoError:
+    except (VideoError, MemoryError):
         raise
     except av.error.FFmpegError as error:
+        if error.errno in PASSING:
+            raise OSError(error.errno, error.strerror, error.filename) from error
         raise VideoError(f"{fault}: {error.strerror}") from error
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         raise VideoError(f"unreadable: {error.strerror}") from error
     except Exception as error:
         what = (str(error).splitlines() or [""])[0]
@@ -80,9 +95,22 @@ def probe(path: Path) -> VideoInfo:
             turns, aspect, size = _turns(first), float(stream.sample_aspect_ratio or 1), (stream.width, stream.height)
             if turns % 2:
                 size, aspect = size[::-1], 1 / aspect
-            seconds = (container.duration or 0) / av.time_base
+            seconds = float((stream.duration or 0) * stream.time_base)  # a container lasts as long as its sound
             begin = float((stream.start_time or 0) * stream.time_base)
             return VideoInfo(*size, float(rate), len(container.streams.video), aspect, seconds, begin)
+
+
+def length(path: Path) -> float:
+    """Seconds from the first picture to the end of the last, by the time stamps of all packets; reads the whole file.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    with reading(), open_container(path) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size and packet.pts is not None]
+        ends = [packet.pts + (packet.duration or 0) for packet in packets]
+        return float((max(ends) - min(packet.pts for packet in packets)) * stream.time_base) if ends else 0.0
 
 
 def _turns(frame: av.VideoFrame) -> int:

@@ -140,7 +140,7 @@ def is_finished(folder: Path, settings: dict, inputs: dict[str, str]) -> bool:
 
 @contextmanager
 def building(
-    folder: Path, settings: dict, inputs: dict[str, str], spent: Sequence[Path] = ()
+    folder: Path, settings: dict, inputs: dict[str, str], spent: Sequence[Path] = (), began: float | None = None
 ) -> Iterator[tuple[Path, dict]]:
     """Build a folder all or nothing.
 
@@ -149,6 +149,7 @@ def building(
         settings: the resolved sections that determine the result.
         inputs: name -> digest of everything read.
         spent: folders of no use once the result stands, which are then removed.
+        began: when the inputs were looked at, in seconds of `time.time()`; None: now.
 
     Yields:
         a temporary folder to write into, and a dict of counts to fill in.
@@ -157,7 +158,7 @@ def building(
         ArtifactError: another process is building the same folder.
     """
     with locked(folder):
-        yield from _build(folder, settings, inputs)
+        yield from _build(folder, settings, inputs, time.time() if began is None else began)
         for path in spent:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -183,9 +184,9 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
         yield
 
 
-def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tuple[Path, dict]]:
+def _build(folder: Path, settings: dict, inputs: dict[str, str], began: float) -> Iterator[tuple[Path, dict]]:
     temporary, old = _successor(folder), _predecessor(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir(parents=True)
     counts: dict = {}
     start = time.monotonic()
@@ -200,18 +201,27 @@ def _build(folder: Path, settings: dict, inputs: dict[str, str]) -> Iterator[tup
         "python": platform.python_version(),
         "command": " ".join(["vpae", *sys.argv[1:]]),
         "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
+        "began": datetime.fromtimestamp(began, UTC).isoformat(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     flush(temporary)
     write_json(temporary / PROVENANCE, provenance)  # last and durably: who finds it may rely on all the rest
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     flush_entry(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link to one that somebody has moved elsewhere; what it leads to is theirs."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:

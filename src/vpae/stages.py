@@ -4,9 +4,10 @@ import importlib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +69,7 @@ class _Task:
     settings: dict
     folders: dict[str, Path]
     digests: dict[str, str]
+    began: float = field(default_factory=time.time)
 
     @property
     def state(self) -> Path:
@@ -120,7 +122,7 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
             "\n  ".join([f"{stage} would be made from results that are not what {source.path} says:", *problems])
             + "\nrun their stages again, in this order, or set these keys as they were"
         )
-    folder = stage_folder(source, stage, results)
+    folder, began = stage_folder(source, stage, results), time.time()
     recover(folder)
     settings = stage_settings(source.settings, stage)
     folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
@@ -129,7 +131,7 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
     if hasattr(module, "external_inputs"):
         digests |= module.external_inputs(source.settings)
     run = partial(module.run, stage) if stage in METHODS else module.run
-    return _Task(module, run, folder, settings, folders, digests)
+    return _Task(module, run, folder, settings, folders, digests, began)
 
 
 @contextmanager
@@ -183,7 +185,8 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         return task.folder
     task.require_whole_inputs()
     states = [task.state, *task.state.parent.glob(f"{stage}-*")]
-    with _with_advice(source, stage), building(task.folder, task.settings, task.digests, spent=states) as (out, counts):
+    built = building(task.folder, task.settings, task.digests, spent=states, began=task.began)
+    with _with_advice(source, stage), built as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
     return task.folder
 

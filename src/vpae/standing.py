@@ -1,16 +1,18 @@
 """Whether a finished result is what its experiment would make now: settings and hashes count, never dates or notes."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 from vbench_i2v.files import tree
-from vpae.artifacts import PROVENANCE, identity, read_provenance, recover
+from vpae.artifacts import identity, read_provenance, recover
 from vpae.config import Experiment
 from vpae.distill.method import TEACHER
 from vpae.experiment import Source
 from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, upstream
 from vpae.teacher.folder import decoder_inputs, external_inputs
 
+NOTED_WITHIN = 120.0  # seconds after its end Snakemake has noted the end of a job
 SHOWN = 3  # of many keys that differ
 _ABSENT = object()
 
@@ -70,17 +72,23 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
         elif all(found.get(name) for name in above):
             found[stage] = not (
                 (stage in OUTSIDE and outside != OUTSIDE[stage](settings))
-                or (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder))
+                or (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder, provenance))
             )
     return {stage: stands for stage, stands in found.items() if stage not in settings.students}
 
 
-def _is_newer(path: Path, folder: Path) -> bool:
-    """Whether a file or anything in a folder is newer than a result.
+def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
+    """Whether a file or anything in a folder is newer than the beginning of the run that read it.
 
-    Snakemake notes in the result's folder when it last found it up to date.
+    Snakemake notes in the result's folder when a job on it ended: at once after that run, or later, when it was found
+    to be up to date.
     """
-    seen = max(p.stat().st_mtime for p in (folder / PROVENANCE, folder / ".snakemake_timestamp") if p.exists())
+    finished = datetime.fromisoformat(provenance["finished"]).timestamp()
+    began = provenance.get("began")
+    seen = datetime.fromisoformat(began).timestamp() if began else finished - provenance["seconds"]
+    noted = folder / ".snakemake_timestamp"
+    if noted.exists() and noted.stat().st_mtime > finished + NOTED_WITHIN:
+        seen = noted.stat().st_mtime
     return any(p.exists() and p.stat().st_mtime > seen for p in [path, *(tree(path) if path.is_dir() else ())])
 
 

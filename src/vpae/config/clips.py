@@ -82,4 +82,10 @@ class Clips(Section):
     def _has_path(self) -> "Clips":
         if self.source != "world" and not self.path:
             raise ValueError(f"source = {self.source} needs path: name the {self.source} of videos")
+        of_tables = {"root": self.root, "columns": self.columns != Columns()}
+        of_tables |= {f"filters.{name}": getattr(self.filters, name) for name in ("at_least", "at_most")}
+        if self.source != "table" and (unread := [key for key, is_set in of_tables.items() if is_set]):
+            raise ValueError(
+                f"source = {self.source} has no columns, for {', '.join(unread)}; leave them out, or source: table"
+            )
         return self

@@ -19,8 +19,10 @@ class Geometry(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Geometry":
         if self.frames % VAE_STRIDE[0] != 1:
-            below = (self.frames - 1) // 4 * 4 + 1
+            below = max(5, (self.frames - 1) // 4 * 4 + 1)
             raise ValueError(f"frames = {self.frames} is not 4k + 1; the nearest are {below} and {below + 4}")
+        if self.frames < 5:
+            raise ValueError(f"frames = {self.frames} is no video; the fewest are 5")
         for key in ("height", "width"):
             value, unit = getattr(self, key), VAE_STRIDE[1] * PATCH[1]
             if value % unit:

@@ -1,8 +1,8 @@
 """VBench-I2V: of an experiment's rows, and of any folder of videos."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from vbench_i2v.settings import DimensionName as VBenchDimension
 from vbench_i2v.settings import Folder, Measure
@@ -11,10 +11,14 @@ from vpae.config.section import Section
 __all__ = ["VBench", "VBenchDimension", "VBenchFolder", "VBenchRows"]
 
 
+def _off_is_a_word(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare off as False
+
+
 class VBench(Section, Measure):
     """VBench-I2V's nine dimensions, measured on decoded videos."""
 
-    backbones: Literal["official", "tiny", "off"] = Field(
+    backbones: Annotated[Literal["official", "tiny", "off"], BeforeValidator(_off_is_a_word)] = Field(
         "official",
         description="The benchmark's networks; small stand-ins, not comparable with published scores; or no VBench.",
     )

@@ -11,6 +11,7 @@ Nothing here holds more of a large table than a few row groups.
 import json
 import multiprocessing
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vbench_i2v.media import PASSING, length
 from vpae.artifacts import ArtifactError, is_kept, kept, link, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.clips import Filters
@@ -137,7 +139,14 @@ def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
                         }
                         bucket = buckets[int(one["sha256"][:2], 16) * BUCKETS // 256]
                         bucket.write(json.dumps([one["sha256"], row.start, number, good]) + "\n")
-        return _write_tables(out, _split(_by_content(Path(folder)), settings, left_out), left_out)
+        counts = _write_tables(out, _split(_by_content(Path(folder)), settings, left_out), left_out)
+    few = f", for clips.train = {settings.clips.train}" if counts["train"] < settings.clips.train else ""
+    why = f", such as {'; '.join(left_out.first)}: quarantine.jsonl has all" if left_out.count else ""
+    print(
+        f"clips: {counts['train']} to train on{few}, {counts['held_out']} held out, {left_out.count} left out{why}",
+        file=sys.stderr,
+    )
+    return counts
 
 
 def _candidates(settings: Experiment, state: Path) -> Path:
@@ -247,11 +256,18 @@ def _check_one(row: Candidate, settings: Experiment) -> dict | str:
         info = probe(path)
         shape = (geometry.frames, geometry.height, geometry.width, geometry.fps)
         motion, jump = _motion(read_clip(path, *shape, row.start, row.stop))
-        seconds = (info.seconds if row.stop is None else row.stop) - row.start
+        limits = settings.clips.filters.min_seconds or settings.clips.filters.max_seconds
+        end = row.stop or (info.seconds or length(path) if limits else 0.0)
         found = {"width": info.width, "height": info.height, "fps": info.fps, "motion": motion, "jump": jump}
-        return _unwanted(found, seconds, settings.clips.filters) or {**found, "sha256": content(path)}
+        return _unwanted(found, end - row.start, settings.clips.filters) or {**found, "sha256": content(path)}
     except VideoError as error:
         return str(error)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in PASSING:
+            return f"unusable: {error.strerror}"
+        raise ArtifactError(
+            f"{path}: {error or 'no memory'}; that is this machine's fault and not the file's: run the stage again"
+        ) from error
     except Exception as error:  # one file's fault must not end the others'
         return f"unusable: {type(error).__name__}: {error}"
 

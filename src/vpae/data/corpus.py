@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vbench_i2v.files import tree
-from vpae.artifacts import ArtifactError
+from vpae.artifacts import ArtifactError, reading
 from vpae.config.clips import Clips, Columns, Filters
 from vpae.data.manifest import ROWS
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+TABLES = (".csv", ".jsonl", ".parquet")
 STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
 SCHEMA = pa.schema(
     [
@@ -63,6 +64,10 @@ def candidates(clips: Clips) -> Iterator[Candidate]:
     table = Path(clips.path)
     if not table.is_file():
         raise ArtifactError(f"clips.path = {table}: no such table")
+    if table.suffix.lower() not in TABLES:
+        raise ArtifactError(
+            f"clips.path = {table}: tables are named {', '.join(TABLES)}, by what is in them; rename it"
+        )
     root, read = str(clips.root or table.parent), _Reader(table, clips.columns, clips.filters)
     for number, row in enumerate(_rows(table), 1):
         yield read.candidate(root, number, row)
@@ -125,7 +130,7 @@ def _of_folder(root: Path) -> Iterator[Candidate]:
     if not root.is_dir():
         raise ArtifactError(f"clips.path = {root}: no such folder")
     for video in tree(root):
-        if video.suffix.lower() not in SUFFIXES or video.is_dir():
+        if video.suffix.lower() not in SUFFIXES:
             continue
         text = video.with_suffix(".txt")
         if not text.is_file():
@@ -148,16 +153,27 @@ def _rows(table: Path) -> Iterator[dict]:
             return
         with table.open(encoding="utf-8-sig", newline="") as file:
             if table.suffix.lower() == ".jsonl":
-                yield from (json.loads(line) for line in file if line.strip())
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        with reading(table, f"correct its line {number}"):
+                            row = json.loads(line)
+                        yield row
             else:
-                lines = csv.reader(file)
+                lines = csv.reader(file, strict=True)
                 header = next(lines, [])
                 for line in lines:
+                    if any(line[len(header) :]):
+                        raise ArtifactError(
+                            f"{table}: line {lines.line_num} has {len(line)} cells and the header {len(header)}; put "
+                            "texts that hold commas in double quotes"
+                        )
                     if line:  # a row that is too short lacks its last columns
                         yield dict(zip(header, line, strict=False))
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{table}: not UTF-8 text ({error}); convert it") from error
-    except Exception as error:  # parquet's OSError, JSON's RecursionError: parsers raise more than they say
+    except ArtifactError:
+        raise
+    except Exception as error:  # parquet's OSError among others: parsers raise more than they say
         raise ArtifactError(f"{table}: not a CSV, JSONL or parquet table: {error}") from error
 
 

@@ -4,7 +4,7 @@ Axes: T frames, H height, W width, 3 colours (RGB, uint8).
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -69,9 +69,10 @@ def _varying_times(path: Path, fps: float, seconds: float) -> np.ndarray | None:
     with open_container(path) as container:
         stamps, stream = [], container.streams.video[0]
         for packet in container.demux(stream):
-            if packet.size and packet.pts is None:
+            shown = packet.size and not packet.is_discard  # others stand before a cut that left the file's bytes alone
+            if shown and packet.pts is None:
                 return None
-            if packet.size:
+            if shown:
                 stamps.append(float(packet.pts * stream.time_base))
                 # Packets come in the order of decoding; what is shown earlier comes a few packets later at most.
                 if min(stamps[-32:]) - stamps[0] > seconds and len(stamps) > 32:
@@ -81,39 +82,56 @@ def _varying_times(path: Path, fps: float, seconds: float) -> np.ndarray | None:
     return None if steady else times
 
 
-def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Index of the time nearest to each wanted one; past the end, one that does not exist."""
+def _nearest(times: np.ndarray, wanted: np.ndarray, step: float) -> np.ndarray:
+    """Index of the time nearest to each wanted one; one `step` past the last, one that does not exist."""
     after = np.searchsorted(times, wanted)
     before = np.maximum(after - 1, 0)
     later = np.where(after < len(times), times[np.minimum(after, len(times) - 1)], np.inf)
-    ended = wanted > times[-1] + np.diff(times).max(initial=0.0)
+    ended = wanted > times[-1] + step
     return np.where(ended, len(times), np.where(later - wanted < wanted - times[before], after, before))
 
 
-def _pick(frames: Iterator[av.VideoFrame], indices: np.ndarray) -> list[np.ndarray]:
+Fit = Callable[[av.VideoFrame], np.ndarray]
+
+
+def _fit(height: int, width: int, pixel_aspect: float) -> Fit:
+    """What brings each frame of a clip to its size, one at a time: a stack of whole frames would take gigabytes."""
+    shapes = set()
+
+    def fit(frame: av.VideoFrame) -> np.ndarray:
+        picture = upright_rgb(frame)
+        shapes.add(picture.shape)
+        if len(shapes) > 1:
+            raise VideoError("the frame size changes within the clip")
+        return resize_and_crop(picture[None], height, width, pixel_aspect)[0]
+
+    return fit
+
+
+def _pick(frames: Iterator[av.VideoFrame], indices: np.ndarray, fit: Fit) -> list[np.ndarray]:
     """Frames at rising indices, as far as there are any; decodes no further than the last of them."""
     repeats, found = Counter(indices.tolist()), []
     for number, frame in enumerate(frames):
         if repeats[number]:
-            found += [upright_rgb(frame)] * repeats[number]
+            found += [fit(frame)] * repeats[number]
         if number == indices[-1]:
             break
     return found
 
 
-def _pick_times(frames: Iterator[av.VideoFrame], wanted: np.ndarray, step: float) -> list[np.ndarray]:
+def _pick_times(frames: Iterator[av.VideoFrame], wanted: np.ndarray, step: float, fit: Fit) -> list[np.ndarray]:
     """Frames shown nearest to rising times, the earlier of two; the last one also stands for one `step` after it."""
     found: list[np.ndarray] = []
     before = None
     for frame in frames:
         while len(found) < len(wanted) and wanted[len(found)] <= frame.time:
             time = wanted[len(found)]
-            found.append(upright_rgb(before if before and time - before.time <= frame.time - time else frame))
+            found.append(fit(before if before and time - before.time <= frame.time - time else frame))
         before = frame
         if len(found) == len(wanted):
             return found
     ended = before.time + step if before else 0.0
-    return found + [upright_rgb(before) for time in wanted[len(found) :] if time < ended]
+    return found + [fit(before) for time in wanted[len(found) :] if time < ended]
 
 
 def resize_and_crop(frames: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
@@ -154,21 +172,25 @@ def read_clip(
         VideoError: unreadable, damaged, or too short.
     """
     info = probe(path)
+    fit = _fit(height, width, info.pixel_aspect)
     if stop is not None and start + (frames - 1) / fps >= stop:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps do not end before {stop:g} s from {start:g} s on")
     if start > 0:
         wanted = info.begin + start + np.arange(frames) / fps
-        found = _pick_times(decoded(path, start), wanted, 1 / info.fps)
+        found = _pick_times(decoded(path, start), wanted, 1 / info.fps, fit)
         if len(found) < frames:
             raise VideoError(f"too short: {len(found)} of {frames} frames at {fps:g} fps from {start:g} s on")
-        return resize_and_crop(_stacked(found), height, width, info.pixel_aspect)
+        return _stacked(found)
     with reading():
         times = _varying_times(path, info.fps, frames / fps)
-    indices = resample_indices(info.fps, frames, fps) if times is None else _nearest(times, np.arange(frames) / fps)
-    found = _stacked(_pick(decoded(path), indices))
+    if times is None:
+        indices = resample_indices(info.fps, frames, fps)
+    else:
+        indices = _nearest(times, np.arange(frames) / fps, 1 / info.fps)
+    found = _stacked(_pick(decoded(path), indices, fit))
     if len(found) < frames:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps need {indices[-1] + 1} at its {info.fps:g} fps")
-    return resize_and_crop(found, height, width, info.pixel_aspect)
+    return found
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int, reproducible: bool = True) -> None:

@@ -52,11 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=256, help="held-out clips to measure on")
     arguments = parser.parse_args(argv)
     try:
-        # The stages before it are the experiment's own: overrides are the probe's alone.
-        source, settings = load(arguments.config), load(arguments.config, arguments.set).settings
-    except (ConfigError, ArtifactError) as error:
+        _probe(arguments)
+    except (ConfigError, ArtifactError, FileNotFoundError) as error:
         print(f"probe: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    # The stages before it are the experiment's own: overrides are the probe's alone.
+    source, settings = load(arguments.config), load(arguments.config, arguments.set).settings
     names = upstream(source.settings, arguments.phase)
     inputs = {name: stage_folder(source, name, arguments.results) for name in names}
     training = getattr(settings, arguments.phase).training
@@ -80,7 +85,6 @@ def main(argv: list[str] | None = None) -> int:
             metrics = train(phase, batches, part, settings.seed, Path(state), accelerator)
             last = json.loads(metrics.read_text().splitlines()[-1])
             measure(last.pop("step"), **last)
-    return 0
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 score_of="SA, TC and FQ of VBench-I2V" if official else f"the truth metrics {', '.join(truth.METRICS)}",
                 cost=_cost(source.settings, trained),
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
-                measure=_measure(source.settings),
+                measure=_measure(source.settings) | {"latents": fingerprint(unseeded, "latents")},
             )
         )
     return found
@@ -175,6 +175,11 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
                 f"{run.experiment}: give both the same evaluation.vbench.backbones"
             )
         for key, value in run.measure.items():
+            if value != runs[0].measure[key] and key == "latents":
+                raise ConfigError(
+                    f"{runs[0].experiment} and {run.experiment} have other clips, geometry or VAE (`vpae config show` "
+                    "prints both), so that their scores cannot be compared"
+                )
             if value != runs[0].measure[key]:
                 raise ConfigError(
                     f"{key} is {runs[0].measure[key]} in {runs[0].experiment} and {value} in {run.experiment}, so that "
@@ -276,7 +281,9 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows.items():
         ends = {SCORE: [row["low"], row["high"]] if SCORE in row else None, **row["intervals"]}
-        scores = [_cell(row.get(metric), ends.get(metric)) for metric in (SCORE, *metrics)]
+        # Of one seed, what is known of a latency is its fastest and slowest run.
+        single = [m for m in metrics if m.startswith("latency") and len(row["seeds"]) == 1]
+        scores = [_cell(row.get(m), None if m in single else ends.get(m)) for m in (SCORE, *metrics)]
         cost = row["cost"]
         costs = (
             [""] * 4
@@ -303,4 +310,6 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
 
 
 def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
-    return "" if mean is None or ends is None else f"{mean:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"
+    if mean is None:
+        return ""
+    return f"{mean:.4f}" if ends is None else f"{mean:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"

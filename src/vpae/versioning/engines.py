@@ -55,7 +55,8 @@ def pull(remote: str | None, targets: Sequence[str], folders: Sequence[str]) -> 
     status = next(json.loads(line) for line in listed if line.startswith("{"))
     if files := status.get("not_in_cache"):
         raise ArtifactError("\n  ".join(["these are missing in the remote, or damaged there:", *files]))
-    raise ArtifactError(f"`dvc pull` failed:\n{printed.strip()}")
+    here = "\nwhat stands here was never recorded: `vpae record` it, or move it away" if "--force" in printed else ""
+    raise ArtifactError(f"`dvc pull` failed:\n{printed.strip()}{here}")
 
 
 def require_nothing_to_do(experiment: str) -> None:

@@ -57,8 +57,9 @@ def restore(source: Source, pull: bool = True, remote: str | None = None) -> lis
     """
     folders = sorted({str(stage_folder(source, stage)) for stage in stages_of(source.settings)})
     if pull:
-        targets = [*_recorded(_targets(source)), *_teacher_file(source)]
-        engines.pull(remote, targets, [*folders, *(file.removesuffix(".dvc") for file in _teacher_file(source))])
+        given = _given_files(source)
+        targets = [*_recorded(_targets(source)), *given]
+        engines.pull(remote, targets, [*folders, *(file.removesuffix(".dvc") for file in given)])
         code, _ = engines.run("dvc", "status", "--quiet", *targets)
         if code:
             _, changes = engines.run("dvc", "status", *targets)
@@ -83,9 +84,9 @@ def _targets(source: Source, stages: Sequence[str] = ()) -> list[str]:
     Raises:
         ArtifactError: dvc.yaml does not have them.
     """
-    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    versioned = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]["settings"]["foreach"]
     for experiment in _owners(source):
-        if experiment.name not in stages["settings"]["foreach"]:
+        if experiment.name not in versioned:
             raise ArtifactError(
                 f"dvc.yaml: there is no {experiment.name}; write it anew with `vpae dvc {source.name} ... > dvc.yaml`, "
                 "naming all experiments that are to be versioned"
@@ -113,8 +114,8 @@ def _recorded(targets: list[str]) -> list[str]:
     return targets
 
 
-def _teacher_file(source: Source) -> list[str]:
-    """The DVC file of a teacher that is not made here, if there is one."""
+def _given_files(source: Source) -> list[str]:
+    """The DVC files of the teacher and students that are not made here, as far as there are any."""
     teacher = source.settings.teacher
-    file = Path(f"{teacher.path}.dvc") if teacher.path else None
-    return [str(file)] if teacher.source == "folder" and file is not None and file.is_file() else []
+    folders = [*source.settings.students.values(), *([teacher.path] if teacher.source == "folder" else [])]
+    return [file for folder in folders if Path(file := f"{folder}.dvc").is_file()]

@@ -32,6 +32,11 @@ def metrics_folder(source: Source) -> Path:
 def write_metrics(source: Source, folder: Path, results: Path = RESULTS) -> Path:
     """`scores.json`: row -> metric -> mean. `losses/METHOD.csv`: what each method logged, a line a step."""
     (folder / "losses").mkdir(parents=True, exist_ok=True)
+    for file in (folder / "losses").iterdir():
+        if file.stem not in source.settings.methods:
+            file.unlink()
+    if not source.settings.methods:
+        (folder / "losses" / ".gitkeep").touch()  # git holds no empty folder, and DVC would find it deleted
     scores = json.loads((stage_folder(source, "evaluation", results) / "scores.json").read_text())["rows"]
     means = {row: {metric: value["mean"] for metric, value in found.items()} for row, found in scores.items()}
     write_json(folder / "scores.json", means)

@@ -10,7 +10,7 @@ from pathlib import Path
 from vpae.artifacts import ArtifactError, file_hashes, read_provenance, sha256
 from vpae.experiment import Source, load
 from vpae.graph import RESULTS, stage_folder, stages_of, upstream
-from vpae.standing import SHOWN, departures
+from vpae.standing import SHOWN, departures, standing
 
 
 def committed(path: Path) -> Source:
@@ -35,14 +35,18 @@ def require_true(source: Source, stages: Sequence[str] = (), results: Path = RES
 def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[str]:
     """What is wrong with the result of one stage; nothing if it is complete, current and undamaged.
 
-    A teacher that was taken from a folder is compared with that folder, if it is here. Videos are not read again.
+    A teacher that was taken from a folder is compared with that folder, if it is here. Videos are not read again: of
+    them, the dates count.
     """
     folder = stage_folder(source, stage, results)
     provenance = read_provenance(folder)
     if provenance is None:
         yield f"{folder}: missing or unfinished"
         return
-    yield from departures(source, stage, results)
+    found = list(departures(source, stage, results))
+    yield from found
+    if not found and stage != "teacher" and standing(source, results).get(stage) is False:
+        yield f"{folder}: made from other files outside of the results than the present ones"
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:
             yield f"{folder}: made from {above}, which is missing or unfinished"
