@@ -14,7 +14,7 @@ from vpae.artifacts import ArtifactError
 from vpae.cli import main
 from vpae.data import catalog
 from vpae.experiment import ConfigError, load
-from vpae.graph import stage_settings
+from vpae.graph import stage_settings, without
 from vpae.preemption import EXIT_CODE, Interruption
 from vpae.training.phase import Collapse
 
@@ -83,7 +83,7 @@ def test_a_stage_whose_memory_is_exhausted_names_the_settings_that_help(
 def test_a_run_goes_on_where_it_was_when_it_is_watched_or_saved_otherwise(key: str):
     """Such as after a collapse, whose message says how to go on all the same."""
     one, other = (
-        stages._without_shares(stage_settings(load(Path(MICRO), keys).settings, "priming"))
+        without(stage_settings(load(Path(MICRO), keys).settings, "priming"), stages.SHARES)
         for keys in ([], [f"priming.training.{key}"])
     )
     assert one == other

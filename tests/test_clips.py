@@ -296,7 +296,7 @@ def test_a_folder_that_may_not_be_read_ends_the_stage(videos: Path, tmp_path: Pa
     source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
     monkeypatch.setattr(os, "scandir", denied)
     assert cli.main(["clips", "--config", str(source.path), "--results", str(tmp_path / "results")]) == 2
-    assert "Permission denied: " in (said := capsys.readouterr().err) and "deeper" in said
+    assert "deeper: Permission denied; correct the path" in capsys.readouterr().err
     assert not (tmp_path / "results" / source.name / "clips").exists()
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import STAGES, build_priming
 from test_dvc import ROOT, TOY, Clone
 from vpae import locks, stages
-from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, is_finished, locked, recover
+from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, locked, read_provenance, recover
 from vpae.experiment import load
 from vpae.teacher import folder
 from vpae.training import checkpoint
@@ -146,10 +146,10 @@ def test_an_exchange_that_was_cut_short_is_ended(tmp_path: Path) -> None:
     folder.rename(tmp_path / ".stage.tmp")
     (tmp_path / "copy").rename(tmp_path / ".stage.old")
     recover(folder)
-    assert is_finished(folder, {"is": "new"}, {}) and not damaged(folder)
+    assert read_provenance(folder)["settings"] == {"is": "new"} and not damaged(folder)
     folder.rename(tmp_path / "elsewhere")  # killed before the new one was whole
     recover(folder)
-    assert is_finished(folder, {"is": "old"}, {})
+    assert read_provenance(folder)["settings"] == {"is": "old"}
 
 
 def test_a_half_made_successor_is_not_taken(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_without_flock_one_builder_is_alone_and_parts_share(tmp_path: Path, no_f
         pass
     with building(folder, {}, {}):
         pass
-    assert is_finished(folder, {}, {})
+    assert read_provenance(folder)["settings"] == {}
 
 
 def test_without_flock_a_dead_process_keeps_nothing(tmp_path: Path, no_flock: None) -> None:

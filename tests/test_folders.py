@@ -164,7 +164,7 @@ def test_a_model_of_a_stage_whose_bytes_have_changed_is_refused_by_name_at_its_n
     path.write_bytes(data)
     code = main([command, "--model", str(stage / "student"), *more])
     said = capsys.readouterr().err
-    assert code == 2 and f"{path} is damaged or was changed; run its stage again: `vpae equilibrium`" in said
+    assert code == 2 and f"{path} is damaged or was changed; run `vpae equilibrium`, which" in said
     assert not list(tmp_path.glob("c.mp4")) and not list(tmp_path.glob("e"))
     shutil.copytree(stage / "student", tmp_path / "mine")
     require_whole(tmp_path / "mine")  # nobody's but the user's

@@ -88,14 +88,6 @@ def test_a_collapse_stops_the_run_unless_told_otherwise(capsys, tmp_path):
     assert "collapses at step 7" in capsys.readouterr().err
 
 
-def test_a_resumed_run_compares_with_the_start_of_the_first(tmp_path):
-    w = world()
-    Watch(Monitor(every=1), lambda number: w["start"].clone(), w["x"]).begin(tmp_path, first=True)
-    resumed = Watch(Monitor(every=1), lambda number: w["x"], w["x"])
-    resumed.begin(tmp_path, first=True)
-    assert all(video.equal(w["start"]) for video in resumed.start)
-
-
 # Videos that are kept.
 
 
@@ -162,6 +154,18 @@ def test_a_run_that_died_at_a_look_keeps_each_look_once_and_as_an_undisturbed_on
     watched(tmp_path / "died", accelerator, KEEPS, seed=7)
     whole, again = kept(tmp_path / "whole"), kept(tmp_path / "died")
     assert whole.keys() == again.keys() and all(again[name].equal(videos) for name, videos in whole.items())
+
+
+def test_a_run_that_is_watched_from_its_middle_on_is_compared_with_its_start(tmp_path, accelerator):
+    whole = watched(tmp_path / "whole", accelerator, KEEPS)
+    training = Training(steps=2, batch_size=2, ema_decay=0.5)
+    phase = build_priming(0, training=training)
+    train(phase, lambda drawn: build_batch(2, seed=drawn), training, 0, tmp_path / "later", accelerator)
+    later = watched(tmp_path / "later", accelerator, KEEPS)
+    assert later.seen[0].keys() == whole.seen[0].keys()
+    assert all(value.equal(whole.seen[0][name]) for name, value in later.seen[0].items())
+    start = "00000000.safetensors"
+    assert kept(tmp_path / "later")[start].equal(kept(tmp_path / "whole")[start])
 
 
 def test_looks_and_what_they_keep_change_no_loss_and_no_weight(tmp_path, accelerator):

@@ -269,14 +269,19 @@ def test_the_number_of_jobs_changes_no_stage(jobs: dict, tmp_path: Path, teacher
 
 
 def test_parts_made_from_something_else_are_not_taken_up(place: Place, whole: Path, made: list[int]) -> None:
-    """Here, as everywhere, the seed counts; latents are made from other clips then."""
-    other = experiment(place.results.parent, place.teacher, seed=1)
+    """The settings of the stage itself count, all of them."""
+    changes = {
+        "clips": {"clips": {"source": "world", "train": 4, "held_out": 5, "workers": 1, "world": {"crf": 20}}},
+        "latents": {"latents": {"shard_size": 2, "batch_size": 1}},
+        "samples": {"samples": {**place.source.settings.samples.model_dump(mode="json"), "crf": 20}},
+    }
+    other = experiment(place.results.parent, place.teacher, **changes[place.stage])
     for number in (1, 2):
         run_part(other, place.stage, Part(number, 2), place.results)
     made.clear()
     place.source = experiment(place.results.parent, place.teacher)
     assert file_hashes(place.run()) == file_hashes(whole / place.stage)
-    # A shard's bytes do not depend on the seed, but it is not looked for under other settings.
+    # A shard's bytes do not depend on the batch, but it is not looked for under other settings.
     assert len(made) == units(place.stage, whole)
     assert place.states == [], "nor does it stay"
 

@@ -16,11 +16,11 @@ their successors are submitted.
 """
 
 import asyncio
-import fcntl
 import shlex
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from snakemake_executor_plugin_slurm import Executor as SlurmExecutor
@@ -32,6 +32,8 @@ from snakemake_executor_plugin_slurm import (
     common_settings,
 )
 from snakemake_executor_plugin_slurm.utils import get_job_wildcards
+
+from vpae.locks import lock
 
 __all__ = ["Executor", "ExecutorSettings", "common_settings"]
 
@@ -52,8 +54,8 @@ class Executor(SlurmExecutor):
         self._others = self._jobs_of_others()
         # Locked as long as this process lives, so that others can tell whether it does.
         RUNS.mkdir(parents=True, exist_ok=True)
-        self._alive = (RUNS / self.run_uuid).open("w")
-        fcntl.flock(self._alive, fcntl.LOCK_EX)
+        self._alive = ExitStack()
+        self._alive.enter_context(lock(RUNS / self.run_uuid))
 
     def run_job(self, job: JobExecutorInterface) -> None:
         """Submit a job, after the end of one that an earlier Snakemake may have left behind."""
@@ -72,6 +74,7 @@ class Executor(SlurmExecutor):
     def shutdown(self) -> None:
         """Leave no file behind."""
         super().shutdown()
+        self._alive.close()
         (RUNS / self.run_uuid).unlink(missing_ok=True)
 
     async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncIterator[SubmittedJobInfo]:
@@ -86,12 +89,13 @@ class Executor(SlurmExecutor):
         for info in active_jobs:
             state = "UNANSWERED" if states is None else states.get(info.external_jobid)
             before = self._last_seen.pop(info.external_jobid, "NEW")
-            if state is None and before is None:
+            final = state is None and before is None
+            if final:
                 state = await self._accounted(info.external_jobid)
             if state == "COMPLETED":
                 self.report_job_success(info)
                 ended = True
-            elif state in FAILED or (state in FAILED_IF_IT_STAYS and state == before):
+            elif state in FAILED or (state in FAILED_IF_IT_STAYS and (final or state == before)):
                 log = info.aux.get("slurm_logfile")
                 self.report_job_error(info, f"SLURM job {info.external_jobid}: {state}. ", aux_logs=[str(log)])
                 ended = True
@@ -125,7 +129,8 @@ class Executor(SlurmExecutor):
             WorkflowError: the other Snakemake is alive, or its job does not end.
         """
         wildcards = get_job_wildcards(job)
-        job_id, run = self._others.pop(f"rule_{job.name}" + (f"_wildcards_{wildcards}" if wildcards else ""), ("", ""))
+        name = f"rule_{job.name}" + (f"_wildcards_{wildcards}" if wildcards else "")
+        job_id, run = self._others.get(name, ("", ""))
         if not job_id:
             return
         if _is_alive(run):
@@ -137,12 +142,14 @@ class Executor(SlurmExecutor):
             if time.monotonic() > deadline:
                 raise WorkflowError(f"SLURM job {job_id} does not end; cancel it, then start again. ")
             time.sleep(2)
+        del self._others[name]
 
     def _jobs_of_others(self) -> dict[str, tuple[str, str]]:
         """Unfinished jobs that other runs have submitted from this folder: rule and wildcards -> (job, run)."""
         lines = _ask("squeue", "--me", "--noheader", "--format=%k|%Z|%i|%j").splitlines()
         jobs = [line.split("|") for line in lines]
-        return {job[0]: (job[2], job[3]) for job in jobs if job[1] == str(self.workflow.workdir_init)}
+        ours = [job for job in jobs if len(job) == 4]  # a comment of somebody's own may have several lines
+        return {job[0]: (job[2], job[3]) for job in ours if job[1] == str(self.workflow.workdir_init)}
 
 
 def _ask(*command: str) -> str:
@@ -161,14 +168,13 @@ def _ask(*command: str) -> str:
 
 def _is_alive(run: str) -> bool:
     """Whether the Snakemake of a run still holds its file."""
-    try:
-        with (RUNS / run).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    if not (RUNS / run).is_file():
         return False
+    try:
+        with lock(RUNS / run, shared=True):
+            return False
     except BlockingIOError:
         return True
-    return False
 
 
 async def _answer(command: str) -> str | None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from vbench_i2v import scores
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.files import read_yaml
 from vbench_i2v.parts import Part
 from vbench_i2v.settings import DimensionName, Folder, Measure
 
@@ -156,7 +156,7 @@ def folder_settings(arguments: argparse.Namespace, kind: type[Settings] = Folder
         if not path.is_file():
             raise VBenchError(f"{path} does not exist; docs/vbench.md shows one")
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+            tree = read_yaml(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # a date that is none is a ValueError, deep nesting a RecursionError
             raise VBenchError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(tree, dict):

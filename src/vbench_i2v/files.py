@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
@@ -34,6 +36,27 @@ def tree(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
         yield folder / entry.name
         if entry.is_dir() and os.path.realpath(entry.path) not in above:
             yield from tree(folder / entry.name, above)
+
+
+class _Yaml(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's readers silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> object:
+    """The content of a YAML text.
+
+    Raises:
+        Exception: of any kind, where it is none, or has a key twice.
+    """
+    return yaml.load(text, _Yaml)
 
 
 def folder_digest(folder: Path) -> str:

@@ -14,6 +14,7 @@ import resource
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -130,12 +131,6 @@ def identity(folder: Path) -> str:
     if provenance is None:
         raise ArtifactError(f"{folder} is missing or unfinished; run its stage ({folder.name}) first")
     return digest(provenance["outputs"])
-
-
-def is_finished(folder: Path, settings: dict, inputs: dict[str, str]) -> bool:
-    """Whether a folder was made from just these settings and inputs."""
-    provenance = read_provenance(folder)
-    return provenance is not None and (provenance["settings"], provenance["inputs"]) == (settings, inputs)
 
 
 @contextmanager
@@ -255,8 +250,18 @@ def _predecessor(folder: Path) -> Path:
 def flush(folder: Path) -> None:
     """Have the disk hold every file of a folder, and the folders' entries, before this returns."""
     paths = [folder, *folder.rglob("*")]
+    _readable(paths)
     with ThreadPoolExecutor() as pool:
         list(pool.map(flush_entry, paths))
+
+
+def _readable(paths: Sequence[Path]) -> None:
+    """Let others read what the umask lets them: safetensors makes files that their owner alone may read."""
+    os.umask(mask := os.umask(0))
+    for path in paths:
+        state = path.lstat()
+        if stat.S_ISREG(state.st_mode) and stat.S_IMODE(state.st_mode) == 0o600 and state.st_nlink == 1:
+            path.chmod(0o666 & ~mask)
 
 
 def flush_entry(path: Path) -> None:
@@ -303,9 +308,15 @@ def code_version() -> dict:
     root = Path(vpae.__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        except OSError:  # not on every compute node
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root.resolve():  # an environment may lie in somebody else's repository
+        return {"version": vpae.__version__, "commit": None, "dirty": None}
     status = git("status", "--porcelain", "--untracked-files=no")
     return {
         "version": vpae.__version__,

@@ -20,6 +20,7 @@ from vpae.planning.presence import missing
 from vpae.versioning import command as versioning
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OF_A_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -36,21 +37,16 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return arguments.run(arguments) or 0
-    except (
-        ConfigError,
-        ArtifactError,
-        VBenchError,
-        Collapse,
-        FloatingPointError,
-        FileNotFoundError,
-        PermissionError,
-    ) as error:
+    except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
     except Interruption as interruption:
         print(f"vpae: {interruption}; run the same command again to go on", file=sys.stderr)
         return EXIT_CODE
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:
+            print(f"vpae: {error.filename}: {error.strerror}; correct the path, or who may use it", file=sys.stderr)
+            return 2
         # safetensors has the number only in its text.
         if getattr(error, "errno", None) not in FULL and not any(f"(os error {n})" in str(error) for n in FULL):
             raise
@@ -78,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", required=True)
     sample.add_argument("--steps", type=int, default=1)
     sample.add_argument("--guidance", type=float, default=1.0, help="w in u + w (c - u); 1 = off")
+    sample.add_argument("--negative-prompt", default="", help="of u; experiments have latents.negative_prompt")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--num-frames", type=int, help="default: what the model was distilled at")
     sample.add_argument("--out", type=Path, required=True, help="the mp4 to write")
@@ -177,6 +174,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         arguments.prompt,
         steps=arguments.steps,
         guidance_scale=arguments.guidance,
+        negative_prompt=arguments.negative_prompt,
         seed=arguments.seed,
         num_frames=arguments.num_frames,
         out=arguments.out,

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import InitSettingsSource, SettingsError
 
+from vbench_i2v.files import read_yaml
 from vpae.config import Experiment
 from vpae.config.experiment import DEFAULT_METHODS, chained
 
@@ -55,6 +56,8 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     name, at, seed = path.stem.rpartition("@")
     another_seed = f"@{seed}" if at and seed.isdecimal() else ""
     file = path.with_stem(name) if another_seed else path
+    if another_seed and path.is_file():
+        raise ConfigError(f"{path}: NAME@SEED stands for NAME with another seed and needs no file; rename this one")
     if not re.fullmatch(r"\w[\w.+-]*", file.stem):
         better = re.sub(r"[^a-zA-Z0-9_.+-]+", "-", file.stem).strip("-.+")
         raise ConfigError(
@@ -115,7 +118,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
         wanted_by = f"{seen[-1]}: extends: {path.stem}: " if seen else ""
         raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
     try:
-        tree = _plain(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        tree = _plain(read_yaml(path.read_text(encoding="utf-8")) or {})
     except Exception as error:  # a date that is none is a ValueError, deep nesting a RecursionError
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -183,6 +186,9 @@ def _explain(problem: dict) -> str:
     return f"{key}: {message}"
 
 
+FREE: list[str] = []  # what the keys of a mapping such as samples.rows may be: anything
+
+
 def _keys_at(location: Sequence) -> list[str]:
     model: Any = Experiment
     free = False  # inside a mapping such as samples.rows, whose keys are names
@@ -195,10 +201,10 @@ def _keys_at(location: Sequence) -> list[str]:
             return []
         kinds = [found.annotation, *get_args(found.annotation)]
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if model is None:
-            return []
         free = get_origin(found.annotation) is dict
-    return [] if free else list(model.model_fields)
+        if model is None:
+            return FREE if free else []
+    return FREE if free else list(model.model_fields)
 
 
 def _refuse_unknown_variables() -> None:
@@ -211,9 +217,9 @@ def _refuse_unknown_variables() -> None:
             raise ConfigError(f"environment: {name}: the base experiment can only stand in the file")
         for depth, part in enumerate(parts):
             known = _keys_at(parts[:depth])
+            if known is FREE:
+                break
             if part not in known:
-                if parts[:2] == ["samples", "rows"] or parts[:1] == ["methods"]:  # their keys are free
-                    break
                 near = difflib.get_close_matches(part, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"environment: {name}: unknown key {'.'.join(parts)}{hint}")

@@ -4,7 +4,7 @@ A stage whose settings, and whose upstream's settings, equal a base experiment's
 only what it changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,20 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
     if STAGES[stage].shift:
         values["teacher"] = {"shift": settings.teacher.shift}
     return values
+
+
+def that_matter(settings: dict) -> dict:
+    """A stage's settings without those of a training that change neither its result nor what it writes beside it."""
+    return without(settings, ("checkpoint_every", "stop_after_skipped"))
+
+
+def without(settings: dict, keys: Sequence[str]) -> dict:
+    """A stage's settings without some keys of the training of a method."""
+    found = dict(settings)
+    for method in METHODS.keys() & found.keys():
+        training = {key: value for key, value in found[method]["training"].items() if key not in keys}
+        found[method] = {**found[method], "training": training}
+    return found
 
 
 def _without_newer(values: dict) -> dict:

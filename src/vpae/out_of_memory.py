@@ -20,7 +20,12 @@ NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
 TILE = 256  # pixels, AutoencoderKLWan's
 # What comes as a bare RuntimeError: from the machine's allocators, and from CUDA's libraries.
 HOST_SIGNS = ("can't allocate memory", "not enough memory")
-GPU_SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+GPU_SIGNS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+)
 
 
 @dataclass(frozen=True)

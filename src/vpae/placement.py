@@ -118,10 +118,11 @@ def load_placed(
         ConfigError: int8 or products in float8 are wanted, and torchao is not installed, or the device has none.
         ArtifactError: the model is a stage's and was changed since, or a LoRA does not fit the transformer.
     """
-    device, dtypes = torch.device(device), placement.formats(model)
+    device = torch.device(device)
     # Whether it can be done, before minutes of loading.
     quantise = {"int8": _int8, "fp8-compute": fp8_products}.get(placement.quantize, lambda: None)()
     require_whole(model)
+    dtypes = placement.formats(model)
     factors = read_loras(loras, model)
     pipeline = load_pipeline(model, dtypes)
     transformer = pipeline.transformer

@@ -1,11 +1,11 @@
-"""Ending a long job in good order: SLURM warns with SIGTERM or SIGUSR1 before it kills."""
+"""Ending a long job in good order: SLURM warns with SIGTERM or SIGUSR1 before it kills; Ctrl-C is SIGINT."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 3  # "saved, not finished": a workflow may run the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption(Exception):
@@ -29,5 +29,7 @@ class Request:
 
     requested = False
 
-    def note(self, _number, _frame) -> None:
+    def note(self, number, _frame) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt  # who presses it twice does not want to wait
         self.requested = True

@@ -19,15 +19,15 @@ from vpae.artifacts import (
     damaged,
     digest,
     identity,
-    is_finished,
     locked,
+    read_provenance,
     recover,
 )
 from vpae.config import Experiment
 from vpae.distill import METHODS
 from vpae.distill.method import TEACHER
 from vpae.experiment import ConfigError, Source
-from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, upstream
+from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, that_matter, upstream, without
 from vpae.parts import Part
 from vpae.standing import departures, made_from
 
@@ -49,14 +49,8 @@ def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
     return folder.parent / ".state" / f"{folder.name}-{digest([settings, inputs])[:12]}"
 
 
-def _without_shares(settings: dict) -> dict:
-    """A stage's settings without those that change no run: how it is shared out, watched and saved, when it ends."""
-    found = dict(settings)
-    for phase in METHODS.keys() & found.keys():
-        other = ("accumulate", "sharding", "stop_after_skipped", "monitor", "checkpoint_every", "log_every")
-        training = {k: v for k, v in found[phase]["training"].items() if k not in other}
-        found[phase] = {**found[phase], "training": training}
-    return found
+# Settings of a training that change no run: how it is shared out, watched and saved, and when it ends.
+SHARES = ("accumulate", "sharding", "stop_after_skipped", "monitor", "checkpoint_every", "log_every")
 
 
 @dataclass(frozen=True)
@@ -73,11 +67,14 @@ class _Task:
 
     @property
     def state(self) -> Path:
-        return state_folder(self.folder, _without_shares(self.settings), self.digests)
+        return state_folder(self.folder, without(self.settings, SHARES), self.digests)
 
     def is_done(self) -> bool:
         """Whether the result stands already, undamaged; dates and whoever asks for it do not count."""
-        if not is_finished(self.folder, self.settings, self.digests):
+        provenance = read_provenance(self.folder)
+        if provenance is None or provenance["inputs"] != self.digests:
+            return False
+        if that_matter(provenance["settings"]) != that_matter(self.settings):
             return False
         wrong = damaged(self.folder)
         for name in wrong:
@@ -99,13 +96,30 @@ class _Task:
 
 
 def missing_students(source: Source) -> list[str]:
-    """Which students that were trained before are not there, each with its remedy."""
-    return [
-        f"{source.path}: students.{name}: {folder} is no finished folder of a method's stage; correct the key, or `dvc "
-        "pull` what DVC versions"
-        for name, folder in source.settings.students.items()
-        if not all((Path(folder) / file).is_file() for file in (PROVENANCE, "student/model_index.json"))
-    ]
+    """Which students that were trained before are not there, or not this experiment's, each with its remedy."""
+    found, shift = [], source.settings.teacher.shift
+    for name, folder in source.settings.students.items():
+        if not all((Path(folder) / file).is_file() for file in (PROVENANCE, "student/model_index.json")):
+            found.append(
+                f"{source.path}: students.{name}: {folder} is no finished folder of a method's stage; correct the key, "
+                "or `dvc pull` what DVC versions"
+            )
+        elif (other := read_provenance(Path(folder))["settings"].get("teacher", {}).get("shift", shift)) != shift:
+            found.append(
+                f"{source.path}: students.{name}: {folder} was trained with teacher.shift = {other:g}, and here it is "
+                f"{shift:g}; set it to {other:g}"
+            )
+    return found
+
+
+def _require_own_teacher(source: Source, teacher: str) -> None:
+    """Refuse students that were trained before from another teacher: text, image and latents are other ones to them."""
+    for name, folder in source.settings.students.items():
+        if read_provenance(Path(folder))["inputs"].get(TEACHER, teacher) != teacher:
+            raise ConfigError(
+                f"{source.path}: students.{name}: {folder} was trained from another teacher than this experiment's; "
+                "set `teacher` as it was there"
+            )
 
 
 def _task(source: Source, stage: str, results: Path) -> _Task:
@@ -127,6 +141,8 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
     settings = stage_settings(source.settings, stage)
     folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
     digests = {name: identity(path) for name, path in folders.items()}
+    if TEACHER in digests and folders.keys() & source.settings.students.keys():
+        _require_own_teacher(source, digests[TEACHER])
     module = importlib.import_module(STAGES[stage].module)
     if hasattr(module, "external_inputs"):
         digests |= module.external_inputs(source.settings)
@@ -179,15 +195,24 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     task = _task(source, stage, results)
     if task.is_done():
         return task.folder
-    if int(os.environ.get("RANK", "0")) > 0:  # one of several processes of torchrun: the first one writes the folder
+    if rank := int(os.environ.get("RANK", "0")):  # one of several processes of torchrun: the first writes the folder
+        if stage not in METHODS or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise ConfigError(
+                f"RANK = {rank} is set, as in one of several processes that train together, but {stage} runs in one: "
+                "unset RANK"
+            )
         with tempfile.TemporaryDirectory() as nowhere, _with_advice(source, stage):
             task.run(source.settings, task.folders, Path(nowhere), task.state)
         return task.folder
     task.require_whole_inputs()
-    states = [task.state, *task.state.parent.glob(f"{stage}-*")]
-    built = building(task.folder, task.settings, task.digests, spent=states, began=task.began)
+    # An unfinished training may hold weeks of GPUs, which are nobody's but the user's to throw away.
+    others = sorted(task.state.parent.glob(f"{stage}-*"))
+    spent = [task.state] if stage in METHODS else [task.state, *others]
+    built = building(task.folder, task.settings, task.digests, spent=spent, began=task.began)
     with _with_advice(source, stage), built as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
+    for other in filter(Path.is_dir, others):
+        print(f"vpae: {other}: an unfinished run under other settings; delete it once it is of no use", file=sys.stderr)
     return task.folder
 
 

@@ -9,7 +9,7 @@ from vpae.artifacts import identity, read_provenance, recover
 from vpae.config import Experiment
 from vpae.distill.method import TEACHER
 from vpae.experiment import Source
-from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, upstream
+from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, that_matter, upstream
 from vpae.teacher.folder import decoder_inputs, external_inputs
 
 NOTED_WITHIN = 120.0  # seconds after its end Snakemake has noted the end of a job
@@ -94,7 +94,7 @@ def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
 
 def _differences(was: dict, wanted: dict) -> Iterator[tuple[str, tuple]]:
     """Dotted key -> the two values, for the first few keys that differ."""
-    old, new = _flat(was), _flat(wanted)
+    old, new = _flat(that_matter(was)), _flat(that_matter(wanted))
     differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
     for key in differ[:SHOWN]:
         yield key, (old.get(key, "nothing"), new.get(key, "nothing"))

@@ -20,6 +20,7 @@ from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
 from vpae.training.loop import _update
 from vpae.training.phase import Phase
+from vpae.training.precision import autocast_caches
 from vpae.training.sharding import spread
 
 
@@ -29,7 +30,7 @@ class Workbench:
     def __init__(self, settings: Experiment, name: str, network: Network, tokens: Sequence, device: torch.device):
         self.training = getattr(settings, name).training.model_copy(update={"accumulate": 1})
         self.seed, self.device = settings.seed, device
-        self.accelerator = Process(1, self.training.mixed_precision, device)
+        self.accelerator = Process(1, self.training.mixed_precision, device, caches=autocast_caches(self.training))
         self.phase = build_phase(settings, name, network, device)
         spread(self.phase, self.training, self.accelerator)
         size = self.training.batch_size

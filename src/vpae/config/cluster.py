@@ -1,4 +1,4 @@
-"""How an experiment is spread over a cluster. No result depends on it."""
+"""How an experiment is spread over a cluster: no change of it runs anything again."""
 
 from pydantic import Field, create_model, model_validator
 
@@ -16,7 +16,10 @@ class Jobs(Section):
 
 
 class Needs(Section):
-    """What one job of a stage asks a cluster for. No result depends on it: a change runs nothing again."""
+    """What one job of a stage asks a cluster for: a change runs nothing again.
+
+    Of a method, nodes and gpus say how many processes there are, each of which brings its own clips to a step.
+    """
 
     nodes: Positive = Field(1, description="Nodes; only methods of distillation can use several.")
     gpus: int = Field(0, ge=0, description="GPUs per node; methods start one process for each, others use one.")

@@ -28,6 +28,8 @@ class Head(Section):
     def _divisible(self) -> "Head":
         if self.dim % self.heads:
             raise ValueError(f"dim = {self.dim} is not a multiple of heads = {self.heads}")
+        if min(self.taps, default=0) < 0 or len(set(self.taps)) < len(self.taps):
+            raise ValueError(f"taps = {list(self.taps)}: blocks are counted from 0, and each is named once")
         return self
 
 

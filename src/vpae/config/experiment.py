@@ -30,7 +30,9 @@ def _as_mapping(given: Any) -> Any:
 
 
 def _without_nulls(given: Any) -> Any:
-    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+    if not isinstance(given, dict):
+        return given
+    return {name: value for name, value in given.items() if value not in (None, "null")}  # the environment has texts
 
 
 DEFAULT_METHODS = chained([method.name for method in CHAIN])
@@ -102,10 +104,11 @@ class Experiment(_Methods):
     @classmethod
     def _keep_other_defaults(cls, values: Any) -> Any:
         values = fill_defaults(cls, values)
-        samples = values.get("samples") or {}
+        samples = values.get("samples", {})
         methods = _as_mapping(values.get("methods", DEFAULT_METHODS))
-        if isinstance(samples, dict) and not samples.get("rows") and isinstance(methods, dict):
-            values["samples"] = {**samples, "rows": rows_of(methods)}
+        rows = (samples.get("rows") or {}) if isinstance(samples, dict) else None
+        if isinstance(rows, dict) and isinstance(methods, dict) and all(row is None for row in rows.values()):
+            values["samples"] = {**samples, "rows": rows_of(methods) | rows}
         return values
 
     @model_validator(mode="after")
@@ -128,6 +131,8 @@ class Experiment(_Methods):
         least, why = self.training_clips_needed()
         if least > self.clips.train:
             raise ValueError(f"{why} is more than clips.train = {self.clips.train}")
+        if not self.samples.rows:
+            raise ValueError("samples.rows: none is left; keep one, or name one of your own")
         for row, sampler in self.samples.rows.items():
             if sampler.model not in (models := [TEACHER, *self.methods, *self.students]):
                 raise ValueError(

@@ -158,6 +158,7 @@ class Equilibrium(Method):
     row = "vpae"
     steps = (1, 2, 4)
     compared = ("discriminator", "backbone", ("ema", "copy"))
+    leaves = ("head", "fake")
     Settings = Settings
 
     def __init__(

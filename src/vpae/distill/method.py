@@ -118,6 +118,7 @@ class Method(Phase):
         row, steps: where an experiment names no rows of its own, its tables have ROW-Nnfe for each number of steps N;
             an empty row stands for the method's name.
         compared: a part of `vpae bench`, and the setting and two values of it that it compares; of this class alone.
+        leaves: the roles whose weights `save` writes beside the student.
         Settings: its section.
     """
 
@@ -129,6 +130,7 @@ class Method(Phase):
     row: ClassVar[str] = ""
     steps: ClassVar[tuple[int, ...]] = (1,)
     compared: ClassVar[tuple[str, str, tuple[str, str]] | None] = None
+    leaves: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type[MethodSettings]]
     main = "generator"
 

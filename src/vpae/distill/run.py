@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
 from vpae.ahead import Ahead
@@ -26,6 +27,7 @@ from vpae.planning.network import Network, Sequence
 from vpae.randomness import Shuffled, generator_for
 from vpae.training.loop import SPEED, train
 from vpae.training.monitor import LOOKS, Watch
+from vpae.training.precision import autocast_caches
 from vpae.training.sharding import data_rank, spread
 from vpae.training.speed import Cost, peak_of, summary
 
@@ -38,7 +40,8 @@ def accelerator_for(training: Training) -> Accelerator:
     Raises:
         ConfigError: several processes were started that do not see each other, and would each train alone.
     """
-    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    caches = AutocastKwargs(cache_enabled=autocast_caches(training))
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[caches])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ConfigError(
@@ -142,6 +145,8 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     phase.save(out)
     counts = {
         "steps": training.steps,
+        "processes": accelerator.num_processes,
+        "clips_per_step": training.batch_size * training.accumulate * batches.share[1],
         "parameters": sum(p.numel() for p in phase.ema.parameters()),
         "trained_parameters": sum(p.numel() for role in phase.roles.values() for p in role.parameters()),
         **summary(state / SPEED),

@@ -76,6 +76,7 @@ class ScoreDistillation(Method):
         Panel("Fake model: flow-matching loss", {"fake_loss": ""}),
         MOTION,
     )
+    leaves = ("generator", "fake")
     Settings = Settings
 
     def __init__(self, config: Settings, shift: float, generator: nn.Module, teacher: nn.Module, fake: nn.Module):

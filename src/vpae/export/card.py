@@ -12,7 +12,17 @@ import jinja2
 import yaml
 
 import vpae
-from vpae.artifacts import PROVENANCE, ArtifactError, identity, package_versions, sha256, write_json, written
+from vpae.artifacts import (
+    PROVENANCE,
+    ArtifactError,
+    identity,
+    package_versions,
+    read_provenance,
+    reading,
+    sha256,
+    write_json,
+    written,
+)
 from vpae.distill import METHODS
 from vpae.models.wan import GEOMETRY
 
@@ -95,10 +105,12 @@ def read_facts(model: Path) -> dict[str, Any]:
         `provenance`, `settings`, `scores` and perhaps `licence`, each empty where nothing is known.
     """
     if (model / FACTS).is_file():
-        return json.loads((model / FACTS).read_text())
+        with reading(model / FACTS, "copy the model again, or delete this file"):
+            facts = json.loads((model / FACTS).read_text())
+            return {**facts, "provenance": {**facts["provenance"]}, "settings": {**facts["settings"]}}
     for folder in (model, model.parent):
         if (folder / PROVENANCE).is_file():
-            known = json.loads((folder / PROVENANCE).read_text())
+            known = read_provenance(folder)
             return {"provenance": stated(known), "settings": known.get("settings", {}), "scores": None}
     return {"provenance": {}, "settings": {}, "scores": None}
 
@@ -123,21 +135,30 @@ def read_scores(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not JSON ({error}); name a scores.json of the evaluation stage") from error
     if not isinstance(scores, dict) or not isinstance(scores.get("rows"), dict):
         raise ArtifactError(f'{path} has no "rows"; name a scores.json of the evaluation stage')
+    with reading(path, "it is no scores.json of the evaluation stage: name one"):
+        _table(scores)
     return scores
 
 
 def licence_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """The licence of a model's weights, as a card's front matter names it: the base model's, where it is known."""
-    card = folder / CARD
-    if card.is_file() and card.read_text(encoding="utf-8").startswith("---\n"):
-        front = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1]) or {}
-        stated = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
-        if "license" in stated:
-            return stated
+    front = _front_matter(folder / CARD)
+    stated = {key: str(front[key]) for key in ("license", "license_name", "license_link") if key in front}
+    if "license" in stated:
+        return stated
     teacher = settings.get("teacher", {})
     if teacher.get("source") == "train" or str(teacher.get("path", "")).startswith("Wan-AI/"):
         return {"license": "apache-2.0"}
     return {"license": "other", "license_name": "that-of-the-base-model"}
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The front matter of somebody's README; empty where there is none that can be read."""
+    try:
+        found = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
+    except Exception:  # whatever people write there, it is not worth a training
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def base_model(settings: Mapping[str, Any]) -> str:

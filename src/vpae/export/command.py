@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from vpae.artifacts import ArtifactError, identity, read_provenance
+from vpae.data.names import NAME_BYTES
 from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline, write_served_index
 from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
-from vpae.teacher.folder import require_whole
+from vpae.teacher.folder import faults, require_whole
 
 FORMS = {
     "diffusers": "a pipeline folder",
@@ -117,7 +118,8 @@ def find_adapter(model: Path) -> Path:
 
 def find_scores(model: Path) -> Path | None:
     """scores.json of the evaluation beside a student's stage, if it is this very student that was evaluated."""
-    stage, evaluation = model.resolve().parent, model.resolve().parents[1] / "evaluation"
+    stage = model.resolve().parent
+    evaluation = stage.parent / "evaluation"
     made, measured = read_provenance(stage), read_provenance(evaluation)
     if made is None or measured is None or measured["inputs"].get(stage.name) != identity(stage):
         return None
@@ -171,7 +173,14 @@ def _check(model: Path, form: str, out: Path) -> None:
         raise FileNotFoundError(
             f"{model} holds no model_index.json: name a pipeline folder, e.g. results/NAME/METHOD/student"
         )
+    if found := faults(model):
+        raise ArtifactError("\n".join(found))
     _refuse_existing(out)
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ArtifactError(f"--out {out}: {above} is a file; name a place in a folder")
+    if len(os.fsencode(out.name)) > NAME_BYTES:
+        raise ArtifactError(f"--out {out}: its name is longer than {NAME_BYTES} bytes; choose a shorter one")
     if out.resolve().is_relative_to(model.resolve()):
         raise ArtifactError(f"{out} lies inside the model's own folder {model}; choose an --out elsewhere")
     if form in FOLDERS and out.suffix == ".safetensors":

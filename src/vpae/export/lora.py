@@ -56,22 +56,29 @@ def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         raise FileNotFoundError(f"{path}: no such adapter; only a student trained as a LoRA has one")
     header(path)  # refuses what is not whole
     with reading(path, "download it again"), safe_open(path, framework="pt") as file:
-        settings = _settings(path, file.metadata() or {})
+        alone = any(map(_scale_is_one, file.keys()))
+        settings = _settings(path, file.metadata() or {}, beside=not alone)
         tensors = {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118, it is no dict
     return unscaled(tensors, settings, str(path))
 
 
-def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
+def _scale_is_one(key: str) -> bool:
+    """Whether who writes such keys means scale 1 where the file says nothing, and reads no file beside it."""
+    match = FACTOR.fullmatch(key)
+    return "lora_down" in key or bool(match and (match["prefix"] or "").endswith(tuple(PREFIXES.values())))
+
+
+def _settings(path: Path, metadata: Mapping[str, str], beside: bool) -> dict:
     """What is said of an adapter's scale, by the names of PEFT's `LoraConfig`; empty where nothing is."""
-    beside = path.with_name("adapter_config.json")
+    config = path.with_name("adapter_config.json")
     with reading(path, "what it says of its scale is damaged; download it again"):
         if ALPHA in metadata:
             return _plain({ALPHA: metadata[ALPHA]})
         if "lora_adapter_metadata" in metadata:
             found = json.loads(metadata["lora_adapter_metadata"])
             return _plain({key.removeprefix("transformer."): value for key, value in found.items()})
-    with reading(beside, f"it has to say of what scale {path.name} is; download it again"):
-        return _plain(json.loads(beside.read_text())) if beside.is_file() else {}
+    with reading(config, f"it has to say of what scale {path.name} is; download it again"):
+        return _plain(json.loads(config.read_text())) if beside and config.is_file() else {}
 
 
 def _plain(found: dict) -> dict:
@@ -118,7 +125,7 @@ def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adap
         with suppress(ArtifactError):  # diffusers' own names stay
             module = to_diffusers(module)
         factors.setdefault(module, {})[PARTS[match["part"].partition(".")[0]]] = tensor
-        scale_is_one |= (match["prefix"] or "").endswith(tuple(PREFIXES.values())) or "lora_down" in key
+        scale_is_one |= _scale_is_one(key)
     found = {}
     for module, parts in factors.items():
         if not parts.keys() >= {"A", "B"}:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vpae.config import Head
+from vpae.experiment import ConfigError
 from vpae.models.wan import Condition, default_taps
 
 
@@ -97,10 +98,25 @@ class ConvolutionHead(nn.Module):
         return self.to_logit(torch.cat([seen.mean(-1), seen.std(-1)], dim=1)).squeeze(-1)
 
 
+def taps_of(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """The blocks whose outputs a head sees; the default where none are named.
+
+    Raises:
+        ConfigError: the network has fewer blocks.
+    """
+    taps = taps or default_taps(layers)
+    if max(taps) >= layers:
+        raise ConfigError(
+            f"head.taps = {list(taps)}: the network has {layers} blocks, 0 to {layers - 1}; name some of "
+            "these, or leave taps out"
+        )
+    return taps
+
+
 def head_on(network: nn.Module, config: Head) -> tuple[nn.Module, tuple[int, ...]]:
     """An untrained head for the features of a Wan transformer, and the blocks whose outputs it is to see."""
     wan = network.config
-    taps = config.taps or default_taps(wan.num_layers)
+    taps = taps_of(config.taps, wan.num_layers)
     width = wan.num_attention_heads * wan.attention_head_dim
     if config.form == "convolutions":
         return ConvolutionHead(config, width, len(taps), wan.patch_size), taps

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from vpae.teacher.folder import header, weight_files
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,9 +35,16 @@ class Weight:
 
 
 def stored_weights(folder: Path) -> dict[str, Weight]:
-    """Name -> weight of every safetensors file of a folder; empty where there is none."""
+    """Name -> weight of a network's folder, of the files that diffusers would load; empty where there are none.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+    """
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    if not any(folder.glob("[!.]*.safetensors*")):
+        return found
+    for path in weight_files(folder):
+        header(path)  # refuses what is not whole
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no dict
                 stored = file.get_slice(name)

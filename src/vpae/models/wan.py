@@ -286,7 +286,7 @@ def load_transformer(folder: Path | str, dtype: torch.dtype) -> WanTransformer3D
     """Load only the transformer of a pipeline folder, to train or to convert it."""
     if not (Path(folder) / "transformer" / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no transformer/config.json: it is not a Wan pipeline folder")
-    variant = variant_of(Path(folder))
+    variant = variant_of(Path(folder), ("transformer",))  # a student's is plain, whatever its teacher's is
     return WanTransformer3DModel.from_pretrained(
         str(folder), subfolder="transformer", torch_dtype=dtype, variant=variant
     )

@@ -23,10 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.config import Experiment, Section
-from vpae.models.wan import default_taps
+from vpae.models.heads import taps_of
 from vpae.planning.meter import Meter, in_backward
 from vpae.planning.network import Network, Sequence
 from vpae.training.loop import _update
+from vpae.training.precision import autocast_caches
 from vpae.training.sharding import spread
 
 FEWEST = 3  # blocks before the last features, so that one is neither the first nor the last
@@ -80,10 +81,12 @@ class Process:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     process_index: int = 0
     is_main_process: bool = True
+    caches: bool = True
 
     def autocast(self) -> torch.autocast:
         """Of forward passes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
+        bf16 = self.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self.caches)
 
     def reduce(self, tensor: Tensor, _how: str) -> Tensor:
         """Over all processes."""
@@ -136,7 +139,7 @@ def _taps(section: Section, layers: int) -> tuple[int, ...]:
     """The blocks whose features a phase takes, wherever in its settings they stand; none if it takes none."""
     for name, value in section:
         if name == "taps":
-            return tuple(value) or default_taps(layers)
+            return taps_of(tuple(value), layers)
         if isinstance(value, Section) and (found := _taps(value, layers)):
             return found
     return ()
@@ -169,7 +172,7 @@ def _gather(found: Figures, accumulate: int) -> Execution:
 def _figures(settings: Experiment, name: str, network: Network, tokens: Sequence, processes: int, gpu: bool) -> Figures:
     """Build a phase, spread it, and make one update of each role, in its middle step."""
     training = getattr(settings, name).training.model_copy(update={"compile": False})
-    accelerator = Process(processes, training.mixed_precision)
+    accelerator = Process(processes, training.mixed_precision, caches=autocast_caches(training))
     found: Figures = {}
     with _job(processes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what one would do better with memory

@@ -7,6 +7,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from vpae.config import Experiment, Geometry, Needs
+from vpae.distill import METHODS
 from vpae.experiment import ConfigError, Source
 from vpae.planning.inference import Use, uses
 from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count, pipeline_of, tokens_of
@@ -266,7 +267,8 @@ def disk(settings: Experiment, pipeline: Pipeline, tokens: Sequence, stages: dic
         shards = gpus if getattr(settings, phase).training.sharding.strategy == "full" else 1
         state = shards * (1.5 * held["optimizer"] + held["ema"])  # two averages and a weight for each that is trained
         found[f"{phase}_states"] = (KEEP + 1) * state  # the next one is written before the oldest goes
-        found[f"{phase}_student"] = FP32 * transformer
+        beside = sum(stages[phase]["parameters"].get(role, 0) for role in METHODS[phase].leaves)
+        found[f"{phase}_student"] = FP32 * (transformer + beside)
     return found
 
 

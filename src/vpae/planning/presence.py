@@ -48,7 +48,23 @@ def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:
         return [f"{source.path}: teacher.path: {problem}" for problem in wrong]
     if teacher.source == "hub" and not (stage_folder(source, "teacher", results) / "provenance.json").is_file():
         return [f"{source.path}: teacher.path: {problem}" for problem in _hub(teacher.path, teacher.revision)]
-    return _missing_loras(source)
+    return _taps_beyond(source) + _missing_loras(source)
+
+
+def _taps_beyond(source: Source) -> list[str]:
+    """Which methods' heads look at blocks that the teacher does not have, as far as its size is known."""
+    teacher = source.settings.teacher
+    layers = teacher.transformer.layers
+    if teacher.source == "folder":
+        layers = json.loads((Path(teacher.path) / "transformer" / "config.json").read_text())["num_layers"]
+    elif teacher.source == "hub":
+        return []
+    heads = {name: getattr(getattr(source.settings, name), "head", None) for name in source.settings.methods}
+    return [
+        f"{source.path}: {name}.head.taps = {list(head.taps)}: the teacher has {layers} blocks, 0 to {layers - 1}"
+        for name, head in heads.items()
+        if head is not None and max(getattr(head, "taps", ()), default=0) >= layers
+    ]
 
 
 def _missing_loras(source: Source) -> list[str]:

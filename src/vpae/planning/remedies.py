@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from pydantic import ValidationError
+
 from vpae.config import Experiment, Lora
 from vpae.planning.network import Network, Sequence
 from vpae.planning.phase import execute
@@ -46,7 +48,18 @@ def switches(settings: Experiment, phase: str, network: Network, gpus: int) -> l
             found.append({"context_parallel": size})
     if config.student_lora is None:
         found.append({"student_lora": Lora()})
-    return found
+    return [values for values in found if _is_allowed(settings, phase, values)]
+
+
+def _is_allowed(settings: Experiment, phase: str, values: dict) -> bool:
+    """Whether the settings take these values; an adapter is switched on in all methods at once."""
+    try:
+        for method in settings.methods if "student_lora" in values else (phase,):
+            changed = getattr(with_switches(settings, method, values), method)
+            type(changed).model_validate(changed.model_dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def with_switches(settings: Experiment, phase: str, values: dict) -> Experiment:

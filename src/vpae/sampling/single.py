@@ -27,6 +27,7 @@ from vpae.models.wan import GEOMETRY, Condition, decode_latents, first_frame_mas
 from vpae.out_of_memory import explained, tiled_if_short
 from vpae.placement import DTYPES, Placement, load_placed
 from vpae.sampling import draw
+from vpae.teacher.folder import faults as faults_of_folder
 
 FRAMES, FPS = 81, 16.0  # of Wan2.1, where a model's folder says nothing
 LARGEST_SEED = 2**64 - 1  # of torch's generators
@@ -44,6 +45,7 @@ def animate(
     num_frames: int,
     decoder: SmallDecoder | None = None,
     tile: bool | None = False,
+    negative_prompt: str = "",
 ) -> np.ndarray:
     """One video from one image, uint8 (T, H, W, 3); a student's scheduler re-noises, a teacher's does not.
 
@@ -57,7 +59,7 @@ def animate(
     encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
     first = np.asarray(picture)
     frame = by_vae(lambda: encoders.conditions([first], num_frames))
-    texts = encoders.texts([prompt, ""])
+    texts = encoders.texts([prompt, negative_prompt])
     condition = Condition(
         frame_BCFHW=torch.cat([first_frame_mask(1, *frame.shape[2:]), frame], dim=1).to(device),
         image_BND=encoders.images([first]).to(device),
@@ -90,11 +92,12 @@ def sample_one(
     placement: Placement = Placement(),  # noqa: B008, it is frozen
     loras: Sequence[str] = (),
     decoder: Path | None = None,
+    negative_prompt: str = "",
 ) -> None:
     """Animate one image and write the mp4 (and, if wanted, the exact frames as .npy).
 
     `loras` are merged into the transformer, each FILE or FILE:STRENGTH. `decoder` is the file of a small decoder that
-    takes the VAE's place.
+    takes the VAE's place. `negative_prompt` is what guidance leads away from.
 
     Raises:
         ConfigError: all that cannot be done as asked for, a line each, or memory does not suffice.
@@ -112,6 +115,8 @@ def sample_one(
     length = geometry.get("frames", FRAMES) if num_frames is None else num_frames
     if length < 1 or length % VAE_STRIDE[0] != 1:
         faults.append(f"--num-frames {length}: the VAE takes 4k + 1 frames; the nearest is {_nearest_length(length)}")
+    elif geometry and length > (most := _longest(model)):
+        faults.append(f"--num-frames {length}: this model knows the places of {most} frames; take no more")
     picture = None
     try:
         picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
@@ -130,14 +135,16 @@ def sample_one(
         evaluations = steps * (1 if guidance_scale == 1.0 else 2)
         pipeline = load_placed(model, placement, device, evaluations=evaluations, loras=loras)
         small = small and small.to(device)
-        frames = animate(pipeline, picture, prompt, steps, guidance_scale, seed, length, small, placement.tile)
+        frames = animate(
+            pipeline, picture, prompt, steps, guidance_scale, seed, length, small, placement.tile, negative_prompt
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with written(out) as temporary:
         write_video(temporary, frames, geometry.get("fps", FPS), CRF, reproducible=False)
     if frames_out is not None:
         frames_out.parent.mkdir(parents=True, exist_ok=True)
-        with written(frames_out) as temporary:
-            np.save(temporary, frames)
+        with written(frames_out) as temporary, temporary.open("wb") as file:  # by a path it would add another suffix
+            np.save(file, frames)
 
 
 def number_faults(steps: int, guidance_scale: float) -> list[str]:
@@ -166,13 +173,22 @@ def _geometry(model: Path) -> tuple[dict, list[str]]:
     """What size a model was made for, if its folder says so; and what is wrong with the folder."""
     if not (model / "model_index.json").is_file():
         return {}, [f"--model {model}: holds no model_index.json: it is not a diffusers pipeline folder"]
+    if wrong := faults_of_folder(model):
+        return {}, [f"--model {fault}" for fault in wrong]
     if not (model / GEOMETRY).is_file():
         return {}, []
     try:
         geometry = json.loads((model / GEOMETRY).read_text())
-        return {key: geometry[key] for key in ("frames", "height", "width", "fps")}, []
+        kinds = {"frames": int, "height": int, "width": int, "fps": float}
+        return {key: kind(geometry[key]) for key, kind in kinds.items()}, []
     except (ValueError, KeyError, TypeError) as error:
         return {}, [f"--model {model / GEOMETRY}: is damaged ({error!r}); copy the folder again"]
+
+
+def _longest(model: Path) -> int:
+    """The most frames whose places a transformer's rotary tables tell apart."""
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    return VAE_STRIDE[0] * (config.get("rope_max_seq_len", 1024) - 1) + 1
 
 
 def _lora_faults(loras: Sequence[str], model: Path) -> list[str]:

@@ -3,13 +3,14 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from vbench_i2v.files import tree
 from vpae.artifacts import PROVENANCE, ArtifactError, digest, read_provenance, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.teacher import file_and_strength
-from vpae.graph import RESULTS
+from vpae.graph import RESULTS, STAGES
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
 COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
@@ -74,9 +75,9 @@ def _hashes(files: list[Path]) -> list[str]:
 
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(hash_of, files))
-    if learnt:
-        KNOWN.parent.mkdir(exist_ok=True)
-        write_json(KNOWN, known | learnt)
+    if learnt and KNOWN.parent.is_dir():  # elsewhere there is nothing to speed up
+        with suppress(OSError):
+            write_json(KNOWN, known | learnt)
     return hashes
 
 
@@ -94,9 +95,10 @@ def require_whole(path: Path) -> None:
     missing = [file for file in mine if not file.is_file()]
     wrong = missing or [f for f, found in zip(mine, _hashes(mine), strict=True) if found != recorded[f]]
     if wrong:
+        again = f"run `vpae {stage.name}`, which makes it anew" if stage.name in STAGES else "bring it once more"
         raise ArtifactError(
-            f"{wrong[0]} is damaged or was changed; run its stage again: `vpae {stage.name}` makes it anew. To use a "
-            f"model that you have changed, copy it out of {stage.parent}"
+            f"{wrong[0]} is damaged or was changed; {again}. To use a model that you have changed, copy it out of "
+            f"{stage.parent}"
         )
 
 
@@ -106,19 +108,19 @@ def checked(folder: Path) -> Path:
     Raises:
         ArtifactError: naming what it lacks, or why it cannot be taken.
     """
-    missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
-    if missing:
-        raise ArtifactError(
-            f"{folder}, named by teacher.path or teacher.start, is not a WanImageToVideoPipeline folder: it lacks "
-            f"{', '.join(missing)}; download the model in diffusers format, or run `dvc pull` if DVC versions it"
-        )
     if found := faults(folder):
         raise ArtifactError("\n".join(found))
     return folder
 
 
 def faults(folder: Path) -> list[str]:
-    """Why a pipeline folder cannot be taken as a teacher, from its configuration and the headers of its weights."""
+    """Why a pipeline folder cannot be loaded, from its configuration and the headers of its weights."""
+    missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
+    if missing:
+        return [
+            f"{folder} is not a WanImageToVideoPipeline folder: it lacks {', '.join(missing)}; download the model in "
+            "diffusers format, or run `dvc pull` if DVC versions it"
+        ]
     try:
         index, config = _table(folder / "model_index.json"), _table(folder / "transformer" / "config.json")
     except ArtifactError as error:
@@ -195,13 +197,13 @@ def shift_of(folder: Path) -> float | None:
     return found if isinstance(found, int | float) else None
 
 
-def variant_of(folder: Path) -> str | None:
-    """The variant (fp16, bf16 ...) that diffusers has to be told, because a network is there in no other form.
+def variant_of(folder: Path, networks: tuple[str, ...] = NETWORKS) -> str | None:
+    """The variant (fp16, bf16 ...) that diffusers has to be told, because one of the networks is in no other form.
 
     Raises:
         ArtifactError: there are several, and no plain one.
     """
-    bare = [folder / network for network in NETWORKS if not _plain(folder / network)]
+    bare = [folder / network for network in networks if not _plain(folder / network)]
     found = {variant for network in bare for variant in _variants(network)}
     if len(found) > 1:
         raise ArtifactError(f"{folder}: it is there in several variants ({', '.join(sorted(found))}); keep one of them")
@@ -240,8 +242,8 @@ def weight_files(network: Path) -> list[Path]:
         for variant in ("", *sorted(_variants(network))):
             if files := _listed(network, stem, variant):
                 return files
-    if files := sorted(network.glob("*.safetensors")):
-        return files
+    if others := [path for path in sorted(network.glob("*.safetensors")) if not path.name.startswith(".")]:
+        raise ArtifactError(f"{others[0]}: diffusers loads {' or '.join(f'{s}.safetensors' for s in STEMS)}; rename it")
     if pickled := sorted([*network.glob("*.bin"), *network.glob("*.pt*")]):
         raise ArtifactError(
             f"{pickled[0]}: pickled weights can run any code and are not read; convert them on a machine of which that "

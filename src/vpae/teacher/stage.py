@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpae.artifacts import is_kept, kept, link_tree, write_json
+from vpae.artifacts import ArtifactError, is_kept, kept, link_tree, write_json
 from vpae.config import Experiment, Teacher, Training
 from vpae.data.encoding import Encoders, pad_text, to_signed
 from vpae.data.manifest import Clip, read_manifest
@@ -54,7 +54,14 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     if teacher.source == "hub":
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(teacher.path, revision=teacher.revision))
+        try:
+            folder = Path(snapshot_download(teacher.path, revision=teacher.revision))
+        except Exception as error:  # of the hub, of the network, of the cache: each library has its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(
+                f"teacher.path = {teacher.path}, revision {teacher.revision}: {reason}; correct the two keys, run "
+                "`hf auth login` if it is not open to all, or bring the folder and name it"
+            ) from error
     else:
         folder = Path(teacher.path)
     # Nobody edits the hub's cache, whose files are named by their content.

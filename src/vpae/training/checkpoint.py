@@ -65,7 +65,8 @@ def _save(folder: Path, phase: Phase, position: dict) -> None:
     rank, ranks = _place()
     first = rank == 0
     if first:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob(".step-*.tmp"):  # of saves that were cut off, too
+            shutil.rmtree(unfinished, ignore_errors=True)
     _wait_for_all()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

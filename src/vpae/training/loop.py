@@ -83,6 +83,8 @@ def train(
     """
     state.mkdir(parents=True, exist_ok=True)
     metrics = state / "metrics.jsonl"
+    if watch:  # before a state is taken up: the weights are those of the start
+        watch.begin(state, accelerator.is_main_process)
     position = checkpoint.load_latest(state, phase)
     _, ranks = sharding.data_rank(training.sharding, accelerator)
     per_update = training.accumulate * ranks
@@ -92,8 +94,6 @@ def train(
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
-    if watch:
-        watch.begin(state, accelerator.is_main_process)
     progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
     speed, text = Speed(state / SPEED, training.steps, start, cost or Cost()), ""
     batches = speed.noting_waits(batches)
@@ -213,9 +213,17 @@ def _require_the_same(now: int, saved: int, ranks: int, name: str, state: Path) 
 def _keep_lines_before(metrics: Path, step: int) -> None:
     """Drop the lines of steps that will be done again."""
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in metrics.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
         with written(metrics) as temporary:  # a full disk must not empty it
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            temporary.write_text("".join(line for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    """Of a line of metrics.jsonl; one that is damaged is of no step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 def _brief(values: dict[str, float]) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vpae.artifacts import written
 from vpae.config.training import Monitor
 from vpae.training.phase import Collapse
 
-START = "start.safetensors"  # the fixed clips as the run began
 LOOKS = "looks"  # folder of what is kept for the eye: latents of a few videos at each look, STEP.safetensors
 
 # Sign -> (healthy from, to), (tolerable from, to). Outside the first interval the monitor warns, outside the second it
@@ -94,7 +93,7 @@ class Watch:
 
     @torch.no_grad()
     def begin(self, state: Path, first: bool) -> None:
-        """Draw the videos of the start, or read those that the run noted when it began; they are the look at step 0.
+        """Draw the videos of the start, with the weights with which the run began; they are the look at step 0.
 
         Args:
             state: folder of the run's resumable states.
@@ -104,14 +103,7 @@ class Watch:
             return
         if first and self.config.videos:
             self.looks = state / LOOKS
-        file = state / START
-        if file.is_file():
-            self.start = tuple(load_file(file, device=str(self.x.device)).values())
-        else:
-            self.start = self.draw(0), self.draw(1)
-            if first:
-                with written(file) as temporary:
-                    save_file({str(i): video.contiguous().cpu() for i, video in enumerate(self.start)}, temporary)
+        self.start = self.draw(0), self.draw(1)
         self._keep(0, self.start[0])
 
     @torch.no_grad()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from vpae.config import Training
+
 INPUTS = ("patch_embedding", "condition_embedder.time_embedder")
 
 
@@ -48,6 +50,15 @@ def fuse_norms(network: WanTransformer3DModel) -> None:
     for module in network.modules():
         if isinstance(module, nn.RMSNorm) and not isinstance(module, Fused):
             module.__class__ = type(f"Fused{type(module).__name__}", (Fused, type(module)), {})
+
+
+def autocast_caches(training: Training) -> bool:
+    """Whether autocast keeps the weights that it has cast within a forward pass.
+
+    Not where a block's attention is kept and the rest is run again: the second run would find casts that the first one
+    made, and selective checkpointing wants both to be alike.
+    """
+    return training.sharding.activation_checkpointing != "attention"
 
 
 @contextmanager

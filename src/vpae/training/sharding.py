@@ -268,13 +268,13 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def unsharded(network: WanTransformer3DModel) -> WanTransformer3DModel | None:
-    """The network as one that can be saved: itself if it is whole, a copy in the first process if it is sharded.
+    """The network as one that can be saved, in the first process: itself if it is whole, a copy if it is sharded.
 
     Returns:
         None in the other processes. All must call it.
     """
     if not isinstance(network, FSDPModule):
-        return network
+        return network if not dist.is_initialized() or dist.get_rank() == 0 else None
     state = full_state(network)
     if not state:
         return None

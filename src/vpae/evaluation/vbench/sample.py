@@ -66,7 +66,7 @@ def sample_suite(
     bad = {
         "--steps": steps < 1,
         "--samples-per-prompt": samples < 1,
-        "--guidance-scale": not math.isfinite(guidance_scale),
+        "--guidance": not math.isfinite(guidance_scale),
     }
     if wrong := [option for option, is_wrong in bad.items() if is_wrong]:
         raise VBenchError(f"{', '.join(wrong)}: steps and videos are counted from 1, and guidance is a finite number")
