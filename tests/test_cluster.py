@@ -23,6 +23,7 @@ from conftest import STAGES
 from test_workflow import ROOT, Clone
 from vpae.experiment import ConfigError, load
 from vpae.graph import stage_settings
+from vpae.locks import lock
 
 # Plays sbatch, squeue, sinfo, scontrol, scancel and sacct. Jobs end at once: sbatch makes the folder that the job's
 # rule would make. What is submitted, and what is cancelled or requeued, is written down.
@@ -214,8 +215,32 @@ def test_the_end_of_a_job_is_noticed(monkeypatch: pytest.MonkeyPatch, answers: t
 def test_a_forgotten_job_is_looked_up_in_the_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch(monkeypatch, "7|RUNNING\n", "", "", accounted="CANCELLED by 0\n") == ("SLURM job 7: CANCELLED. ", 3)
     assert watch(monkeypatch, "7|RUNNING\n", "", "", accounted="COMPLETED\n") == ("success", 3)
+    for state in ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL"):  # of one that SLURM has forgotten, that is the end
+        assert watch(monkeypatch, "7|RUNNING\n", "", "", accounted=state) == (f"SLURM job 7: {state}. ", 3)
+        assert watch(monkeypatch, f"7|{state}\n", "", "", accounted=state) == (f"SLURM job 7: {state}. ", 3)
     said, looks = watch(monkeypatch, "7|RUNNING\n", "", "", accounted=None)
     assert looks == 3 and said.endswith("success") and "MinJobAge" in said
+
+
+def test_a_job_of_a_living_snakemake_is_refused_at_every_attempt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plugin.RUNS.mkdir(parents=True)
+    lines = f"mine\nof two lines|{tmp_path}|40|other\nrule_priming|{tmp_path}|41|living\n"
+    monkeypatch.setattr(plugin, "_ask", lambda *command: lines if "%k" in command[-1] else "")
+    monkeypatch.setattr(plugin, "get_job_wildcards", lambda job: "")
+    executor = object.__new__(plugin.Executor)
+    executor.workflow = SimpleNamespace(workdir_init=tmp_path)
+    executor.logger = SimpleNamespace(info=lambda text: None)
+    executor._others = executor._jobs_of_others()
+    job = SimpleNamespace(name="priming")
+    with lock(plugin.RUNS / "living"):
+        for _ in range(3):
+            with pytest.raises(plugin.WorkflowError, match="SLURM job 41 does the same for another Snakemake"):
+                executor._end_orphan(job)
+    executor._end_orphan(job)  # it has died meanwhile
+    assert "rule_priming" not in executor._others
 
 
 # workflow/launch.sh

@@ -17,7 +17,8 @@ from vpae.cli import main
 from vpae.config import Experiment, Geometry, Teacher, TinyVae
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, Source, load, shipped
-from vpae.graph import fingerprint, owner, stage_folder, stage_settings
+from vpae.graph import fingerprint, owner, stage_folder, stage_settings, that_matter
+from vpae.planning.presence import missing
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = list(shipped(ROOT / "configs"))
@@ -58,9 +59,54 @@ def test_results_from_before_a_key_stay_what_they_are_while_it_is_off() -> None:
     assert fingerprint(changed.settings, "equilibrium") != fingerprint(source.settings, "equilibrium")
 
 
-def test_a_value_in_place_of_a_section_is_refused_by_name(base: Path) -> None:
+@pytest.mark.parametrize("value", [True, None])
+def test_a_value_in_place_of_a_section_is_refused_by_name(value: object, base: Path) -> None:
     with pytest.raises(ConfigError, match="samples: "):
-        load(overlay(base, {"samples": True}))
+        load(overlay(base, {"samples": value}))
+
+
+def test_a_key_that_stands_twice_is_refused(base: Path) -> None:
+    twice = write(base.parent, "twice", yaml.safe_dump(BASE) + "seed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match="twice.yaml: not valid YAML: the key seed stands twice"):
+        load(twice)
+
+
+def test_taking_away_one_of_the_default_rows_leaves_the_others(base: Path) -> None:
+    every = load(base).settings.samples.rows
+    fewer = load(base, ["samples.rows.teacher-1nfe=null"]).settings.samples.rows
+    assert fewer == {name: row for name, row in every.items() if name != "teacher-1nfe"}
+    with pytest.raises(ConfigError, match="samples.rows: none is left"):
+        load(base, [f"samples.rows.{name}=null" for name in every])
+
+
+def test_a_file_named_like_another_seed_is_refused(base: Path) -> None:
+    write(base.parent, "base@1", "extends: base\npriming: {guidance_scale: 9.5}\n")
+    with pytest.raises(ConfigError, match="base@1.yaml: NAME@SEED stands for NAME with another seed"):
+        load(base.parent / "base@1.yaml")
+
+
+@pytest.mark.parametrize(("taps", "words"), [([-1], "counted from 0"), ([2, 2], "each is named once")])
+def test_taps_that_no_network_has_are_refused(taps: list, words: str, base: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(overlay(base, {"equilibrium": {"head": {"taps": taps}}}))
+
+
+def test_taps_beyond_the_teacher_s_blocks_are_refused_before_any_job(base: Path) -> None:
+    micro = ROOT / "configs/micro.yaml"
+    blocks = load(micro, environment=False).settings.teacher.transformer.layers
+    assert missing(load(micro, [f"equilibrium.head.taps=[{blocks - 1}]"], environment=False)) == []
+    (said,) = missing(load(micro, [f"equilibrium.head.taps=[{blocks}]"], environment=False))
+    assert f"equilibrium.head.taps = [{blocks}]: the teacher has {blocks} blocks" in said
+
+
+def test_what_only_saves_a_training_otherwise_is_no_other_result(base: Path) -> None:
+    plain, saved = (
+        stage_settings(load(base, keys).settings, "priming")
+        for keys in ([], ["priming.training.checkpoint_every=7", "priming.training.stop_after_skipped=9"])
+    )
+    assert plain != saved and that_matter(plain) == that_matter(saved)
+    other = stage_settings(load(base, ["priming.training.steps=7"]).settings, "priming")
+    assert that_matter(other) != that_matter(plain)
 
 
 @pytest.fixture
@@ -440,6 +486,18 @@ def test_variables_reach_a_whole_section_and_a_row(base: Path, monkeypatch: pyte
     assert settings.samples.rows["mine"].steps == 3
 
 
+def test_variables_name_what_a_mapping_s_keys_are_free_to_be(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VPAE_STUDENTS__OLD", "data/old")
+    monkeypatch.setenv("VPAE_CLIPS__FILTERS__AT_LEAST__SCORE", "5")
+    monkeypatch.setenv("VPAE_CLIPS__SOURCE", "table")
+    monkeypatch.setenv("VPAE_CLIPS__PATH", "t.csv")
+    monkeypatch.setenv("VPAE_METHODS__EQUILIBRIUM", "null")
+    monkeypatch.setenv("VPAE_SAMPLES__ROWS", '{"old-1nfe": {"model": "old", "steps": 1}}')
+    settings = load(base).settings
+    assert settings.students == {"old": "data/old"} and settings.clips.filters.at_least == {"score": 5.0}
+    assert settings.methods == {"priming": "teacher"}
+
+
 def test_variables_and_overrides_are_not_the_bases(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VPAE_SEED", "4")
     source = load(overlay(base, {}), ["priming.training.steps=3"])
@@ -451,6 +509,8 @@ def test_variables_and_overrides_are_not_the_bases(base: Path, monkeypatch: pyte
 def test_a_bare_no_is_a_word_in_mixed_precision(base: Path) -> None:
     file = write(base.parent, "base", yaml.safe_dump(BASE) + "priming: {training: {mixed_precision: no}}\n")
     assert load(file).settings.priming.training.mixed_precision == "no"
+    file = write(base.parent, "base", yaml.safe_dump(BASE) + "evaluation: {vbench: {backbones: off}}\n")
+    assert load(file).settings.evaluation.vbench.backbones == "off"
 
 
 def test_numbers_may_be_written_as_in_papers(base: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import STAGES
-from vpae.artifacts import ArtifactError, file_hashes, read_provenance
+from vpae.artifacts import ArtifactError, file_hashes, read_provenance, write_json
 from vpae.cli import main
 from vpae.data.catalog import read_truth
 from vpae.data.encoding import Encoders
@@ -339,10 +339,18 @@ def test_a_student_from_elsewhere_makes_the_videos_that_it_made_where_it_was_tra
     assert own == {"samples", "evaluation", "report"}  # what stands before them is micro's
     assert "found" in (results.parent / "shipped/report/index.html").read_text()
 
+    note = tmp_path / "students/found/provenance.json"
+    known = json.loads(note.read_text())
+    shutil.rmtree(results.parent / "shipped/samples")
+    write_json(note, {**known, "inputs": {**known["inputs"], "teacher": "another"}})
+    with pytest.raises(ConfigError, match=r"students\.found: .*/found was trained from another teacher"):
+        run_stage(source, "samples", results.parent)
+    write_json(note, {**known, "settings": {**known["settings"], "teacher": {"shift": 7.0}}})
+    assert "trained with teacher.shift = 7" in missing(source)[0]
+    write_json(note, known)
     weights = tmp_path / "students/found/student/transformer/diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    shutil.rmtree(results.parent / "shipped/samples")
     with pytest.raises(ArtifactError, match=r"students/found/student/.*safetensors is damaged; bring it once more"):
         run_stage(source, "samples", results.parent)
     shutil.rmtree(tmp_path / "students")

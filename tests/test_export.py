@@ -363,7 +363,28 @@ def test_what_is_not_a_scores_file_is_refused(student, tmp_path):
     (tmp_path / "scores.json").write_text("[]")
     with pytest.raises(ArtifactError, match="rows"):
         export(student, "wan", tmp_path / "out", scores=tmp_path / "scores.json")
+    (tmp_path / "scores.json").write_text('{"rows": {"a": {"i2v_score": 0.9}}}')  # VBench's file has rows, too
+    with pytest.raises(ArtifactError, match=r"scores\.json: cannot be read .* name one"):
+        export(student, "wan", tmp_path / "out", scores=tmp_path / "scores.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_places_that_cannot_be_are_refused_before_anything_is_written(student, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="is a file; name a place in a folder"):
+        export(student, "wan", tmp_path / "file" / "out")
+    with pytest.raises(ArtifactError, match="its name is longer than"):
+        export(student, "wan", tmp_path / ("x" * 252))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "text", [b"---\nlicense: mit\ntitle: Wan: ours\n---\n", b"---\n\xff\n---\n", b"---\n- a\n---\n"]
+)
+def test_a_readme_that_is_no_card_costs_nothing(text, tmp_path):
+    (tmp_path / "README.md").write_bytes(text)
+    assert licence_of(tmp_path, {"teacher": {"source": "train"}}) == {"license": "apache-2.0"}
+    write_card(tmp_path, {}, {"teacher": {"source": "train"}})
 
 
 def test_the_licence_is_the_base_model_s_and_its_card_stays_as_it_was(tmp_path):
@@ -437,6 +458,7 @@ def test_every_public_format_of_a_lora_is_read_at_its_true_strength(tmp_path: Pa
     if alpha is not None:
         tensors[down_key.replace("lora_down.weight", "alpha")] = torch.tensor(alpha)
     save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": said} if said else None)
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 64}')  # of another file in this folder
     found = read_adapter(tmp_path / "lora.safetensors")
     applied = found[f"{MODULE}.lora_B.weight"] @ found[f"{MODULE}.lora_A.weight"]
     assert torch.allclose(applied, scale * up @ down, atol=1e-5)

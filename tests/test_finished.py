@@ -15,11 +15,22 @@ from pathlib import Path
 
 import pytest
 
+import vpae
 from conftest import STAGES, build_priming
 from test_dvc import ROOT, TOY, Clone
 from vpae import locks, stages
-from vpae.artifacts import PROVENANCE, ArtifactError, building, damaged, identity, locked, read_provenance, recover
-from vpae.experiment import load
+from vpae.artifacts import (
+    PROVENANCE,
+    ArtifactError,
+    building,
+    code_version,
+    damaged,
+    identity,
+    locked,
+    read_provenance,
+    recover,
+)
+from vpae.experiment import ConfigError, load
 from vpae.teacher import folder
 from vpae.training import checkpoint
 
@@ -303,3 +314,53 @@ def test_a_changed_byte_of_an_input_is_named_before_the_stage_begins(
     flipped(folders[name] / file)  # back
     stages.run_stage(load(ROOT / "configs/micro.yaml"), "priming", tmp_path)
     assert begun
+
+
+def test_one_of_several_processes_does_no_stage_that_runs_in_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = stages._Task(None, lambda *_: pytest.fail("it ran"), tmp_path / "clips", {}, {}, {})
+    monkeypatch.setattr(stages, "_task", lambda *_: task)
+    monkeypatch.setenv("RANK", "1")
+    for stage, processes in (("clips", "1"), ("clips", "2"), ("priming", "1")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(ConfigError, match=rf"RANK = 1 is set, .* {stage} runs in one: unset RANK"):
+            stages.run_stage(None, stage, tmp_path)
+
+
+def test_a_trial_under_other_settings_leaves_an_unfinished_training_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    unfinished = tmp_path / ".state" / "priming-0123456789ab"
+    unfinished.mkdir(parents=True)
+    task = stages._Task(None, lambda settings, folders, out, state: {}, tmp_path / "priming", {}, {}, {})
+    monkeypatch.setattr(stages, "_task", lambda *_: task)
+    source = load(ROOT / "configs/micro.yaml", environment=False)
+    stages.run_stage(source, "priming", tmp_path)
+    assert unfinished.is_dir() and f"{unfinished}: an unfinished run" in capsys.readouterr().err
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """safetensors makes files of mode 0600."""
+    (tmp_path / "theirs").touch(mode=0o600)
+    before = os.umask(0o022)
+    try:
+        with building(tmp_path / "x", {}, {}) as (out, _):
+            (out / "own").touch(mode=0o600)
+            (out / "secret").touch(mode=0o400)
+            os.link(tmp_path / "theirs", out / "linked")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()}
+    assert modes["own"] == 0o644 and modes["linked"] == 0o600 and modes["secret"] == 0o400
+
+
+def test_a_node_without_git_and_an_environment_in_another_repository_name_no_commit(
+    tmp_path: Path, monkeypatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(vpae, "__file__", str(tmp_path / "venv" / "lib" / "vpae" / "__init__.py"))
+    (tmp_path / "venv" / "lib" / "vpae").mkdir(parents=True)
+    assert code_version() == {"version": vpae.__version__, "commit": None, "dirty": None}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_version()["commit"] is None

@@ -15,7 +15,8 @@ from vpae.artifacts import ArtifactError, building
 from vpae.cli import main
 from vpae.distill.student import save_student
 from vpae.experiment import ConfigError, load
-from vpae.models.wan import load_pipeline, load_transformer
+from vpae.models.sizes import stored_dtype, stored_weights
+from vpae.models.wan import load_pipeline, load_sampler, load_transformer
 from vpae.teacher import stage
 from vpae.teacher.folder import checked, faults, header, require_whole, variant_of
 
@@ -118,6 +119,51 @@ def test_what_is_there_as_fp16_only_is_loaded_as_diffusers_loads_it(teacher: Pat
         variant_of(copy)
     shutil.copy(teacher / WEIGHTS, copy / WEIGHTS)
     assert variant_of(copy) is None
+
+
+def test_a_student_of_a_teacher_that_is_there_as_fp16_only_is_loaded(teacher: Path, tmp_path: Path) -> None:
+    """Its transformer is plain, and all else is the teacher's."""
+    half, student = tmp_path / "half", tmp_path / "student"
+    shutil.copytree(teacher, half)
+    for path in half.rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    transformer = load_transformer(half, torch.float32)
+    save_student(half, transformer, SHIFT, student)
+    for found in (load_sampler(student), load_transformer(student, torch.float32), load_pipeline(student).transformer):
+        assert all(value.equal(transformer.state_dict()[key]) for key, value in found.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["transformer/config.json", "model_index.json", WEIGHTS, "vae/config.json"])
+@pytest.mark.parametrize("name", ["sample", "export"])
+def test_a_damaged_model_is_refused_by_name(name: str, file: str, teacher: Path, tmp_path: Path, capsys) -> None:
+    student = tmp_path / "student"
+    save_student(teacher, load_transformer(teacher, torch.float32), SHIFT, student)
+    content = (student / file).read_bytes()
+    (student / file).unlink()  # the teacher has a link to it
+    (student / file).write_bytes(content[: len(content) // 2])
+    Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
+    more = {
+        "sample": ["--image", f"{tmp_path}/first.png", "--prompt=x", "--num-frames=5", f"--out={tmp_path}/c.mp4"],
+        "export": ["--format", "wan", f"--out={tmp_path}/e"],
+    }[name]
+    assert main([name, "--model", str(student), *more]) == 2
+    assert file.rpartition("/")[2] in capsys.readouterr().err
+    assert not list(tmp_path.glob("c.mp4")) and not list(tmp_path.glob("e"))
+
+
+def test_the_number_format_is_that_of_the_files_that_are_loaded(teacher: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(teacher, copy)
+    half = {key: value.half() for key, value in load_file(copy / WEIGHTS).items()}
+    save_file(half, copy / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    (copy / "transformer" / "._diffusion_pytorch_model.safetensors").write_bytes(b"of a Mac")
+    assert stored_dtype(stored_weights(copy / "transformer")) == torch.float32
+    (copy / WEIGHTS).rename(copy / "transformer" / "wan_i2v.safetensors")
+    (copy / WEIGHTS.replace(".safetensors", ".fp16.safetensors")).unlink()
+    with pytest.raises(
+        ArtifactError, match=r"wan_i2v\.safetensors: diffusers loads diffusion_pytorch_model\.safetensors"
+    ):
+        checked(copy)
 
 
 def test_a_header_says_what_safetensors_says(teacher: Path) -> None:

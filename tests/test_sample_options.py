@@ -407,6 +407,13 @@ def test_the_command_takes_the_options(student, tmp_path, plain):
     assert main(arguments(student, tmp_path, *options, "--frames", str(tmp_path / "frames.npy"))) == 0
     assert (tmp_path / "clip.mp4").stat().st_size > 0
     assert np.load(tmp_path / "frames.npy").shape == plain.shape
+    more = ["--frames", str(tmp_path / "o" / "frames.NPY"), "--guidance", "3"]
+    assert main(arguments(student, tmp_path, *more)) == 0
+    empty = np.load(tmp_path / "o" / "frames.NPY")
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["frames.NPY"]
+    assert main(arguments(student, tmp_path, *more, "--negative-prompt", "a large red circle")) == 0
+    assert (np.load(tmp_path / "o" / "frames.NPY") != empty).any()
+    assert main(arguments(student, tmp_path, "--num-frames", "4097")) == 2
 
 
 def test_a_size_that_the_model_cannot_take_is_refused_before_it_is_loaded(teacher, tmp_path, capsys):

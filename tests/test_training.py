@@ -171,6 +171,17 @@ def test_a_half_written_state_is_ignored_and_metrics_of_lost_steps_are_written_a
     assert states(tmp_path) == ["step-00000002", "step-00000003"]  # the newest two, and nothing temporary
 
 
+def test_saves_that_were_cut_off_leave_nothing_and_a_damaged_line_stops_nothing(tmp_path, accelerator):
+    for step in (1, 3):
+        (tmp_path / f".step-{step:08d}.tmp").mkdir()
+    metrics = fit(build_priming(), tmp_path, accelerator, steps=1)
+    assert not list(tmp_path.glob(".step-*"))
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 1, "x\xff\n{"step"}\n')
+    fit(build_priming(), tmp_path, accelerator, steps=2)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+
+
 def test_a_state_holds_no_frozen_weights(tmp_path):
     phase = build_priming()
     frozen = {name for name, p in phase.networks["base"].named_parameters() if not p.requires_grad}

@@ -130,7 +130,7 @@ def faults(folder: Path) -> list[str]:
     found = []
     for network in NETWORKS:
         try:
-            there = headers(folder / network)
+            there, _ = headers(folder / network), _table(folder / network / "config.json")
             if network == "transformer":
                 with reading(folder / network / "config.json", "download it again"):
                     found += _other_than(config, there)
