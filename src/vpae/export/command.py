@@ -173,6 +173,7 @@ def _check(model: Path, form: str, out: Path) -> None:
         raise FileNotFoundError(
             f"{model} holds no model_index.json: name a pipeline folder, e.g. results/NAME/METHOD/student"
         )
+    require_whole(model)
     if found := faults(model):
         raise ArtifactError("\n".join(found))
     _refuse_existing(out)

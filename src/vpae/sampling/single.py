@@ -28,6 +28,7 @@ from vpae.out_of_memory import explained, tiled_if_short
 from vpae.placement import DTYPES, Placement, load_placed
 from vpae.sampling import draw
 from vpae.teacher.folder import faults as faults_of_folder
+from vpae.teacher.folder import require_whole
 
 FRAMES, FPS = 81, 16.0  # of Wan2.1, where a model's folder says nothing
 LARGEST_SEED = 2**64 - 1  # of torch's generators
@@ -173,6 +174,7 @@ def _geometry(model: Path) -> tuple[dict, list[str]]:
     """What size a model was made for, if its folder says so; and what is wrong with the folder."""
     if not (model / "model_index.json").is_file():
         return {}, [f"--model {model}: holds no model_index.json: it is not a diffusers pipeline folder"]
+    require_whole(model)
     if wrong := faults_of_folder(model):
         return {}, [f"--model {fault}" for fault in wrong]
     if not (model / GEOMETRY).is_file():
