@@ -5,20 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_head, build_transformer, seeded
-from distributed.cases import accelerator_for
+from distributed.cases import CONFIGS, accelerator_for
 from planned import SMALL, TOKENS, variant
 from vpae.config import R1, Lora, Sharding, Training
+from vpae.distill import METHODS, run
 from vpae.distill import equilibrium as phase_two
 from vpae.distill import priming as phase_one
-from vpae.distill import run
 from vpae.distill.equilibrium import Equilibrium
 from vpae.distill.networks import Stored
 from vpae.distill.priming import Priming
-from vpae.experiment import ConfigError
+from vpae.experiment import ConfigError, load
 from vpae.models.adapters import FAKE, STUDENT, SharedBase, lora_names, merge
 from vpae.models.wan import default_taps, features, predict_x0, velocity
 from vpae.planning.meter import Meter
@@ -27,7 +28,7 @@ from vpae.stages import _Task
 from vpae.training.ema import update_ema
 from vpae.training.loop import train
 from vpae.training.precision import INPUTS, take_exact_inputs
-from vpae.training.sharding import empty_transformer, run_again, run_again_but_for_attention, unsharded
+from vpae.training.sharding import empty_transformer, run_again, run_again_but_for_attention, spread, unsharded
 
 LORA = Lora(rank=4, alpha=8)
 WAN_14B = {
@@ -116,6 +117,33 @@ def test_a_kept_attention_is_not_computed_again():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("apt", []),
+        ("dmd2", []),
+        ("equilibrium", ["equilibrium.backbone=copy"]),
+        ("equilibrium", ["equilibrium.few_step={own: true}"]),
+    ],
+)
+def test_a_kept_attention_under_bf16_is_found_by_every_pass_of_a_network_that_runs_twice(name, changes):
+    """Autocast would cast a weight in the first pass alone, and selective checkpointing wants the same in each."""
+    training = ["mixed_precision=bf16", "sharding.activation_checkpointing=attention"]
+    keys = [f"methods.{name}=teacher", *changes, *(f"{name}.training.{key}" for key in training)]
+    settings = load(CONFIGS / "micro-rivals.yaml", keys, environment=False).settings
+    AcceleratorState._reset_state()
+    accelerator = run.accelerator_for(getattr(settings, name).training)
+    networks = SimpleNamespace(device=accelerator.device, transformer=lambda model, trained: build_transformer(0))
+    phase = METHODS[name].build(settings, networks)
+    spread(phase, getattr(settings, name).training, accelerator)
+    for turn in phase.roles:
+        with accelerator.autocast():
+            loss, _ = phase.loss(turn, build_batch(1), torch.Generator().manual_seed(0), 0)
+        loss.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in phase.roles[turn].parameters())
+    AcceleratorState._reset_state()
+
+
 def test_a_frozen_network_that_passes_no_gradient_on_runs_once_and_keeps_nothing():
     plain, again, attention = (
         execute(variant("micro", "equilibrium", activation_checkpointing=a), "equilibrium", SMALL, TOKENS, 1).turns

@@ -153,7 +153,8 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     }
     if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process
         shutil.copy(metrics, out / "metrics.jsonl")
-        link_tree(state / LOOKS, out / LOOKS)
+        if (state / LOOKS).is_dir():
+            link_tree(state / LOOKS, out / LOOKS)
         write_card(out / "student", stage_provenance(inputs), trained_as(settings, name))
     return counts
 

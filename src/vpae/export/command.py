@@ -72,7 +72,8 @@ def export(
     if scores := scores or find_scores(model):
         facts["scores"] = read_scores(scores)
     source = adapter or find_adapter(model) if form.startswith("lora") else model
-    require_whole(source)
+    if source != model:
+        require_whole(source)
     number_format = DTYPES[dtype] if dtype else None
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:
