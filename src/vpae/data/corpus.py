@@ -25,7 +25,7 @@ from vpae.artifacts import ArtifactError, reading
 from vpae.config.clips import Clips, Columns, Filters
 from vpae.data.manifest import ROWS
 
-SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi")
 TABLES = (".csv", ".jsonl", ".parquet")
 STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
 SCHEMA = pa.schema(
@@ -132,8 +132,8 @@ def _of_folder(root: Path) -> Iterator[Candidate]:
     for video in tree(root):
         if video.suffix.lower() not in SUFFIXES:
             continue
-        text = video.with_suffix(".txt")
-        if not text.is_file():
+        text = next((p for s in (".txt", ".TXT") if (p := video.with_suffix(s)).is_file()), None)
+        if text is None:
             caption = os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
             yield Candidate(str(video), caption)
             continue
