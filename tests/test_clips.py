@@ -652,6 +652,22 @@ def test_a_recording_that_was_trimmed_without_encoding_it_anew_keeps_its_speeds(
     assert decoded(read_clip(tmp_path / "cut.mp4", 17, 32, 64, 8)) == nearest
 
 
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG"), (1, "")])
+def test_a_video_in_hdr_is_left_out_with_the_reason(transfer: int, name: str, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.codec_context.color_trc = transfer
+        for picture in coded(range(6)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    if not name:
+        assert len(read_clip(tmp_path / "phone.mp4", 5, 32, 64, 8)) == 5
+        return
+    with pytest.raises(VideoError, match=rf"HDR \({name}\)"):
+        read_clip(tmp_path / "phone.mp4", 5, 32, 64, 8)
+
+
 def test_a_long_gap_in_a_recording_does_not_make_its_last_frame_stand(tmp_path: Path) -> None:
     path = write_timed(tmp_path / "gap.mp4", [*range(10), *range(40, 50)], 10)
     assert len(read_clip(path, 49, 32, 64, 10)) == 49

@@ -27,6 +27,7 @@ def open_container(path: Path, mode: str = "r"):
     return av.open(f"file:{path}", mode, metadata_errors="replace")
 
 
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions of more than a screen's range, by their numbers in ITU-T H.273
 # Faults of the machine or of its network, which are gone when one tries again: no reason to leave a file out.
 PASSING = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
 PASSING |= {errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
@@ -59,9 +60,17 @@ def reading(fault: str = "unreadable") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The first video stream of a file: width and height in pixels as shown upright, mean frames per second, the number
-    of video streams, width / height of a pixel, how long it lasts in seconds (0: the header does not say), and the time
-    stamp in seconds at which it begins, which is not 0 where something was cut off."""
+    """The first video stream of a file.
+
+    Attributes:
+        width, height: pixels as shown upright.
+        fps: mean frames per second.
+        streams: how many video streams there are.
+        pixel_aspect: width / height of a pixel.
+        seconds: how long it lasts; 0: the header does not say.
+        begin: the time stamp in seconds at which it begins, which is not 0 where something was cut off.
+        hdr: name of its HDR transfer function; empty without one.
+    """
 
     width: int
     height: int
@@ -70,6 +79,7 @@ class VideoInfo:
     pixel_aspect: float = 1.0
     seconds: float = 0.0
     begin: float = 0.0
+    hdr: str = ""
 
 
 def probe(path: Path) -> VideoInfo:
@@ -97,7 +107,8 @@ def probe(path: Path) -> VideoInfo:
                 size, aspect = size[::-1], 1 / aspect
             seconds = float((stream.duration or 0) * stream.time_base)  # a container lasts as long as its sound
             begin = float((stream.start_time or 0) * stream.time_base)
-            return VideoInfo(*size, float(rate), len(container.streams.video), aspect, seconds, begin)
+            hdr = HDR.get(first.color_trc, "")
+            return VideoInfo(*size, float(rate), len(container.streams.video), aspect, seconds, begin, hdr)
 
 
 def length(path: Path) -> float:

@@ -169,10 +169,14 @@ def read_clip(
         uint8 frames (T, H, W, 3).
 
     Raises:
-        VideoError: unreadable, damaged, or too short.
+        VideoError: unreadable, damaged, HDR, or too short.
     """
     info = probe(path)
     fit = _fit(height, width, info.pixel_aspect)
+    if info.hdr:
+        raise VideoError(
+            f"HDR ({info.hdr}), whose colours would be washed out: convert it to SDR (BT.709) with tone mapping"
+        )
     if stop is not None and start + (frames - 1) / fps >= stop:
         raise VideoError(f"too short: {frames} frames at {fps:g} fps do not end before {stop:g} s from {start:g} s on")
     if start > 0:
