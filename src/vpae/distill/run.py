@@ -3,12 +3,13 @@
 import os
 import shutil
 import sys
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from vpae.ahead import Ahead
@@ -32,6 +33,8 @@ from vpae.training.sharding import data_rank, spread
 from vpae.training.speed import Cost, peak_of, summary
 
 plans = lazy("vpae.planning.phase")
+# The others wait for the first process while it reads or writes a network; NCCL's own ten minutes are few for 66 GB.
+WAIT_FOR_THE_FIRST = timedelta(hours=2)
 
 
 def accelerator_for(training: Training) -> Accelerator:
@@ -41,7 +44,8 @@ def accelerator_for(training: Training) -> Accelerator:
         ConfigError: several processes were started that do not see each other, and would each train alone.
     """
     caches = AutocastKwargs(cache_enabled=autocast_caches(training))
-    accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[caches])
+    patience = InitProcessGroupKwargs(timeout=WAIT_FOR_THE_FIRST)
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[caches, patience])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ConfigError(
