@@ -12,11 +12,13 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import synthetic
@@ -428,7 +430,8 @@ def test_errors_of_the_command_line(scored: tuple[Path, Path], tmp_path: Path, c
     assert "--samples-per-prompt: " in said("--config", str(config), "--samples-per-prompt", "0")
     assert "--name: " in said("--config", str(config), "--name", "wan/14b")
     assert "~nobody-at-all/x" in said("--config", str(config), "--videos", "~nobody-at-all/x")
-    (tmp_path / "date.yaml").write_text(config.read_text() + "sampling: {made: 2026-11-27}\n")
+    dated = yaml.safe_load(config.read_text()) | {"sampling": {"made": date(2026, 11, 27)}}
+    (tmp_path / "date.yaml").write_text(yaml.safe_dump(dated))
     assert "date.yaml: sampling.made" in said("--config", str(tmp_path / "date.yaml"))
     (tmp_path / "file").touch()
     assert vbench_i2v(["run", "--videos", "v", "--out", str(tmp_path / "file"), "--images", "~nobody-at-all"]) == 2
