@@ -279,6 +279,8 @@ def test_folders_that_are_linked_are_read_and_hidden_ones_and_circles_are_not(vi
     (videos / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(videos)
     (videos / ".trash").mkdir()
+    (videos / "lost+found").mkdir()
+    (videos / "lost+found" / "nobody-s.mp4").touch()
     (videos / "clip_no-0.mp4").rename(videos / ".trash" / "gone.mp4")
     source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
     found = [Path(one.path).relative_to(videos).as_posix() for one in candidates(source.settings.clips)]
@@ -439,6 +441,19 @@ def test_the_workflow_sees_a_caption_and_a_video_that_were_replaced_in_a_subfold
         assert list(problems(source, "clips", tmp_path / "results"))
 
 
+def test_a_copy_of_results_and_videos_has_nothing_to_do(videos: Path, tmp_path: Path) -> None:
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
+    folder = run_stage(source, "clips", tmp_path / "results")
+    later = time.time() + 1000
+    for path in [folder / PROVENANCE, videos, *videos.rglob("*")]:
+        os.utime(path, (later, later))
+    assert standing(source, tmp_path / "results")["clips"]
+    assert not list(problems(source, "clips", tmp_path / "results"))
+    (videos / "clip_no-1.txt").write_text("another caption")
+    os.utime(videos / "clip_no-1.txt", (later + 1000, later + 1000))
+    assert not standing(source, tmp_path / "results")["clips"]
+
+
 def test_what_changes_while_the_stage_is_at_work_is_seen(videos: Path, tmp_path: Path, monkeypatch) -> None:
     source, whole = (
         experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3),
@@ -467,9 +482,15 @@ def test_the_stage_says_what_it_left_out(videos: Path, tmp_path: Path, capsys: p
 
 
 def test_keys_of_tables_are_refused_of_folders(tmp_path: Path) -> None:
-    for key in ({"root": "/nowhere"}, {"columns": {"path": "{video}"}}, {"filters": {"at_least": {"aesthetic": 5}}}):
-        with pytest.raises(ConfigError, match="source = folder has no columns, for"):
-            experiment(tmp_path, source="folder", path=str(tmp_path), **key)
+    limits = {"at_least": {"aesthetic": 5}}
+    with pytest.raises(ConfigError, match=r"source = folder has no columns, for filters\.at_least: set each"):
+        experiment(tmp_path, source="folder", path=str(tmp_path), filters=limits)
+    experiment(tmp_path, "table", source="table", path="t.csv", filters=limits, columns={"path": "{video}"})
+    for source in ("folder", "world"):
+        (tmp_path / "overlay.yaml").write_text(
+            f"extends: table\nclips: {{source: {source}, filters: {{at_least: {{aesthetic: null}}}}}}\n"
+        )
+        assert load(tmp_path / "overlay.yaml").settings.clips.filters.at_least == {}
 
 
 def test_renaming_moves_no_clip_between_splits_and_adding_moves_none_into_the_held_out_ones(
@@ -530,7 +551,7 @@ def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: 
         ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "not UTF-8 text"),
         ("t.csv", "path,caption\n", "no videos there"),
         ("t.csv", "path,caption\na.mp4,a red, round ball\n", "line 2 has 3 cells and the header 2; put texts"),
-        ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "not a CSV, JSONL or parquet table: unexpected end"),
+        ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "line 3: unexpected end of data; within a text"),
         ("t.jsonl", '{"path": "a.mp4", "caption": "x"}\n{"path":\n', "correct its line 2"),
         ("t.json", '[{"path": "a.mp4", "caption": "x"}]', "tables are named .csv, .jsonl, .parquet"),
     ],

@@ -127,6 +127,12 @@ def test_experiments_that_were_measured_differently_are_not_compared(change, tmp
         compared(folder, ["micro", "other"])
 
 
+def test_what_changes_the_training_alone_is_compared(tmp_path):
+    changes = "clips: {train: 30}\nlatents: {batch_size: 1}\nteacher: {shift: 5.0}\n"
+    rows = compared(overlays(tmp_path, other=changes), ["micro", "other"])
+    assert {"vpae", "vpae (other)"} <= rows.keys()
+
+
 def test_scores_of_an_older_student_are_refused(tmp_path):
     folder = overlays(tmp_path)
     source, results = load(folder / "micro.yaml"), folder / "results"

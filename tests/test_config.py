@@ -67,8 +67,18 @@ def test_a_value_in_place_of_a_section_is_refused_by_name(value: object, base: P
 
 def test_a_key_that_stands_twice_is_refused(base: Path) -> None:
     twice = write(base.parent, "twice", yaml.safe_dump(BASE) + "seed: 1\nseed: 2\n")
-    with pytest.raises(ConfigError, match=r"twice\.yaml: not valid YAML: the key seed stands twice"):
+    with pytest.raises(ConfigError, match=r"twice\.yaml: not valid YAML: the key seed stands twice, from line 1 on"):
         load(twice)
+
+
+def test_anchors_and_merged_keys_are_no_keys_that_stand_twice(base: Path) -> None:
+    text = """
+priming: {generator: &g {learning_rate: 1.0e-4, warmup_steps: 3}}
+equilibrium: {score: {fake: &f {<<: *g, learning_rate: 1.0e-3}}}
+dmd2: {fake: {<<: *f, warmup_steps: 2}}
+"""
+    settings = load(write(base.parent, "merged", yaml.safe_dump(BASE) + text)).settings
+    assert (settings.dmd2.fake.learning_rate, settings.dmd2.fake.warmup_steps) == (1e-3, 2)
 
 
 def test_taking_away_one_of_the_default_rows_leaves_the_others(base: Path) -> None:

@@ -342,8 +342,9 @@ def test_a_student_from_elsewhere_makes_the_videos_that_it_made_where_it_was_tra
     note = tmp_path / "students/found/provenance.json"
     known = json.loads(note.read_text())
     shutil.rmtree(results.parent / "shipped/samples")
-    write_json(note, {**known, "inputs": {**known["inputs"], "teacher": "another"}})
-    with pytest.raises(ConfigError, match=r"students\.found: .*/found was trained from another teacher"):
+    encoders = {name: "another" for name in known["outputs"] if name.startswith("student/vae/")}
+    write_json(note, {**known, "outputs": {**known["outputs"], **encoders}})
+    with pytest.raises(ConfigError, match=r"students\.found: .*/found was trained with another VAE"):
         run_stage(source, "samples", results.parent)
     write_json(note, {**known, "settings": {**known["settings"], "teacher": {"shift": 7.0}}})
     assert "trained with teacher.shift = 7" in missing(source)[0]

@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import SHIFT, build_transformer
+from vbench_i2v.files import tree
 from vpae.artifacts import ArtifactError, building
 from vpae.cli import main
 from vpae.distill.student import save_student
 from vpae.experiment import ConfigError, load
+from vpae.export.command import export
 from vpae.models.sizes import stored_dtype, stored_weights
 from vpae.models.wan import load_pipeline, load_sampler, load_transformer
 from vpae.teacher import stage
@@ -131,6 +133,23 @@ def test_a_student_of_a_teacher_that_is_there_as_fp16_only_is_loaded(teacher: Pa
     save_student(half, transformer, SHIFT, student)
     for found in (load_sampler(student), load_transformer(student, torch.float32), load_pipeline(student).transformer):
         assert all(value.equal(transformer.state_dict()[key]) for key, value in found.state_dict().items())
+
+
+def test_what_stands_in_hidden_folders_of_a_teacher_counts_as_it_always_did(teacher: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(teacher, copy)
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".cache" / "huggingface" / "x.metadata").write_text("a commit")
+    (copy / ".hidden").write_text("nobody's")
+    shown = {path.relative_to(copy).as_posix() for path in tree(copy, hidden_folders=True) if path.is_file()}
+    assert ".cache/huggingface/x.metadata" in shown and ".hidden" not in shown
+
+
+def test_what_is_exported_for_another_server_is_sampled(teacher: Path, tmp_path: Path, capsys) -> None:
+    student = tmp_path / "student"
+    save_student(teacher, load_transformer(teacher, torch.float32), SHIFT, student)
+    export(student, "vllm-omni", tmp_path / "served")
+    assert faults(tmp_path / "served") == []
 
 
 @pytest.mark.parametrize("file", ["transformer/config.json", "model_index.json", WEIGHTS, "vae/config.json"])

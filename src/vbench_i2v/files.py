@@ -21,42 +21,48 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def tree(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+def tree(folder: Path, above: frozenset[str] = frozenset(), hidden_folders: bool = False) -> Iterator[Path]:
     """Everything in a folder and in those below it, in the order of the names, but for what is hidden.
 
-    Links to folders are followed, unless they lead back to one of those in which they stand (`above`).
+    Links to folders are followed, unless they lead back to one of those in which they stand (`above`). `lost+found`,
+    which only root may read, counts as hidden. With `hidden_folders` these are entered; hidden files never count.
 
     Raises:
         OSError: a folder cannot be read; names it.
     """
     above |= {os.path.realpath(folder)}
     with os.scandir(folder) as entries:
-        shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in shown:
+        shown = [entry for entry in entries if not entry.name.startswith(".") or (hidden_folders and entry.is_dir())]
+    for entry in sorted(shown, key=lambda entry: entry.name):
+        if entry.name == "lost+found":
+            continue
         yield folder / entry.name
         if entry.is_dir() and os.path.realpath(entry.path) not in above:
-            yield from tree(folder / entry.name, above)
-
-
-class _Yaml(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's readers silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
+            yield from tree(folder / entry.name, above, hidden_folders)
 
 
 def read_yaml(text: str) -> object:
     """The content of a YAML text.
 
     Raises:
-        Exception: of any kind, where it is none, or has a key twice.
+        Exception: of any kind, where it is none, or has a key twice, of which YAML's readers silently drop the first.
     """
-    return yaml.load(text, _Yaml)
+    seen: set[int] = set()  # an anchored part stands in several places
+
+    def look(node: yaml.Node | None) -> None:
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            return
+        seen.add(id(node))
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(part,) for part in node.value]
+        keys = [pair[0].value for pair in pairs if len(pair) == 2 and isinstance(pair[0], yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+            raise ValueError(f"the key {twice[0]} stands twice, from line {node.start_mark.line + 1} on")
+        for pair in pairs:
+            for part in pair:
+                look(part)
+
+    look(yaml.compose(text, Loader=yaml.SafeLoader))
+    return yaml.safe_load(text)
 
 
 def folder_digest(folder: Path) -> str:

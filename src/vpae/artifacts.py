@@ -348,9 +348,9 @@ def link_tree(source: Path, target: Path, skip: tuple[str, ...] = (), foreign: b
         skip: top-level entries to leave out.
         foreign: the files are somebody's who may edit them in place, see `take`; otherwise they are hard-linked.
     """
-    for path in (p for p in tree(source) if p.is_file()):
+    for path in (p for p in tree(source, hidden_folders=True) if p.is_file()):
         relative = path.relative_to(source)
-        if relative.parts[0] in skip or path.name == PROVENANCE:
+        if relative.parts[0] in skip or path.name == PROVENANCE or path.name.startswith("."):
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,9 @@ class Interruption(Exception):
     def watch() -> Iterator["Request"]:
         """Turn the signals into a flag while the block runs."""
         request = Request()
-        old = {number: signal.signal(number, request.note) for number in SIGNALS}
+        # Whoever starts a job in the background may have had Ctrl-C ignored: then it stays so.
+        heeded = [n for n in SIGNALS if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        old = {number: signal.signal(number, request.note) for number in heeded}
         try:
             yield request
         finally:

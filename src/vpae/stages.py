@@ -112,14 +112,22 @@ def missing_students(source: Source) -> list[str]:
     return found
 
 
-def _require_own_teacher(source: Source, teacher: str) -> None:
-    """Refuse students that were trained before from another teacher: text, image and latents are other ones to them."""
+def _require_own_teacher(source: Source, teacher: Path) -> None:
+    """Refuse students that were trained before with other encoders: text, image and latents are other ones to them."""
+    wanted = _encoder_weights(teacher, "")
     for name, folder in source.settings.students.items():
-        if read_provenance(Path(folder))["inputs"].get(TEACHER, teacher) != teacher:
+        if _encoder_weights(Path(folder), "student/") != wanted:
             raise ConfigError(
-                f"{source.path}: students.{name}: {folder} was trained from another teacher than this experiment's; "
-                "set `teacher` as it was there"
+                f"{source.path}: students.{name}: {folder} was trained with another VAE, text or image encoder than "
+                "this experiment's teacher has; set `teacher` as it was there"
             )
+
+
+def _encoder_weights(folder: Path, prefix: str) -> set[str]:
+    """Hashes of the weights around the transformer, from a finished folder's provenance."""
+    places = tuple(f"{prefix}{network}/" for network in ("vae", "text_encoder", "image_encoder"))
+    outputs = read_provenance(folder)["outputs"].items()
+    return {value for file, value in outputs if file.startswith(places) and file.endswith(".safetensors")}
 
 
 def _task(source: Source, stage: str, results: Path) -> _Task:
@@ -141,8 +149,8 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
     settings = stage_settings(source.settings, stage)
     folders = {name: stage_folder(source, name, results) for name in upstream(source.settings, stage)}
     digests = {name: identity(path) for name, path in folders.items()}
-    if TEACHER in digests and folders.keys() & source.settings.students.keys():
-        _require_own_teacher(source, digests[TEACHER])
+    if TEACHER in folders and folders.keys() & source.settings.students.keys():
+        _require_own_teacher(source, folders[TEACHER])
     module = importlib.import_module(STAGES[stage].module)
     if hasattr(module, "external_inputs"):
         digests |= module.external_inputs(source.settings)

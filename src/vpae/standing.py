@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from vbench_i2v.files import tree
-from vpae.artifacts import identity, read_provenance, recover
+from vpae.artifacts import PROVENANCE, identity, read_provenance, recover
 from vpae.config import Experiment
 from vpae.distill.method import TEACHER
 from vpae.experiment import Source
@@ -86,6 +86,8 @@ def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
     finished = datetime.fromisoformat(provenance["finished"]).timestamp()
     began = provenance.get("began")
     seen = datetime.fromisoformat(began).timestamp() if began else finished - provenance["seconds"]
+    if (later := (folder / PROVENANCE).stat().st_mtime - finished) > NOTED_WITHIN:
+        seen += later  # a copy of the results and of the videos renews both dates
     noted = folder / ".snakemake_timestamp"
     if noted.exists() and noted.stat().st_mtime > finished + NOTED_WITHIN:
         seen = noted.stat().st_mtime

@@ -97,6 +97,10 @@ def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     hub = torch.hub.get_dir()
     try:
         model, _ = module.dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+    except ImportError as error:
+        raise NotComputed(f"dreamsim cannot be used ({error}); {ENVIRONMENT}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a damaged checkpoint raises anything
         what = f"{folder} cannot be read ({type(error).__name__}: {error})"
         raise NotComputed(f"{what}; delete it, and where there is internet, run: {filling(folder)}") from error

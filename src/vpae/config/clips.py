@@ -1,9 +1,9 @@
 """Stage `clips`."""
 
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vpae.config.section import NonNegative, Positive, Section, Share
 
@@ -45,6 +45,14 @@ class Columns(Section):
         return self
 
 
+def _without_nulls(given: Any) -> Any:
+    """An overlay takes a limit of its base away by setting it to null."""
+    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+Limits = Annotated[dict[str, float], BeforeValidator(_without_nulls, json_schema_input_type=dict[str, float | None])]
+
+
 class Filters(Section):
     """Which clips of a folder or table are wanted; the others go to quarantine with the reason."""
 
@@ -52,8 +60,8 @@ class Filters(Section):
     max_seconds: NonNegative = Field(0.0, description="Longest clip; 0: of any length.")
     min_width: int = Field(0, ge=0, description="Pixels of the file, upright.")
     min_height: int = Field(0, ge=0, description="Pixels of the file, upright.")
-    at_least: dict[str, float] = Field({}, description="Column of the table -> least value, such as a score.")
-    at_most: dict[str, float] = Field({}, description="Column of the table -> greatest value.")
+    at_least: Limits = Field({}, description="Column of the table -> least value, such as a score; null: none.")
+    at_most: Limits = Field({}, description="Column of the table -> greatest value; null: none.")
     min_motion: Share = Field(
         0.0, description="Mean change of a pixel from frame to frame, of 1; below about 0.002 a clip is nearly still."
     )
@@ -82,10 +90,10 @@ class Clips(Section):
     def _has_path(self) -> "Clips":
         if self.source != "world" and not self.path:
             raise ValueError(f"source = {self.source} needs path: name the {self.source} of videos")
-        of_tables = {"root": self.root, "columns": self.columns != Columns()}
-        of_tables |= {f"filters.{name}": getattr(self.filters, name) for name in ("at_least", "at_most")}
-        if self.source != "table" and (unread := [key for key, is_set in of_tables.items() if is_set]):
+        unread = [f"filters.{name}" for name in ("at_least", "at_most") if getattr(self.filters, name)]
+        if self.source == "folder" and unread:
             raise ValueError(
-                f"source = {self.source} has no columns, for {', '.join(unread)}; leave them out, or source: table"
+                f"source = folder has no columns, for {' and '.join(unread)}: set each column there to null, or take "
+                "source: table"
             )
         return self

@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -161,7 +161,7 @@ def _rows(table: Path) -> Iterator[dict]:
             else:
                 lines = csv.reader(file, strict=True)
                 header = next(lines, [])
-                for line in lines:
+                for line in _each(lines, table):
                     if any(line[len(header) :]):
                         raise ArtifactError(
                             f"{table}: line {lines.line_num} has {len(line)} cells and the header {len(header)}; put "
@@ -175,6 +175,16 @@ def _rows(table: Path) -> Iterator[dict]:
         raise
     except Exception as error:  # parquet's OSError among others: parsers raise more than they say
         raise ArtifactError(f"{table}: not a CSV, JSONL or parquet table: {error}") from error
+
+
+def _each(lines: Any, table: Path) -> Iterator[list[str]]:
+    """The rows of a CSV reader; what it does not understand is said with its line."""
+    try:
+        yield from lines
+    except csv.Error as error:
+        raise ArtifactError(
+            f"{table}: line {lines.line_num}: {error}; within a text in double quotes write each of them twice"
+        ) from error
 
 
 class _Reader:

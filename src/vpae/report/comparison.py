@@ -98,7 +98,7 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 score_of="SA, TC and FQ of VBench-I2V" if official else f"the truth metrics {', '.join(truth.METRICS)}",
                 cost=_cost(source.settings, trained),
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
-                measure=_measure(source.settings) | {"latents": fingerprint(unseeded, "latents")},
+                measure=_measure(source.settings),
             )
         )
     return found
@@ -109,9 +109,9 @@ def _measure(settings: Experiment) -> dict[str, object]:
     samples = settings.samples.model_dump(mode="json", exclude={"rows", "batch_size", "compile"})
     evaluation = settings.evaluation.model_dump(mode="json")
     evaluation["vbench"].pop("weights")
-    return {f"samples.{key}": value for key, value in samples.items()} | {
-        f"evaluation.{key}": value for key, value in evaluation.items()
-    }
+    clips = settings.clips.model_dump(mode="json", exclude={"train", "workers"})
+    parts = {"samples": samples, "evaluation": evaluation, "clips": clips, "geometry": settings.geometry.model_dump()}
+    return {f"{section}.{key}": value for section, values in parts.items() for key, value in values.items()}
 
 
 def _provenance(folder: Path) -> dict:
@@ -175,11 +175,6 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
                 f"{run.experiment}: give both the same evaluation.vbench.backbones"
             )
         for key, value in run.measure.items():
-            if value != runs[0].measure[key] and key == "latents":
-                raise ConfigError(
-                    f"{runs[0].experiment} and {run.experiment} have other clips, geometry or VAE (`vpae config show` "
-                    "prints both), so that their scores cannot be compared"
-                )
             if value != runs[0].measure[key]:
                 raise ConfigError(
                     f"{key} is {runs[0].measure[key]} in {runs[0].experiment} and {value} in {run.experiment}, so that "

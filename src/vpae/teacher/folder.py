@@ -15,6 +15,7 @@ from vpae.graph import RESULTS, STAGES
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
 COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
 KNOWN = RESULTS / ".hashes.json"  # of large files, by size, date and inode
+_KNOWN_HERE: dict[str, str] = {}  # the same, of this process
 LARGE = 100_000_000
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' weights
 SQUARE, ADDED = ("to_q", "to_k", "to_v", "to_out.0"), ("add_k_proj", "add_v_proj")
@@ -31,7 +32,7 @@ def external_inputs(settings: Experiment) -> dict[str, str]:
     if not name:
         return found
     folder = checked(Path(name))
-    files = [p for p in tree(folder) if p.is_file()]
+    files = [p for p in tree(folder, hidden_folders=True) if p.is_file()]
     hashes = zip(files, _hashes(files), strict=True)
     return found | {name: digest({p.relative_to(folder).as_posix(): h for p, h in hashes})}
 
@@ -59,9 +60,9 @@ def _lora_identity(file: Path) -> str:
 def _hashes(files: list[Path]) -> list[str]:
     """The sha256 of each file; large ones are not read again while size, date and inode stay."""
     try:
-        known = json.loads(KNOWN.read_text())
+        known = json.loads(KNOWN.read_text()) | _KNOWN_HERE
     except (OSError, ValueError):  # nothing is known yet, or nothing any more
-        known = {}
+        known = dict(_KNOWN_HERE)
     learnt: dict[str, str] = {}
 
     def hash_of(path: Path) -> str:
@@ -75,6 +76,7 @@ def _hashes(files: list[Path]) -> list[str]:
 
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(hash_of, files))
+    _KNOWN_HERE.update(learnt)
     if learnt and KNOWN.parent.is_dir():  # elsewhere there is nothing to speed up
         with suppress(OSError):
             write_json(KNOWN, known | learnt)
@@ -163,7 +165,8 @@ def _unsupported(index: dict, config: dict) -> str:
         return f"its transformer has in_channels and out_channels = {channels}, not (36, 16)"
     if config.get("image_dim") is None or config.get("added_kv_proj_dim") is None:
         return "its transformer does not look at the image's embedding (image_dim, as in Wan2.2)"
-    return "" if kind == "WanImageToVideoPipeline" else f"it is a {kind}, not a WanImageToVideoPipeline"
+    known = ("WanImageToVideoPipeline", "WanI2VDMD2Pipeline")  # the second in what is exported for vLLM-Omni
+    return "" if kind in known else f"it is a {kind}, not a WanImageToVideoPipeline"
 
 
 def _other_than(config: dict, found: dict[str, tuple[int, ...]]) -> list[str]:

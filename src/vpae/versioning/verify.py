@@ -45,8 +45,8 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         return
     found = list(departures(source, stage, results))
     yield from found
-    if not found and stage != "teacher" and standing(source, results).get(stage) is False:
-        yield f"{folder}: made from other files outside of the results than the present ones"
+    if not found and stage == "clips" and standing(source, results).get(stage) is False:
+        yield f"{folder}: videos or captions of {source.settings.clips.path} are newer"
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:
             yield f"{folder}: made from {above}, which is missing or unfinished"
