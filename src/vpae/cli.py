@@ -21,14 +21,20 @@ from vpae.versioning import command as versioning
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_A_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+# What other libraries say while they load weights would bury our own progress. And OpenMP's threads spin for
+# milliseconds when they are idle: where others want the cores, small networks then take several times as long.
+VARIABLES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "GOMP_SPINCOUNT": "10000",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (2: bad input, 3: interrupted and resumable)."""
     arguments = _parser().parse_args(argv)
-    # What other libraries say while they load weights would bury our own progress. Set before they are imported.
-    for name, value in QUIET.items():
+    for name, value in VARIABLES.items():  # before torch and the others are imported
         os.environ.setdefault(name, value)
     from vbench_i2v.errors import VBenchError
     from vpae.artifacts import ArtifactError
@@ -36,10 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     from vpae.training.phase import Collapse
 
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Interruption as interruption:
         print(f"vpae: {interruption}; run the same command again to go on", file=sys.stderr)
         return EXIT_CODE

@@ -135,7 +135,7 @@ def pipeline_of(source: Source) -> Pipeline:
         if named:
             return ARCHITECTURES[named]
         raise ConfigError(
-            f"{source.path}: teacher.path: {teacher.path} is not here, and its shape is unknown; fetch it, or set "
+            f"{source.path}: teacher.path: {teacher.path} is not here, and its shape is unknown; `dvc pull` it, or set "
             f"teacher.architecture to one of {', '.join(ARCHITECTURES)}"
         )
     found = _found(folder)

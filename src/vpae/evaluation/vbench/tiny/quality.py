@@ -8,6 +8,9 @@ Axes: N frames, D statistics, H height, W width, 3 colours in [0, 1].
 
 import math
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +85,25 @@ def quality(state: Path) -> QualityNet:
                 model = QualityNet()
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 return model.eval().requires_grad_(False)
-    model = train()
+    print(f"vpae: training the small quality network, kept in {path}", file=sys.stderr)
+    with _one_thread():
+        model = train()
     state.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     save_file(model.state_dict(), temporary, {"recipe": recipe})
     temporary.replace(path)
     return model
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of products too small to be shared: where cores are busy, threads spend their time on waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train() -> QualityNet:
