@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,16 @@ def test_every_foreseen_end_has_its_code_and_one_sentence(end, code, said, monke
     assert main(["priming", "--config", MICRO]) == code
     error = capsys.readouterr().err
     assert said in error and error.startswith("vpae: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [["config", "schema"], ["config", "show", "--config", MICRO]])
+def test_who_stops_reading_gets_no_traceback_and_no_success(command: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = [sys.executable, "-c", "import sys; from vpae.cli import main; sys.exit(main())", *command]
+    done = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):

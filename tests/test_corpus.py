@@ -146,6 +146,18 @@ def test_clips_are_cut_out_of_films_and_a_film_is_not_on_both_sides(tmp_path: Pa
         assert np.abs(clip.frames(source.settings.geometry, folder) - whole).mean() < 20
 
 
+@pytest.mark.parametrize("filters", [{}, {"min_seconds": 2.0}])
+def test_a_clip_that_begins_later_and_lasts_to_the_end_is_taken(filters: dict, tmp_path: Path) -> None:
+    rows = []
+    for film in range(7):
+        write_clip(tmp_path / f"{film}.mp4", np.roll(moving(count=32), 5 * film, 2))
+        rows.append({"path": f"{film}.mp4", "caption": "x", "from": 1.5})
+    table = write_table(tmp_path / "t.csv", rows)
+    source = experiment(tmp_path, path=str(table), columns={"start": "from"}, filters=filters)
+    folder = run_stage(source, "clips", tmp_path / "results")
+    assert [clip.start for clip in read_manifest(folder)] == [1.5] * 7
+
+
 def still(count: int = 12) -> np.ndarray:
     return np.repeat(moving(count=1), count, 0)
 

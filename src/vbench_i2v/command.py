@@ -105,11 +105,8 @@ def _score(arguments: argparse.Namespace) -> None:
         expected, source = counts(read_suite(arguments.suite), samples or SAMPLES), str(arguments.suite)
     else:
         for own, _ in accounts:
-            expected, gaps, source = (
-                expected | own.expected,
-                gaps | own.gaps,
-                f"what was to be scored; networks: {own.of}",
-            )
+            expected, gaps = expected | own.expected, gaps | own.gaps
+            source = f"what was to be scored; networks: {own.of}"
         for own, held in accounts:  # of several files, each knows its own dimensions best
             expected |= {name: own.expected[name] for name in held}
     print(scores.table(found.values, found.counts, expected, gaps))

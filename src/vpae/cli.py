@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+    except BrokenPipeError:  # whoever reads is gone, as `head` is: no traceback, but a stage is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except Interruption as interruption:
         print(f"vpae: {interruption}; run the same command again to go on", file=sys.stderr)
         return EXIT_CODE

@@ -257,9 +257,9 @@ def _check_one(row: Candidate, settings: Experiment) -> dict | str:
         shape = (geometry.frames, geometry.height, geometry.width, geometry.fps)
         motion, jump = _motion(read_clip(path, *shape, row.start, row.stop))
         limits = settings.clips.filters.min_seconds or settings.clips.filters.max_seconds
-        end = row.stop or (info.seconds or length(path) if limits else 0.0)
+        seconds = (row.stop or info.seconds or length(path)) - row.start if limits else 0.0
         found = {"width": info.width, "height": info.height, "fps": info.fps, "motion": motion, "jump": jump}
-        return _unwanted(found, end - row.start, settings.clips.filters) or {**found, "sha256": content(path)}
+        return _unwanted(found, seconds, settings.clips.filters) or {**found, "sha256": content(path)}
     except VideoError as error:
         return str(error)
     except (MemoryError, OSError) as error:
