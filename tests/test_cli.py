@@ -120,3 +120,12 @@ def test_a_signal_ends_a_stage_with_the_code_that_puts_a_job_back_into_the_queue
     monkeypatch.setattr(catalog, "_in_processes", with_a_signal)
     assert main(["clips", "--config", MICRO, "--results", str(tmp_path)]) == EXIT_CODE
     assert "finished ones are kept" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_at_once_and_one_after_another_signal_does_not() -> None:
+    with Interruption.watch() as request:
+        signal.raise_signal(signal.SIGTERM)  # of a workflow that ends, beside the terminal's own
+        signal.raise_signal(signal.SIGINT)
+        assert request.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -30,8 +30,10 @@ class Request:
     """Whether an end was asked for."""
 
     requested = False
+    pressed = False
 
     def note(self, number, _frame) -> None:
-        if number == signal.SIGINT and self.requested:
+        if number == signal.SIGINT and self.pressed:
             raise KeyboardInterrupt  # who presses it twice does not want to wait
+        self.pressed |= number == signal.SIGINT
         self.requested = True
