@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,15 @@ def test_a_signal_ends_a_stage_with_the_code_that_puts_a_job_back_into_the_queue
     assert "finished ones are kept" in capsys.readouterr().err
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heeded, also where the tests run in the background and have inherited that it is ignored."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_ends_at_once_and_one_after_another_signal_does_not() -> None:
     with Interruption.watch() as request:
         signal.raise_signal(signal.SIGTERM)  # of a workflow that ends, beside the terminal's own

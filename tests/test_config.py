@@ -41,6 +41,7 @@ def test_results_from_before_a_key_stay_what_they_are_while_it_is_off() -> None:
         ("teacher", "loras"),
         ("equilibrium", "logits_at_once"),
         ("equilibrium", "few_step"),
+        ("equilibrium", "few_step_shift"),
         ("equilibrium", "relativistic"),
         ("samples", "decoder"),
     )

@@ -24,6 +24,7 @@ from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit
 from planned import SEVERAL, SMALL, TOKENS, several
 from vpae.models.wan import load_pipeline, velocity
 from vpae.planning.phase import execute
+from vpae.training.monitor import LOOKS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
@@ -139,6 +140,18 @@ def test_two_processes_do_what_one_does_that_accumulates_twice_as_often(name, tw
     lines, weights, _ = alone(CASES[name], name)
     assert_alike(losses(two / name / "metrics.jsonl"), lines, 1e-5)
     assert furthest(load_file(two / name / "weights.safetensors"), weights) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.watched])
+def test_two_processes_keep_the_videos_that_one_keeps(name, two, tmp_path):
+    facts(two, name), facts(two, name, 1)
+    accelerator = accelerator_for("no")
+    fit(build(CASES[name], accelerator), tmp_path, accelerator)
+    kept = sorted(path.name for path in (tmp_path / LOOKS).iterdir())
+    assert len(kept) == 3 and kept == sorted(path.name for path in (two / name / LOOKS).iterdir())
+    for file in kept:
+        one, theirs = (load_file(folder / LOOKS / file)["x0"] for folder in (tmp_path, two / name))
+        torch.testing.assert_close(one, theirs, rtol=0, atol=1e-3)  # Adam's first steps make rounding larger
 
 
 @pytest.mark.parametrize("name", ["priming-bf16", "equilibrium-bf16"])

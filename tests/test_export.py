@@ -429,6 +429,14 @@ def test_the_card_names_the_terms_that_were_on(section, words, tmp_path):
     assert words in " ".join(text.split())
 
 
+@pytest.mark.parametrize("own", [None, 0.3])
+def test_the_card_names_the_shift_of_the_student_s_own_sampler(own, tmp_path):
+    settings = {"teacher": {"shift": 5.0}, "priming": {"few_step_shift": 2.0}, "equilibrium": {"few_step_shift": own}}
+    write_card(tmp_path, PROVENANCE, settings, form="wan")
+    _, text = front_and_text(tmp_path / "README.md")
+    assert f"shift={5.0 if own is None else own}, stochastic_sampling" in text
+
+
 def test_the_card_of_a_student_of_the_first_phase_does_not_claim_the_second(student, tmp_path):
     write_card(tmp_path, PROVENANCE, {"priming": {"guidance_scale": 5.0}, "teacher": {"shift": SHIFT}})
     _, text = front_and_text(tmp_path / "README.md")

@@ -110,9 +110,9 @@ def test_the_kept_score_pulls_along_the_direction_of_phase_one():
     phase, (x, c) = build_equilibrium(**{**KEPT, "score": Score(weight=0.7, guidance_scale=3.0)}), build_batch(2)
     seeded(SEED, lambda: [torch.nn.init.normal_(p, std=0.1) for p in phase.fake.parameters()])
     xh = torch.randn(x.shape, generator=rng(1), requires_grad=True)
-    clips = Clips(x, c, rng(2), SHIFT, 0.0)
+    clips = Clips(x, c, rng(2), SHIFT, SHIFT, 0.0)
     (0.7 * phase.score_loss(xh, clips)).backward()
-    again = Clips(x, c, rng(2), SHIFT, 0.0)
+    again = Clips(x, c, rng(2), SHIFT, SHIFT, 0.0)
     with torch.no_grad():
         t = again.times(phase.config.score.times)
         xh_t = add_noise(xh.detach(), again.noise(), t)

@@ -227,8 +227,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     (package / "toy-1.0.dist-info").mkdir()
     (package / "toy-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (package / "toy-1.0.dist-info/entry_points.txt").write_text("[vpae.methods]\ntoy = toy:Toy\n")
-    rows = {"toy-1nfe": {"model": "toy", "steps": 1}, **dict.fromkeys(["teacher-100nfe", "vpae-2nfe", "vpae-4nfe"])}
+    rows = {f"toy-{n}nfe": {"model": "toy", "steps": n} for n in (1, 2)}
+    rows |= dict.fromkeys(["teacher-100nfe", "vpae-2nfe", "vpae-4nfe"])
     tree = {"methods": {"toy": "teacher"}, "samples": {"rows": rows}, "evaluation": {"latency_warmup": 0}}
+    tree["toy"] = {"few_step_shift": 0.5}
     write(project / "configs", "toyed", {"extends": "micro", **tree})
     path = os.pathsep.join([str(package), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VPAE_", "SNAKEMAKE_"))}
@@ -259,7 +261,9 @@ def test_a_method_of_another_package_goes_all_the_way_to_the_report(toy: tuple[P
     project, _ = toy
     page = (project / "results/toyed/report/index.html").read_text()
     assert "A toy that regresses" in page and "toy student, 1 step" in page and "V-PAE, 1 step" in page
-    card = (project / "results/toyed/toy/student/README.md").read_text()
+    student = project / "results/toyed/toy/student"
+    assert json.loads((student / "scheduler/scheduler_config.json").read_text())["shift"] == 0.5
+    card = (student / "README.md").read_text()
     assert "distilled by plain regression" in card
     again = asked(toy, sys.executable, "-m", "snakemake", "all", "--cores", "2", "--config", "experiment=toyed")
     assert "Nothing to be done" in again

@@ -213,17 +213,18 @@ def test_the_generator_sees_the_noised_real_clip_at_times_of_its_interval(turn):
 # Both phases.
 
 
+@pytest.mark.parametrize("own", [None, 0.3])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("build", "first"), [(build_priming, 0.9), (build_equilibrium, 1.0)])
-def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(build, first, share):
+def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(build, first, share, own):
     later = {"few_step_share": share} if build is build_priming else {"few_step": {"share": share}}
-    phase, times = build(**later), []
+    phase, times = build(**later, few_step_shift=own), []
     turn = "fake" if build is build_priming else "head"
     with calls_of(phase.generator) as calls, torch.no_grad():
         for seed in range(20):
             phase.loss(turn, build_batch(2), rng(seed), 0)
     times = torch.cat([call["timestep"] for call in calls]) / 1000
-    later = schedule(4, phase.shift)[1:-1].float()
+    later = schedule(4, phase.shift if own is None else own)[1:-1].float()
     found = (times[:, None] - later).abs().min(dim=1).values < 1e-6
     assert abs(found.float().mean().item() - share) <= (0.25 if share == 0.5 else 0)
     assert (times[~found] >= first).all()
@@ -367,7 +368,8 @@ def test_all_logits_of_the_head_s_turn_may_be_taken_in_one_pass(r1):
         grads.append([p.grad for p in phase.head.parameters()])
         batches.append([len(call["timestep"]) for call in calls])
     assert batches == [[3] * 4, [12]]
-    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6) and found[1]["str1"] > 0
+    # What probes change is a difference of logits, of which rounding takes up to 2e-4 on some processors.
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6) and found[1]["str1"] > 0
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert phase.loss("head", build_batch(3), rng(), 0)[0].item() == pytest.approx(found[0]["loss"], rel=1e-4)

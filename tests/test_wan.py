@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_the_scheduler_set_as_the_model_card_says_has_our_times(steps: int):
     scheduler.sigma_min = 1 / steps
     scheduler.set_timesteps(steps)
     torch.testing.assert_close(scheduler.sigmas.double(), flow.schedule(steps, SHIFT), atol=1e-6, rtol=0)
+
+
+def test_a_student_is_sampled_at_the_times_of_its_own_scheduler_and_the_teacher_at_the_experiment_s(tmp_path, teacher):
+    save_student(teacher, build_transformer(5), 0.3, tmp_path / "student")
+    settings, inputs = SimpleNamespace(teacher=SimpleNamespace(shift=SHIFT)), {"teacher": teacher, "priming": tmp_path}
+    found = {
+        model: sampling.row_shift(settings, inputs, Sampler(model=model, steps=2)) for model in ("teacher", "priming")
+    }
+    assert found == {"teacher": SHIFT, "priming": 0.3}
 
 
 @torch.no_grad()

@@ -277,24 +277,22 @@ class Judge:
         use_one_core()
         data = torch.load(data_file, weights_only=True, mmap=True)
         self.sets = {name: Clips(data, name) for name in ("fit", "test")}
-        self.judging, self.shift = plan["judge"], load(plan["config"], plan.get("set", [])).settings.teacher.shift
+        self.judging = plan["judge"]
         self.network = load_transformer(teacher, torch.float32).to(DEVICE)
         self.vae = load_pipeline(teacher, transformer=None, text_encoder=None, image_encoder=None).vae.to(DEVICE)
         self.features = RandomFeatures().to(DEVICE)
 
-    def __call__(self, weights: dict[str, Tensor] | None, row: Sampler) -> dict:
+    def __call__(self, weights: dict[str, Tensor] | None, row: Sampler, shift: float) -> dict:
         """C2ST over several classifier seeds, Frechet distance, motion, and the truth metrics, of one network."""
         if weights is not None:
             self.network.load_state_dict(weights)
         sets, judging = self.sets, self.judging
-        fit, test = (
-            videos_of(self.network, sets[name], row, self.shift, seed) for name, seed in (("fit", 1), ("test", 2))
-        )
+        fit, test = (videos_of(self.network, sets[name], row, shift, seed) for name, seed in (("fit", 1), ("test", 2)))
         pairs = [c2st.Pairs(sets[n].x0, x, sets[n].condition) for n, x in (("fit", fit), ("test", test))]
         found = [c2st.accuracy(*pairs, judging["steps"], seed) for seed in range(judging["seeds"])]
         more = judging.get("few_steps", []) if row.model != TEACHER else []
         rows = {steps: Sampler(model="student", steps=steps) for steps in more}
-        few = {n: videos_of(self.network, sets["test"], other, self.shift, 2) for n, other in rows.items()}
+        few = {n: videos_of(self.network, sets["test"], other, shift, 2) for n, other in rows.items()}
         return {
             "c2st": float(np.mean(found)),
             "c2st_by_seed": found,
@@ -328,10 +326,10 @@ def become_judge(*arguments) -> None:
     at_hand.append(Judge(*arguments))
 
 
-def judge(weights: Path | None, row: Sampler, out: Path, begun: float, values: dict) -> None:
+def judge(weights: Path | None, row: Sampler, shift: float, out: Path, begun: float, values: dict) -> None:
     """Judge the weights of a file, or the teacher itself, in a process of the pool, and append the line to `out`."""
     loaded = torch.load(weights, map_location=DEVICE, weights_only=True) if weights else None
-    found = at_hand[0](loaded, row)
+    found = at_hand[0](loaded, row, shift)
     name = {key: values[key] for key in ("variant", "seed")}
     line = {**name, "seconds": round(time.monotonic() - begun, 1), **found, **values}
     with out.open("a") as file:
@@ -359,14 +357,14 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
     ):
         pending = []
 
-        def have_judged(name: str, weights: Path | None, row: Sampler, **values) -> None:
+        def have_judged(name: str, weights: Path | None, row: Sampler, shift: float, **values) -> None:
             values |= {"variant": name, "seed": seed}
-            pending.append(pool.submit(judge, weights, row, out, begun, values))
+            pending.append(pool.submit(judge, weights, row, shift, out, begun, values))
 
         networks, clips = InMemory(teacher), Clips(torch.load(data_file, weights_only=True, mmap=True), "train")
         if seed == plan["seeds"][0] and plan.get("teacher", True):  # on a CPU its 100 NFE take longer than all else
-            rows = load(plan["config"], plan.get("set", [])).settings.samples.rows
-            have_judged("teacher-100nfe", None, rows["teacher-100nfe"])
+            settings = load(plan["config"], plan.get("set", [])).settings
+            have_judged("teacher-100nfe", None, settings.samples.rows["teacher-100nfe"], settings.teacher.shift)
         for group in plan["variants"]:
             runs = [
                 start_of(name, variant, plan, seed, networks, clips, i)
@@ -384,9 +382,8 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
                 weights = Path(folder, f"{run.name}.pt")
                 torch.save(run.phase.ema.state_dict(), weights)
                 logs = {key: float(value) for key, value in run.logs.items()}
-                have_judged(
-                    run.name, weights, Sampler(model="student", steps=1), evaluations=run.evaluations, logs=logs
-                )
+                row, shift = Sampler(model="student", steps=1), run.phase.config.later_shift(run.phase.shift)
+                have_judged(run.name, weights, row, shift, evaluations=run.evaluations, logs=logs)
             del runs
         for judged in pending:
             judged.result()

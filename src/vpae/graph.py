@@ -16,7 +16,17 @@ from vpae.experiment import Source
 
 RESULTS = Path("results")
 # Keys that change nothing where they are empty or off: results from before there were these keys stay what they are.
-NEWER = {"loras", "logits_at_once", "decoder", "few_step", "relativistic", "videos", "vae_tiles", "own"}
+NEWER = {
+    "loras",
+    "logits_at_once",
+    "decoder",
+    "few_step",
+    "few_step_shift",
+    "relativistic",
+    "videos",
+    "vae_tiles",
+    "own",
+}
 
 
 @dataclass(frozen=True)

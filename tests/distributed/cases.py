@@ -15,9 +15,11 @@ from torch import Tensor
 
 from conftest import SHIFT, build_batch, build_head, build_transformer, seeded
 from vpae.config import Lora, Optimizer, Sharding, Training
+from vpae.config.training import Monitor
 from vpae.distill import METHODS, equilibrium, priming
 from vpae.distill.equilibrium import Equilibrium
 from vpae.distill.priming import Priming
+from vpae.distill.run import watch_of
 from vpae.experiment import load
 from vpae.models.adapters import FAKE, STUDENT, SharedBase
 from vpae.models.wan import default_taps
@@ -38,18 +40,19 @@ class Case:
     accumulate: int = 1
     steps: int = 2
     precision: str = "no"
+    watched: bool = False
 
 
 CASES = {
     "priming": Case("priming"),
-    "equilibrium": Case("equilibrium"),
+    "equilibrium": Case("equilibrium", watched=True),
     "replicated": Case("equilibrium", sharding={"strategy": "none"}),
     "priming-again": Case("priming", {"student_lora": LORA}, {"activation_checkpointing": True}, accumulate=2),
     "equilibrium-again": Case("equilibrium", {}, {"activation_checkpointing": True}, accumulate=2),
     "priming-copy": Case("priming", {"fake_form": "copy"}),
     "equilibrium-copy": Case("equilibrium", {"backbone": "copy"}, {"activation_checkpointing": True}),
     "equilibrium-lora": Case("equilibrium", {"student_lora": LORA}, {"activation_checkpointing": True}),
-    "priming-context": Case("priming", {}, {"context_parallel": 2, "activation_checkpointing": True}),
+    "priming-context": Case("priming", {}, {"context_parallel": 2, "activation_checkpointing": True}, watched=True),
     "equilibrium-context": Case(
         "equilibrium", {"logits_at_once": True}, {"context_parallel": 2, "activation_checkpointing": "attention"}
     ),
@@ -90,6 +93,7 @@ def build(case: Case, accelerator: Accelerator, **training):
             ema_decay=0.5,
             mixed_precision=case.precision,
             sharding=Sharding() if alone else sharding,
+            monitor=Monitor(every=1, clips=2, videos=2, stop=False) if case.watched else Monitor(),
             **training,
         ),
         "generator": Optimizer(learning_rate=1e-3),
@@ -147,7 +151,21 @@ def fit(phase, folder: Path, accelerator: Accelerator, steps: int | None = None)
     """Train on random clips, which follow from their places among all micro-batches."""
     training = phase.config.training.model_copy(update={"steps": steps} if steps else {})
     rank, ranks = data_rank(training.sharding, accelerator)
-    return train(phase, lambda drawn: build_batch(1, seed=drawn * ranks + rank), training, 0, folder, accelerator)
+    watch = watch_of(phase, HeldOut(), 0, accelerator) if training.monitor.every else None
+    return train(
+        phase, lambda drawn: build_batch(1, seed=drawn * ranks + rank), training, 0, folder, accelerator, watch
+    )
+
+
+class HeldOut:
+    """Clips to watch, where a stage has stored ones."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def batch(self, numbers: list[int], _device):
+        """Latents and condition."""
+        return build_batch(len(numbers), seed=900 + numbers[0])
 
 
 def result(phase) -> dict[str, Tensor]:

@@ -157,19 +157,19 @@ def sampling(rows: Rows, source: Source, network: Network, backend: str) -> None
         rows.add("fp8 difference", relative=error.item())
 
 
-def turns(rows: Rows, source: Source, network: Network, backend: str, name: str) -> None:
-    """The turns of a phase, compiled and not."""
+def turns(rows: Rows, source: Source, network: Network, backend: str, name: str, compiled: tuple[bool, ...]) -> None:
+    """The turns of a phase, compiled or not."""
     tokens = tokens_of(source.settings, pipeline_of(source))
     settings = training.alone(source.settings, name)
     planned = execute(settings, name, network, tokens, 1)
     bench = training.Workbench(settings, name, network, tokens, rows.device)
     synchronise(rows.device)
     rows.add("built")
-    for compiled in (True, False):
-        bench.compile(compiled, backend)
+    for wanted in compiled:
+        bench.compile(wanted, backend)
         for turn in sorted(planned.turns, key=lambda turn: turn != bench.phase.main):  # the dearest first
             plan = planned.turns[turn]
-            label = f"{turn}, {'compiled' if compiled else 'eager'}"
+            label = f"{turn}, {'compiled' if wanted else 'eager'}"
             per_step = plan.count / bench.training.steps
             rows.time(label, partial(bench.update, turn), 1, plan.model, per_step=per_step, planned_bytes=plan.peak)
 
@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; rows are appended")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the network has: seconds are in proportion")
+    parser.add_argument("--eager", action="store_true", help="a phase's turns without compiled blocks alone")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -190,14 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     network = pipeline_of(source).transformer
     network = replace(network, layers=arguments.layers or network.layers)
-    rows.add("begin", device=name, torch=torch.__version__, experiment=source.name, layers=network.layers)
+    made = {"experiment": source.name, "layers": network.layers, "set": arguments.set}
+    rows.add("begin", device=name, torch=torch.__version__, **made)
     rows.add("matrix products", tflops=rows.peak / 1e12)
     if arguments.part == "video":
         video(rows, source, arguments.out.parent)
     elif arguments.part == "sampling":
         sampling(rows, source, network, arguments.backend)
     else:
-        turns(rows, source, network, arguments.backend, arguments.part)
+        turns(rows, source, network, arguments.backend, arguments.part, (False,) if arguments.eager else (True, False))
     rows.add("end")
     return 0
 

@@ -45,6 +45,16 @@ class MethodSettings(Section):
     student_lora: Lora | None = Field(
         None, description="Train the generator as an adapter on the teacher's own weights; empty: all its weights."
     )
+    few_step_shift: float | None = Field(
+        None,
+        gt=0,
+        description="Timestep shift of the student's sampler, which sets the times of its steps after the first; below "
+        "1 these refine a video instead of deciding it anew; empty: teacher.shift [choice].",
+    )
+
+    def later_shift(self, shift: float) -> float:
+        """`few_step_shift`, or the teacher's."""
+        return shift if self.few_step_shift is None else self.few_step_shift
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Clips:
         c: their condition.
         rng: source of all randomness of this micro-batch; the order of the draws is part of a method.
         shift: timestep shift.
+        later_shift: that of the student's sampler.
         progress: how much of the run is done, in [0, 1].
     """
 
@@ -76,6 +87,7 @@ class Clips:
     c: Condition
     rng: torch.Generator
     shift: float
+    later_shift: float
     progress: float
 
     def noise(self) -> Tensor:
@@ -90,7 +102,7 @@ class Clips:
         """t, but for a share of the clips a time at which a sampler of so many steps goes on: not 1, not 0."""
         if share == 0:
             return t_B
-        later = flow.schedule(steps, self.shift, t_B.device)[1:-1].to(t_B.dtype)
+        later = flow.schedule(steps, self.later_shift, t_B.device)[1:-1].to(t_B.dtype)
         chosen = later[torch.randint(len(later), t_B.shape, generator=self.rng, device=t_B.device)]
         return torch.where(torch.rand(t_B.shape, generator=self.rng, device=t_B.device) < share, chosen, t_B)
 
@@ -155,7 +167,8 @@ class Method(Phase):
     def loss(self, turn: str, batch: tuple[Tensor, Condition], rng: torch.Generator, step: int) -> Loss:
         """The loss of one turn on latents x (B, 16, F, H, W) and their condition."""
         x, c = batch
-        clips = Clips(x, c, rng, self.shift, loop.progress_at(step, self.config.training))
+        progress = loop.progress_at(step, self.config.training)
+        clips = Clips(x, c, rng, self.shift, self.config.later_shift(self.shift), progress)
         return getattr(self, f"{turn}_loss")(clips)
 
     def generate(self, clips: Clips) -> Tensor:

@@ -85,9 +85,9 @@ def batches_of(latents: Path, training: Training, seed: int, name: str, accelera
     return Batches(LatentDataset(latents, "train"), training, seed, name, accelerator)
 
 
-def watch_of(phase: Method, latents: Path, seed: int, accelerator: Accelerator) -> Watch:
-    """A collapse monitor of the EMA's single steps on the first held-out clips."""
-    training, dataset = phase.config.training, LatentDataset(latents, "held_out")
+def watch_of(phase: Method, dataset: LatentDataset, seed: int, accelerator: Accelerator) -> Watch:
+    """A collapse monitor of the EMA's single steps on the first clips of a dataset."""
+    training = phase.config.training
     batches = torch.arange(min(training.monitor.clips, len(dataset))).split(training.batch_size)
     clips = (
         [dataset.batch(numbers.tolist(), accelerator.device) for numbers in batches] if training.monitor.every else []
@@ -143,7 +143,7 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     accelerator = accelerator_for(training)
     phase = at_start(settings, name, inputs, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
-    watch = watch_of(phase, inputs["latents"], settings.seed, accelerator)
+    watch = watch_of(phase, LatentDataset(inputs["latents"], "held_out"), settings.seed, accelerator)
     cost = cost_of(settings, name, phase, batches, accelerator)
     metrics = train(phase, batches, training, settings.seed, state, accelerator, watch, batches.keys, cost)
     phase.save(out)
@@ -155,7 +155,8 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
         "trained_parameters": sum(p.numel() for role in phase.roles.values() for p in role.parameters()),
         **summary(state / SPEED),
     }
-    if save_ema(out, inputs[TEACHER], phase.ema, settings.teacher.shift):  # in the first process
+    shift = phase.config.later_shift(phase.shift)
+    if save_ema(out, inputs[TEACHER], phase.ema, shift):  # in the first process
         shutil.copy(metrics, out / "metrics.jsonl")
         if (state / LOOKS).is_dir():
             link_tree(state / LOOKS, out / LOOKS)

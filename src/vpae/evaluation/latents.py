@@ -19,7 +19,7 @@ from vpae.evaluation.statistics import bootstrap, jackknife
 from vpae.models.wan import load_sampler
 from vpae.progress import track
 from vpae.randomness import derived_seed
-from vpae.sampling import draw, model_folder
+from vpae.sampling import draw, model_folder, row_shift
 
 REAL = "real"
 JACKKNIFE_GROUPS = 20
@@ -67,12 +67,12 @@ def _clips(dataset: LatentDataset, count: int, start: int = 0) -> tuple[Tensor, 
 def _redrawn(row: Sampler, dataset: LatentDataset, count: int, settings: Experiment, inputs: dict[str, Path]) -> Tensor:
     """The latents that a row's model makes of training clips' first frames."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_sampler(model_folder(inputs, row.model)).to(device).eval()
+    model, shift = load_sampler(model_folder(inputs, row.model)).to(device).eval(), row_shift(settings, inputs, row)
     made = []
     for numbers in torch.arange(count).split(settings.samples.batch_size):
         x, condition = dataset.batch(numbers.tolist(), device)
         seeds = [derived_seed(settings.seed, "c2st", i) % 2**31 for i in numbers.tolist()]
-        made.append(draw(model, row, settings.teacher.shift, condition, tuple(x.shape[1:]), seeds).float().cpu())
+        made.append(draw(model, row, shift, condition, tuple(x.shape[1:]), seeds).float().cpu())
     return torch.cat(made)
 
 

@@ -21,7 +21,7 @@ from vpae.models.wan import load_pipeline
 from vpae.parts import Part
 from vpae.placement import COMPILED_FROM, compiling_pays
 from vpae.progress import track
-from vpae.sampling import draw, model_folder
+from vpae.sampling import draw, model_folder, row_shift
 from vpae.sampling.single import animate
 from vpae.sampling.stage import load_vae, small_decoder
 
@@ -121,7 +121,7 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
             pipeline = pipelines[row.model]
 
             def diffuse(pipeline=pipeline, row: Sampler = row) -> None:
-                draw(pipeline.transformer, row, settings.teacher.shift, condition, shape, [0])
+                draw(pipeline.transformer, row, row_shift(settings, inputs, row), condition, shape, [0])
 
             def everything(pipeline=pipeline, row: Sampler = row) -> None:
                 animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames, small)

@@ -85,7 +85,7 @@ def write_card(
         paper=PAPER,
         geometry={**RELEASED, **_geometry(folder, settings)},
         known_geometry=bool(_geometry(folder, settings)),
-        shift=settings.get("teacher", {}).get("shift"),
+        shift=_shift(settings),
         trained=_trained(settings),
         methods=[METHODS[name].described(settings[name]) for name in settings if name in METHODS],
         table=_table(scores),
@@ -194,6 +194,13 @@ def _geometry(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if (folder / GEOMETRY).is_file():
         return json.loads((folder / GEOMETRY).read_text())
     return settings.get("geometry", {})
+
+
+def _shift(settings: Mapping[str, Any]) -> float | None:
+    """That of the sampler of the last method's student, which is the teacher's where it has none of its own."""
+    last = [settings[name] for name in settings if name in METHODS][-1:]
+    own = last[0].get("few_step_shift") if last else None
+    return settings.get("teacher", {}).get("shift") if own is None else own
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:

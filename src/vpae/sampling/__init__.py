@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vpae.config import Sampler
+from vpae.config import Experiment, Sampler
 from vpae.flow import add_noise, schedule, x0_from_velocity
 from vpae.models.wan import Condition, guided_velocity
+from vpae.teacher.folder import shift_of
 
 
 def euler(
@@ -77,3 +78,9 @@ def draw(model: nn.Module, row: Sampler, shift: float, condition: Condition, sha
 def model_folder(inputs: dict[str, Path], model: str) -> Path:
     """The pipeline folder of a row's model."""
     return inputs["teacher"] if model == "teacher" else inputs[model] / "student"
+
+
+def row_shift(settings: Experiment, inputs: dict[str, Path], row: Sampler) -> float:
+    """Timestep shift of a row's sampler: `teacher.shift`, or what a student's own scheduler says."""
+    own = None if row.model == "teacher" else shift_of(model_folder(inputs, row.model))
+    return settings.teacher.shift if own is None else own

@@ -28,7 +28,7 @@ from vpae.placement import DTYPES, compiling_pays
 from vpae.preemption import Interruption
 from vpae.progress import Progress
 from vpae.randomness import derived_seed
-from vpae.sampling import draw, model_folder
+from vpae.sampling import draw, model_folder, row_shift
 from vpae.teacher.folder import decoder_inputs as external_inputs  # noqa: F401, the stage's
 
 REAL = "real"  # the row of the clips themselves, which only go through the VAE
@@ -143,7 +143,7 @@ def _complete(
                 if model is not None:
                     items = suite[batch.start : batch.start + batch.size]
                     seeds, row = [item["seed"] for item in items], rows[batch.row]
-                    x0 = draw(model, row, settings.teacher.shift, condition, tuple(x0.shape[1:]), seeds)
+                    x0 = draw(model, row, row_shift(settings, inputs, row), condition, tuple(x0.shape[1:]), seeds)
                 _keep(batch, x0, decoded(batch), decoder, settings, state)
                 progress.update(batch.size, batch.row)
             model = None  # two large models at a time may be too many

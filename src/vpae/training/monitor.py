@@ -86,6 +86,7 @@ class Watch:
         self.config, self.draw, self.x = config, draw, x
         self.start: tuple[Tensor, ...] = ()
         self.looks: Path | None = None  # where this process keeps videos
+        self.speaks = True  # one of several processes does
 
     def wants(self, step: int) -> bool:
         """Whether to look after so many steps."""
@@ -101,6 +102,7 @@ class Watch:
         """
         if self.config.every == 0:
             return
+        self.speaks = first
         if first and self.config.videos:
             self.looks = state / LOOKS
         self.start = self.draw(0), self.draw(1)
@@ -123,8 +125,9 @@ class Watch:
                     f"{message}. The last state before it is kept. Lower {name}.generator.learning_rate or the weight "
                     f"of the loss that drives it, or go on all the same with {name}.training.monitor.stop=false"
                 )
-            print(f"vpae: {message}", file=sys.stderr)
-        elif worst := outside(found, 0):
+            if self.speaks:
+                print(f"vpae: {message}", file=sys.stderr)
+        elif self.speaks and (worst := outside(found, 0)):
             print(f"vpae: {name}, step {step}: {'; '.join(worst)}: early signs of collapse", file=sys.stderr)
         return found
 
