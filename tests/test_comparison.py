@@ -66,6 +66,39 @@ def test_students_of_one_step_have_their_method_s_name_and_the_teacher_s_one_ste
     assert rows["vpae"]["mean_score"] == rows["vpae"]["low"] == rows["vpae"]["high"] == 0.5  # one video
 
 
+def test_the_bare_name_and_the_paper_s_figure_are_the_base_s_whatever_comes_first(tmp_path):
+    folder = overlays(tmp_path, ablation="equilibrium: {adversarial_weight: 0.0}\n")
+    rows = compared(folder, ["ablation", "micro"], micro={"frechet": 1.0}, ablation={"frechet": 3.0})
+    assert rows["vpae"]["frechet"] == 1.0 and rows["vpae (ablation)"]["frechet"] == 3.0
+    assert "paper_score" in rows["vpae"] and "paper_score" not in rows["vpae (ablation)"]
+    alone = compared(folder, ["ablation"])
+    assert "paper_score" not in alone["vpae"] and "paper_score" in alone["priming"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ("teacher: {vae: {base_dim: 8}}\n", "teacher.vae"),
+        ("clips: {train: 8}\nevaluation: {c2st: {clips: 16}}\n", "evaluation.c2st.clips"),
+    ],
+)
+def test_rows_of_other_latents_or_another_classifier_s_clips_are_not_compared(tree, key, tmp_path):
+    folder = overlays(tmp_path, one="evaluation: {c2st: {clips: 16}}\n", other=tree)
+    with pytest.raises(ConfigError, match=f"{key}.* is .*evaluate both alike"):
+        compared(folder, ["one" if "c2st" in key else "micro", "other"])
+
+
+def test_a_resumed_training_s_seconds_are_those_of_all_its_steps(tmp_path):
+    folder = overlays(tmp_path)
+    finish(source := load(folder / "micro.yaml"), folder / "results")
+    file = stage_folder(source, "priming", folder / "results") / "provenance.json"
+    known = json.loads(file.read_text())
+    write_json(file, known | {"counts": known["counts"] | {"steps": 40, "seconds_per_step": 2.0}})
+    comparison.run(["micro"], folder / "comparison", folder, folder / "results")
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert rows["priming"]["cost"]["seconds"] == 80 and rows["vpae"]["cost"]["seconds"] == 87
+
+
 def test_experiments_that_differ_in_the_seed_alone_are_one_line_with_student_s_interval(tmp_path):
     folder = overlays(tmp_path, other="seed: 1\n")
     rows = compared(folder, ["micro", "other"], micro={"frechet": 1.0}, other={"frechet": 3.0})

@@ -8,7 +8,7 @@ from vpae.evaluation import latents
 from vpae.evaluation.frechet import FEATURES, RandomFeatures, frechet
 from vpae.evaluation.latency import summary, time_runs
 from vpae.evaluation.stage import METRICS, table
-from vpae.evaluation.statistics import bootstrap, jackknife
+from vpae.evaluation.statistics import bootstrap, half_width, jackknife
 from vpae.experiment import load
 
 
@@ -94,3 +94,8 @@ def test_a_still_copy_of_reality_has_no_motion_and_reality_s_own_is_one():
     assert latents._motion(real[:, :, :1].expand_as(real), real, settings)["mean"] == 0
     half = latents._motion(0.5 * real, real, settings)
     assert half["mean"] == pytest.approx(0.5) and half["low"] <= half["mean"] + 1e-6 and half["high"] >= 0.5 - 1e-6
+
+
+def test_an_interval_that_is_cut_off_at_zero_shows_its_upper_half():
+    assert half_width(0.5, 0.4, 0.7) == pytest.approx(0.15)
+    assert half_width(0.01, 0.0, 0.05) == pytest.approx(0.04)

@@ -64,6 +64,14 @@ def test_each_collapse_is_found_by_its_sign(sign):
     assert any(text.startswith(f"{sign} =") for text in outside(now(COLLAPSES[sign]), 1))
 
 
+def test_a_run_from_the_teacher_whose_single_step_hardly_heeds_its_noise_is_healthy_when_it_has_learnt_to():
+    x, draw = world()["x"], torch.Generator().manual_seed(5)
+    start = [x + 0.1 * torch.randn(x.shape, generator=draw) for _ in range(2)]
+    now = [x + 0.4 * torch.randn(x.shape, generator=draw) for _ in range(2)]
+    found = signs(*now, *start, x)
+    assert found["diversity"] == pytest.approx(4, rel=0.1) and not outside({"diversity": found["diversity"]}, 0)
+
+
 def test_not_a_number_is_a_collapse():
     assert outside(now(lambda x: x * float("nan")), 1)
 

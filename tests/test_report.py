@@ -255,6 +255,28 @@ def test_rows_and_metrics_may_be_missing(tmp_path):
     assert "my_metric" in text and "Phase I:" not in text and "Speed-up" not in text
 
 
+@pytest.mark.parametrize("panel", METHODS["equilibrium"].panels, ids=lambda panel: panel.title)
+def test_every_curve_that_was_logged_is_drawn_and_a_term_that_is_off_has_none(panel):
+    everything = svg([panel], panel.curves)
+    for left_out in panel.curves if len(panel.curves) > 1 else ():
+        some = svg([panel], panel.curves.keys() - {left_out})
+        assert some.count("<path") < everything.count("<path")
+    for key in panel.curves:
+        assert svg([panel], [key])
+
+
+def svg(panels, keys) -> str:
+    lines = [{"step": step, **dict.fromkeys(keys, float(step))} for step in range(1, 4)]
+    return base64.b64decode(plots.curves(panels, lines).split(",")[1]).decode()
+
+
+@pytest.mark.parametrize(("height", "width", "rows"), [(832, 480, 1), (640, 640, 2)])
+def test_tall_videos_fit_the_format_of_their_sheets(height, width, rows):
+    reel = plots.reel({name: [np.zeros((81, height, width, 3), np.uint8)] for name in "ab"[:rows]}, 16.0)
+    with Image.open(io.BytesIO(base64.b64decode(reel["sheets"]["a"][0].split(",")[1]))) as sheet:
+        assert sheet.size[1] % reel["frames"] == 0 and reel["frames"] > 10
+
+
 def test_smooth_keeps_a_constant_and_its_length():
     assert np.allclose(plots.smooth(np.full(101, 3.0)), 3.0)
     assert len(plots.smooth(np.zeros(1))) == 1

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,27 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
     data, out = tmp_path / "data.pt", tmp_path / "rows.jsonl"
     geometry = search.load("configs/micro.yaml").settings.geometry
     search.torch.save(search.make_data(plan["clips"], teacher, 1, geometry.frames, geometry.height), data)
+    search.weights_of(out).mkdir()
+    out.touch()
+    judge = search.judge
+    monkeypatch.setattr(search, "judge", lambda weights, *rest: None)  # as if time were up before
+    monkeypatch.setattr(search, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    search.work(0, {**plan, "teacher": False}, data, teacher, out, 1)
+    assert not out.read_text()
+    assert {file.name for file in search.weights_of(out).iterdir()} == {"primed@0.pt", "rival@0.pt", "joint@0.pt"}
+    monkeypatch.setattr(search, "judge", judge)
+    monkeypatch.setattr(search, "ProcessPoolExecutor", ProcessPoolExecutor)
+    trained = []
+    train = search.train_together
+    monkeypatch.setattr(search, "train_together", lambda runs: trained.extend(r.name for r in runs) or train(runs))
     search.work(0, plan, data, teacher, out, 1)
+    assert trained == ["primed"]  # a start is needed again; nothing else is
+    assert not list(search.weights_of(out).iterdir())
     rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows.keys() == {"teacher-100nfe", "primed", "rival", "joint"}
     assert rows["joint"]["logs"]["pull_score"] > 0 and rows["joint"]["evaluations"] > 0
     assert rows["joint"]["motion_2nfe"] != rows["joint"]["motion"]
-    assert "| joint | 0 |" in search.table(out)
+    assert "| joint | 0 | primed |" in search.table(out)
 
 
 def test_clips_that_were_encoded_for_another_plan_are_refused(tmp_path, monkeypatch):
@@ -77,5 +93,9 @@ def test_means_and_differences_are_over_the_same_seeds(tmp_path):
     assert row == "| c | 1 | 8.0000 | 2000 |"
     with pytest.raises(SystemExit, match="no column motion_3nfe"):
         search.over_seeds([tmp_path / "rows.jsonl"], [], ["c"], ["motion_3nfe"])
+    with pytest.raises(SystemExit, match="a c: they have no seed in common"):
+        rows = [row for row in rows if row["variant"] != "a" or row["seed"]]
+        (tmp_path / "fewer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        search.over_seeds([tmp_path / "fewer.jsonl"], [["a", "c"]])
     with pytest.raises(SystemExit, match="no variant d; there are a, b, c"):
         search.over_seeds([tmp_path / "rows.jsonl"], [["a", "d"]])

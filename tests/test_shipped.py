@@ -35,7 +35,7 @@ def test_the_shipped_student_makes_a_video(pulled: Clone) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_student_has_the_scores_that_are_committed(pulled: Clone) -> None:
-    pulled("snakemake", "--cores", "2", "--config", "experiment=tiny-shipped", "--", "results/tiny-shipped/evaluation")
+    pulled("snakemake", "--cores", "2", "--config", "experiment=tiny-shipped", "--", "results/tiny-shipped/report")
     found = json.loads((pulled.folder / "results/tiny-shipped/evaluation/scores.json").read_text())["rows"]
     committed = json.loads((ROOT / "metrics/tiny/scores.json").read_text())
     compared = {
@@ -46,3 +46,6 @@ def test_the_shipped_student_has_the_scores_that_are_committed(pulled: Clone) ->
     }
     assert len(compared) >= 4 * 6
     assert {key: v for key, v in compared.items() if not v[0] <= v[1] <= v[2]} == {}
+    page = (pulled.folder / "results/tiny-shipped/report/index.html").read_text()
+    assert "vpae sample --model data/students/tiny/student --image" in page
+    assert "made before it, in <code>data/students/tiny</code>" in page and "<h2>Training</h2>" not in page

@@ -18,7 +18,6 @@ import argparse
 import copy
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +30,7 @@ import yaml
 from scipy import stats
 from torch import Tensor, nn
 
-from vpae.artifacts import sha256
+from vpae.artifacts import digest, sha256, written
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.world import Truth, draw_truth, render
@@ -327,8 +326,8 @@ def become_judge(*arguments) -> None:
 
 
 def judge(weights: Path | None, row: Sampler, shift: float, out: Path, begun: float, values: dict) -> None:
-    """Judge the weights of a file, or the teacher itself, in a process of the pool, and append the line to `out`."""
-    loaded = torch.load(weights, map_location=DEVICE, weights_only=True) if weights else None
+    """Judge the weights of a file, or the teacher itself, in a process of the pool: a line more, a file less."""
+    loaded = torch.load(weights, map_location=DEVICE, weights_only=True)["weights"] if weights else None
     found = at_hand[0](loaded, row, shift)
     name = {key: values[key] for key in ("variant", "seed")}
     line = {**name, "seconds": round(time.monotonic() - begun, 1), **found, **values}
@@ -337,6 +336,18 @@ def judge(weights: Path | None, row: Sampler, shift: float, out: Path, begun: fl
     print(json.dumps({k: v for k, v in line.items() if not k.endswith(("error", "by_seed"))}), flush=True)
     if weights:
         weights.unlink()
+
+
+def weights_of(out: Path) -> Path:
+    """Where students stand until they are judged: a rented GPU may be gone before."""
+    return out.with_suffix(".weights")
+
+
+def made_of(name: str, plan: dict) -> str:
+    """Digest of what makes a variant, but for its seed: a line of another one with its name is none of it."""
+    variant = {name: variant for group in plan["variants"] for name, variant in group.items()}[name]
+    start = made_of(variant["start"], plan) if variant.get("start") else ""
+    return digest([plan["config"], plan.get("set", []), plan["clips"], variant, start])
 
 
 def use_one_core() -> None:
@@ -351,11 +362,10 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
     use_one_core()
     begun, spawn = time.monotonic(), torch.multiprocessing.get_context("spawn")
     starts = {variant.get("start") for group in plan["variants"] for variant in group.values()}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(workers, spawn, become_judge, (data_file, teacher, plan)) as pool,
-    ):
+    left = weights_of(out)
+    with ProcessPoolExecutor(workers, spawn, become_judge, (data_file, teacher, plan)) as pool:
         pending = []
+        done = {row.get("made_of") for row in map(json.loads, out.read_text().splitlines()) if row["seed"] == seed}
 
         def have_judged(name: str, weights: Path | None, row: Sampler, shift: float, **values) -> None:
             values |= {"variant": name, "seed": seed}
@@ -365,11 +375,18 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
         if seed == plan["seeds"][0] and plan.get("teacher", True):  # on a CPU its 100 NFE take longer than all else
             settings = load(plan["config"], plan.get("set", [])).settings
             have_judged("teacher-100nfe", None, settings.samples.rows["teacher-100nfe"], settings.teacher.shift)
+        for file in sorted(left.glob(f"[!.]*@{seed}.pt")):  # of a call that was ended before it had judged them
+            known = json.loads(torch.load(file, weights_only=True)["as"])
+            have_judged(weights=file, row=Sampler(model="student", steps=1), **known)
+            done.add(known["made_of"])
         for group in plan["variants"]:
             runs = [
                 start_of(name, variant, plan, seed, networks, clips, i)
                 for i, (name, variant) in enumerate(group.items())
+                if name in starts or made_of(name, plan) not in done
             ]
+            if not runs:
+                continue
             ready = time.monotonic() - begun
             train_together(runs)
             print(
@@ -379,11 +396,20 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
             for run in runs:
                 if run.name in starts:
                     networks.students[run.name] = run.phase
-                weights = Path(folder, f"{run.name}.pt")
-                torch.save(run.phase.ema.state_dict(), weights)
-                logs = {key: float(value) for key, value in run.logs.items()}
-                row, shift = Sampler(model="student", steps=1), run.phase.config.later_shift(run.phase.shift)
-                have_judged(run.name, weights, row, shift, evaluations=run.evaluations, logs=logs)
+                if made_of(run.name, plan) in done:
+                    continue
+                known = {
+                    "name": run.name,
+                    "made_of": made_of(run.name, plan),
+                    "start": group[run.name].get("start", ""),
+                    "shift": run.phase.config.later_shift(run.phase.shift),
+                    "evaluations": run.evaluations,
+                    "logs": {key: float(value) for key, value in run.logs.items()},
+                }
+                weights = left / f"{run.name}@{seed}.pt"
+                with written(weights) as temporary:
+                    torch.save({"weights": run.phase.ema.state_dict(), "as": json.dumps(known)}, temporary)
+                have_judged(weights=weights, row=Sampler(model="student", steps=1), **known)
             del runs
         for judged in pending:
             judged.result()
@@ -419,6 +445,8 @@ def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
         raise SystemExit(
             f"{data}: encoded for another plan's clips or geometry, or by another teacher; name another --data"
         )
+    weights_of(out).mkdir(parents=True, exist_ok=True)
+    out.open("a").close()
     context, common = torch.multiprocessing.get_context("spawn"), (variants, data, teacher, out, workers)
     processes = [context.Process(target=work, args=(seed, *common)) for seed in variants["seeds"]]
     for process in processes:
@@ -426,7 +454,11 @@ def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise SystemExit("a seed failed, see above")
+        raise SystemExit(
+            f"a seed failed, see above; {weights_of(out)} keeps what is trained for the same command again"
+        )
+    if not any(weights_of(out).iterdir()):
+        weights_of(out).rmdir()
 
 
 COLUMNS = ("c2st", "c2st_strong", "frechet", "motion", "single_sprite", "caption_following", "identity")
@@ -473,6 +505,8 @@ def over_seeds(
         line(name, list(found[name].values()))
     for one, other in pairs:
         both = found[one].keys() & found[other].keys()
+        if not both:
+            raise SystemExit(f"--pair {one} {other}: they have no seed in common")
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
         line(f"{one} - {other}", [{k: a[k] - b[k] for k in columns if k in a and k in b} for a, b in pair])
     return "\n".join(lines)

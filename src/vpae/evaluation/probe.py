@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=10, help="steps between measurements")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips to measure on")
     arguments = parser.parse_args(argv)
+    if arguments.every < 1 or arguments.clips < 2:
+        parser.error("--every is at least 1, --clips at least 2")
     try:
         _probe(arguments)
     except (ConfigError, ArtifactError, FileNotFoundError) as error:
@@ -79,7 +81,7 @@ def _probe(arguments: argparse.Namespace) -> None:
 
     measure(0)
     with tempfile.TemporaryDirectory() as state:
-        for done in range(arguments.every, training.steps + 1, arguments.every):
+        for done in sorted({*range(arguments.every, training.steps, arguments.every), training.steps}):
             total = training.schedule_steps or training.steps
             part = training.model_copy(update={"steps": done, "schedule_steps": total})
             metrics = train(phase, batches, part, settings.seed, Path(state), accelerator)

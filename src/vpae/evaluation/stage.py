@@ -14,7 +14,7 @@ from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.video import read_frames
 from vpae.evaluation import latency, latents, truth
-from vpae.evaluation.statistics import bootstrap
+from vpae.evaluation.statistics import bootstrap, half_width
 from vpae.evaluation.vbench import rows as vbench
 from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
@@ -161,4 +161,4 @@ def _cell(value: dict[str, float] | None, metric: str) -> str:
         return ""
     if metric.startswith("latency"):
         return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} ± {(value['high'] - value['low']) / 2:.3f}"
+    return f"{value['mean']:.3f} ± {half_width(value['mean'], value['low'], value['high']):.3f}"

@@ -44,3 +44,8 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
     error = np.sqrt((len(parts) - 1) / len(parts) * np.square(values - values.mean()).sum())
     value = float(statistic(everything))
     return {"mean": value, "low": max(0.0, value - 1.96 * float(error)), "high": value + 1.96 * float(error)}
+
+
+def half_width(mean: float, low: float, high: float) -> float:
+    """What stands behind ±: half of an interval; of one that is cut off at 0, its upper half."""
+    return (high - low) / 2 if low > 0 else high - mean

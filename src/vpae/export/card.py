@@ -24,6 +24,7 @@ from vpae.artifacts import (
     written,
 )
 from vpae.distill import METHODS
+from vpae.evaluation.statistics import half_width
 from vpae.models.wan import GEOMETRY
 
 CARD = "README.md"
@@ -230,7 +231,9 @@ def _table(scores: Mapping[str, Any] | None) -> str:
 
 
 def _cell(value: Mapping[str, float] | None) -> str:
-    return "" if value is None else f"{value['mean']:.3f} ± {(value['high'] - value['low']) / 2:.3f}"
+    return (
+        "" if value is None else f"{value['mean']:.3f} ± {half_width(value['mean'], value['low'], value['high']):.3f}"
+    )
 
 
 def _weights(folder: Path) -> list[Path]:

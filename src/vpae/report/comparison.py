@@ -19,12 +19,12 @@ from vpae.config import Experiment
 from vpae.distill import CHAIN, METHODS
 from vpae.distill.budget import network_evaluations
 from vpae.evaluation import truth
-from vpae.evaluation.statistics import bootstrap
+from vpae.evaluation.statistics import bootstrap, half_width
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import RESULTS, fingerprint, stage_folder
 from vpae.standing import departures, made_from, standing
 
-Interval = dict[str, float]  # mean, low, high
+Interval = dict[str, float | None]  # mean, low, high; both ends None: not known
 SCORE = "mean_score"
 # SA, TC and FQ of VBench-I2V that the paper reports on Wan2.1-I2V-14B, in percent: arXiv 2508.21019.
 PAPER = {
@@ -36,6 +36,7 @@ PAPER = {
     "vpae": (91.54, 79.56, 68.66),
     "vpae-4nfe": (94.93, 82.24, 70.76),
 }
+EQUILIBRIUM = CHAIN[1].name
 VBENCH = [name for name, short in PAPER_NAMES.items() if short != "Total"]
 
 
@@ -49,6 +50,8 @@ class Run:
         score_of: what the mean score is the mean of.
         cost: of training, from the teacher to the row's model: sums, and of the memory the most.
         measure: the settings that say how many videos were measured, and how.
+        depth: of how many other files the experiment is an overlay.
+        papers: whether the row is what the paper reports: of phase II without an adversary it reports nothing.
     """
 
     row: str
@@ -61,6 +64,8 @@ class Run:
     cost: dict[str, float]
     commit: str
     measure: dict[str, object]
+    depth: int = 0
+    papers: bool = True
 
 
 def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
@@ -86,7 +91,7 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
         stages = source.settings.chain(sampler.model) if sampler.model in METHODS else []
         trained = {stage: _provenance(stage_folder(source, stage, results)) for stage in stages}
         videos = [np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row]
-        score = official.get(row) or _mean_score(np.array(videos), source)
+        score = official.get(row) if official else _mean_score(np.array(videos), source)
         found.append(
             Run(
                 row=row,
@@ -99,6 +104,8 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 cost=_cost(source.settings, trained),
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
                 measure=_measure(source.settings),
+                depth=len([*source.ancestors()]),
+                papers=EQUILIBRIUM not in stages or source.settings.equilibrium.adversarial_weight > 0,
             )
         )
     return found
@@ -111,7 +118,12 @@ def _measure(settings: Experiment) -> dict[str, object]:
     evaluation["vbench"].pop("weights")
     clips = settings.clips.model_dump(mode="json", exclude={"train", "workers"})
     parts = {"samples": samples, "evaluation": evaluation, "clips": clips, "geometry": settings.geometry.model_dump()}
-    return {f"{section}.{key}": value for section, values in parts.items() for key, value in values.items()}
+    found = {f"{section}.{key}": value for section, values in parts.items() for key, value in values.items()}
+    if settings.evaluation.c2st.clips:
+        found["clips.train, up to evaluation.c2st.clips"] = min(settings.clips.train, settings.evaluation.c2st.clips)
+    # Latents, and what is decoded of them, are those of its VAE.
+    names = ("vae",) if settings.teacher.source == "train" else ("source", "path", "revision")
+    return found | {f"teacher.{name}": settings.teacher.model_dump(mode="json")[name] for name in names}
 
 
 def _provenance(folder: Path) -> dict:
@@ -129,7 +141,7 @@ def _official_scores(folder: Path) -> dict[str, Interval]:
         return {}
     totals = {row: [entry[name] for name in VBENCH] for row, entry in content["rows"].items()}
     means = {row: float(np.mean(values)) for row, values in totals.items() if None not in values}
-    return {row: {"mean": mean, "low": mean, "high": mean} for row, mean in means.items()}
+    return {row: {"mean": mean, "low": None, "high": None} for row, mean in means.items()}
 
 
 def _mean_score(videos: np.ndarray, source: Source) -> Interval | None:
@@ -147,10 +159,16 @@ def _cost(settings: Experiment, trained: dict[str, dict]) -> dict[str, float]:
     counts = [provenance["counts"] for provenance in trained.values()]
     return {
         "network_evaluations": sum(network_evaluations(settings, stage) for stage in trained),
-        "seconds": sum(provenance["seconds"] for provenance in trained.values()),
+        "seconds": sum(map(_seconds, trained.values())),
         "trained_parameters": max(count["trained_parameters"] for count in counts),
         "peak_memory_bytes": max(provenance["peak_memory_bytes"] for provenance in trained.values()),
     }
+
+
+def _seconds(provenance: dict) -> float:
+    """Of all steps, since a stage that was resumed knows the time of its last run alone."""
+    counts = provenance["counts"]
+    return counts["steps"] * counts["seconds_per_step"] if "seconds_per_step" in counts else provenance["seconds"]
 
 
 def over_seeds(values: Sequence[Interval]) -> Interval:
@@ -187,17 +205,22 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
             known.append(run)
     labels = _labels(methods)
     rows = {labels[method]: _line(found) for method, found in methods.items()}
-    for name in rows.keys() & PAPER.keys():
+    for name in (labels[method] for method, found in methods.items() if all(run.papers for run in found)):
+        if name not in PAPER:
+            continue
         rows[name]["paper_score"] = round(float(np.mean(PAPER[name])), 2)
     return rows
 
 
 def _labels(methods: dict[str, list[Run]]) -> dict[str, str]:
+    """The bare name is that of the experiment that is an overlay of the fewest others, and of those the first."""
     short = {method: _short(found[0].row) for method, found in methods.items()}
-    taken = list(short.values())
+    owners: dict[str, str] = {}
+    for method in sorted(methods, key=lambda method: min(run.depth for run in methods[method])):
+        owners.setdefault(short[method], method)
     return {
-        method: name if taken.index(name) == number else f"{name} ({methods[method][0].experiment})"
-        for number, (method, name) in enumerate(short.items())
+        method: name if owners[name] == method else f"{name} ({methods[method][0].experiment})"
+        for method, name in short.items()
     }
 
 
@@ -297,7 +320,8 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
     notes = (
         f"Mean score: that of {score_of}. ± is half a 95% interval: Student's over seeds, of one seed over videos. "
         "Cost: of training a seed, from the teacher to the row's model; clips through a network (a guided step counts "
-        "twice, a backward pass not), seconds on the machine at hand, weights trained and memory at most at once. "
+        "twice, a backward pass not), steps by their median seconds on the machine at hand, weights trained and memory "
+        "at most at once. "
         "Paper: the mean of SA, TC and FQ that it reports of Wan2.1-I2V-14B, in percent; of another model and other "
         "clips, so that only the order compares."
     )
@@ -307,4 +331,4 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
 def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
     if mean is None:
         return ""
-    return f"{mean:.4f}" if ends is None else f"{mean:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"
+    return f"{mean:.4f}" if ends is None or None in ends else f"{mean:.4f} ± {half_width(mean, *ends):.4f}"

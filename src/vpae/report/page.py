@@ -5,6 +5,7 @@ JavaScript and requests nothing: style, curves and videos are inside it.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     # The first ones, whatever they look like: nothing is picked.
     suite = [json.loads(line) for line in lines[: min(settings.report.clips, settings.samples.decode)]]
     notes = {name: describe(name, settings.samples.rows.get(name)) for name in scores["rows"]}
-    parts = named_rows(settings.samples.rows, settings.student or next(iter(settings.students), ""))
+    student = settings.student or next(iter(settings.students), "")
+    parts = named_rows(settings.samples.rows, student)
     videos = {
         name: [read_frames(inputs["samples"] / name / item["file"])[0] for item in suite]
         for name in notes
@@ -104,12 +106,20 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         methods=[METHODS[name] for name in settings.chain(settings.student)] if settings.student else [],
         training=[training(name, inputs[name], seen.get(name, {}), lines) for name in methods],
         provenance=[provenance(name, inputs[name]) for name in stages_of(settings) if name in inputs],
-        student=f"{inputs[settings.student].parent.name}/{settings.student}" if settings.student else "",
+        student=_folder_of(student, settings, inputs),
+        quoted=[shlex.quote(prompt) for prompt in prompts],
         stages=stages_of(settings),
         resolved=as_yaml(settings.model_dump(mode="json", exclude={"extends"})),
     )
     (out / "index.html").write_text(page, encoding="utf-8")
     return {"rows": len(notes), "clips": len(suite), "bytes": len(page.encode())}
+
+
+def _folder_of(student: str, settings: Experiment, inputs: dict[str, Path]) -> str:
+    """Where a reader of the page finds the student: a stage's folder, or the one that the experiment names."""
+    if student in settings.students:
+        return str(settings.students[student])
+    return f"results/{inputs[student].parent.name}/{student}" if student else ""
 
 
 def render(**content: object) -> str:

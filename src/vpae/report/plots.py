@@ -6,6 +6,7 @@ Axes: T frames, H height, W width, C colour.
 import base64
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,8 @@ from vpae.distill.method import Panel
 PAGE, GAP = 1040, (10, 24)  # pixels: width of the page's column; least and largest space between two videos
 LARGEST_FACTOR = 4  # small videos are enlarged by a whole factor, so that pixels stay square
 LONGEST = 49  # frames of a video on the page; longer ones are thinned out
-COLOURS = ("#2f7fd0", "#d9822b")  # these and the grey can be read on white and on black
+COLOURS = ("#2f7fd0", "#d9822b", "#2a9d6a", "#c2528b")  # these and the grey can be read on white and on black
+TALLEST = 16383  # pixels of a WebP
 GREY = "#808080"
 
 
@@ -40,8 +42,11 @@ def curves(panels: Sequence[Panel], lines: list[dict]) -> str:
 
 
 def _draw(axes, panel: Panel, lines: list[dict]) -> None:
-    for colour, (key, label) in zip(COLOURS, panel.curves.items(), strict=False):
-        points = np.array([(line["step"], line[key]) for line in lines if key in line]).reshape(-1, 2)
+    # A term that is off has no curve; the others keep their colours.
+    for colour, (key, label) in zip(cycle(COLOURS), panel.curves.items(), strict=False):
+        points = np.array([(line["step"], line[key]) for line in lines if key in line])
+        if not len(points):
+            continue
         axes.plot(*points.T, ".", color=colour, alpha=0.35, markersize=3.5, markeredgewidth=0)
         axes.plot(points[:, 0], smooth(points[:, 1]), color=colour, linewidth=1.5, label=label)
     if panel.reference is not None:
@@ -79,7 +84,7 @@ def reel(videos: dict[str, list[np.ndarray]], fps: float) -> dict:
     room = (PAGE - GAP[0] * spaces) // len(videos)
     shown = width * min(room // width, LARGEST_FACTOR) if room >= width else room
     size = (width, height) if room >= width else (room, round(room * height / width))
-    every = -(-length // LONGEST)
+    every = -(-length // min(LONGEST, max(1, TALLEST // size[1])))
     return {
         "sheets": {row: [_sheet(clip[::every], size) for clip in clips] for row, clips in videos.items()},
         "width": shown,

@@ -5,6 +5,7 @@ sign is a number of one-step videos of the same held-out first frames and the sa
 Axes: N videos, C channels, F latent frames, H, W.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,14 @@ from vpae.training.phase import Collapse
 LOOKS = "looks"  # folder of what is kept for the eye: latents of a few videos at each look, STEP.safetensors
 
 # Sign -> (healthy from, to), (tolerable from, to). Outside the first interval the monitor warns, outside the second it
-# stops the run. A student after phase I lies well inside the first one: motion 0.94 to 0.99, the rest near 1 and 0.
+# stops the run. A student after phase I lies well inside the first one: motion 0.94 to 0.99, the rest near 1 and 0. The
+# teacher's own single step hardly heeds its noise: begun there, diversity ends at 4, which is good.
 BOUNDS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "motion": ((0.8, 1.25), (0.5, 2.0)),
     "deviation": ((0.85, 1.18), (0.6, 1.6)),
     "colour_drift": ((0.0, 0.1), (0.0, 0.3)),
-    "common_pattern": ((0.0, 0.03), (0.0, 0.2)),
-    "diversity": ((0.6, 1.7), (0.3, 3.0)),
+    "common_pattern": ((0.0, 0.06), (0.0, 0.2)),
+    "diversity": ((0.6, math.inf), (0.3, math.inf)),
 }
 
 
