@@ -30,6 +30,7 @@ from vpae.planning.network import Network, Sequence, count, pipeline_of, tokens_
 from vpae.planning.phase import execute
 from vpae.planning.plan import Cluster, _phase, make_plan
 from vpae.planning.presence import incomplete, missing_teacher
+from vpae.planning.remedies import _more_gpus, remedies, switches, with_switches
 
 FULL_SCALE = [path for path in shipped(ROOT / "configs") if path.stem.startswith("wan")]
 CONFIG = ROOT / "configs" / "wan2.1-i2v-14b-480p.yaml"
@@ -349,6 +350,78 @@ def test_a_vae_that_works_on_tiles_is_planned_so() -> None:
     assert within["condition"] == without["condition"]  # that of `latents`
 
 
+def test_clips_are_shared_by_as_many_gpus_as_divide_their_tokens() -> None:
+    settings = variant("micro", "priming", strategy="full")
+    for video, sizes in ((12, [2, 4]), (33_390, [2]), (32_760, [2, 4, 8])):
+        offered = switches(settings, "priming", replace(SMALL, heads=8), Sequence(video, 32, 17), 8)
+        assert [values["context_parallel"] for values in offered if "context_parallel" in values] == sizes
+
+
+def test_more_gpus_are_whole_nodes_and_whole_groups_that_share_a_clip() -> None:
+    asked = []
+
+    def peak(gpus: int) -> float:
+        asked.append(gpus)
+        return 10 + 1000 / gpus
+
+    assert _more_gpus(peak, 6, 3, peak(6), 40) == (48, 10 + 1000 / 48)
+    assert all(gpus % 3 == 0 for gpus in asked)
+
+
+def test_one_gpu_without_shards_is_told_of_more_gpus_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vpae.planning.remedies.MOST_GPUS", 64)  # as many as these networks have rows to share out
+    settings, gpus = variant("micro", "priming"), 1
+    needed = execute(settings, "priming", SMALL, TOKENS, gpus).peak
+    sharded = execute(with_switches(settings, "priming", {"strategy": "full"}), "priming", SMALL, TOKENS, 64).peak
+    [*_, last] = remedies(settings, "priming", SMALL, TOKENS, gpus, needed, (sharded + needed) / 2)
+    assert last["set"] == ["priming.training.sharding.strategy=full"] and last["gpus"] >= 8
+
+
+def small_plan(*overrides: str, memory: float = 80e9) -> dict:
+    """Of the stages around the methods; `micro` trains none of them here."""
+    rows = "samples.rows={teacher-100nfe: null, priming-1nfe: null, vpae-1nfe: null, vpae-2nfe: null, vpae-4nfe: null}"
+    asks = [f"cluster.{stage}={{gpus: 1, memory_gb: 64}}" for stage in ("latents", "samples", "evaluation")]
+    settings = [rows, "methods=[]", *asks, *overrides]
+    source = load(ROOT / "configs" / "micro.yaml", settings, environment=False)
+    return make_plan(source, Cluster(None, memory, overhead=0.0))["stages"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["latents", "samples"])
+def test_stages_that_no_method_is_part_of_name_what_makes_them_fit(name: str) -> None:
+    batches = ["geometry={frames: 17, height: 96, width: 96}", f"{name}.batch_size=32"]
+    whole, least = (small_plan(*batches, *more)[name] for more in ([], [f"{name}.batch_size=1"]))
+    total, enough = (stage["bytes_per_gpu"]["total"] for stage in (whole, least))
+    stage = small_plan(*batches, memory=(total + enough) / 2)[name]
+    assert not stage["fits"] and [remedy["set"] for remedy in stage["remedies"]] == [[f"{name}.batch_size=1"]]
+    assert stage["remedies"][0]["total"] == pytest.approx(enough)
+
+
+def test_the_clips_of_the_classifier_test_are_drawn_and_counted() -> None:
+    without, within = small_plan(), small_plan("evaluation.c2st.clips=16", "samples.batch_size=16")
+    assert within["evaluation"]["gpu_hours"] > without["evaluation"]["gpu_hours"]
+
+
+def test_a_small_decoder_or_a_bfloat16_vae_is_planned_so() -> None:
+    whole, half, small = (
+        small_plan(*overrides)["samples"]
+        for overrides in ([], ["samples.vae_dtype=bfloat16"], ["samples.decoder=taew2_1.safetensors"])
+    )
+    assert half["bytes_per_gpu"]["weights"] < whole["bytes_per_gpu"]["weights"]
+    assert len({stage["gpu_hours"] for stage in (whole, half, small)}) == 3
+
+
+def test_float32_takes_its_own_share_of_the_peak() -> None:
+    cluster, settings = Cluster(1, 80e9, overhead=0.0), variant("micro", "priming")
+    seconds = {
+        precision: _phase(
+            at_tiny_size(settings, "priming", mixed_precision=precision), "priming", SMALL, TOKENS, cluster
+        )["seconds_per_step"]
+        for precision in ("no", "bf16")
+    }
+    assert seconds["no"] / seconds["bf16"] == pytest.approx(4, rel=0.01)
+
+
 @pytest.mark.slow
 def test_what_no_switch_makes_fit_and_too_little_memory_of_a_node_are_said(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 1, "cluster.samples={gpus: 1, memory_gb: 4}", memory=1e6)
@@ -401,7 +474,10 @@ def test_every_shipped_experiment_can_be_planned(path: Path, once: None, capsys:
     ("arguments", "words"),
     [
         (["--gpu-memory", "much"], "--gpu-memory much"),
+        (["--gpu-memory", "80"], "--gpu-memory 80: write a number with a unit"),
         (["--gpus", "0"], "--gpus 0"),
+        (["--utilisation", "40"], "--utilisation 40: a share"),
+        (["--interconnect", "0"], "--interconnect 0: must be positive"),
         (["--set", "priming.training.sharding.context_parallel=3"], "does not divide the 16 processes"),
         (["--set", "teacher.architecture=", "--set", "teacher.path=someone/else"], "teacher.architecture"),
     ],

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from vpae.arguments import experiment_arguments
 from vpae.bench import COMPARISONS
+from vpae.config import Experiment
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, load
 
-RUNS_ON_RANDOM_WEIGHTS = ("sampling", *METHODS, "vae", *COMPARISONS)
-PARTS = (*RUNS_ON_RANDOM_WEIGHTS, "data")
+PARTS = ("sampling", *METHODS, "vae", *COMPARISONS, "data")
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -18,8 +18,11 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser("bench", help="measure sampling, training steps and encoding; write JSON")
     experiment_arguments(bench, Path("configs/micro.yaml"))
     bench.add_argument("--device", default="", help="cuda, cuda:1, cpu ...; default: a GPU if there is one")
-    named = f"of {', '.join(PARTS)}; separated by commas; default: all but data, which reads finished stages"
-    bench.add_argument("--parts", default=",".join(RUNS_ON_RANDOM_WEIGHTS), help=named)
+    named = (
+        f"of {', '.join(PARTS)}; separated by commas; default: sampling, vae, the experiment's methods and their "
+        "comparisons; data reads finished stages"
+    )
+    bench.add_argument("--parts", help=named)
     bench.add_argument("--steps", default="1,50", help="sampling steps; with guidance each but 1 takes two evaluations")
     bench.add_argument("--guidance", type=float, default=5.0, help="of the rows with several steps; 1 = off")
     bench.add_argument("--batch-sizes", default="1", help="videos sampled together, separated by commas")
@@ -42,7 +45,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     from vpae.bench.run import Options, run
 
     source = load(arguments.config, arguments.set)
-    parts = _words(arguments.parts, "--parts")
+    parts = _words(arguments.parts, "--parts") if arguments.parts is not None else parts_of(source.settings)
+    if arguments.repeats < 1:
+        raise ConfigError(f"--repeats {arguments.repeats}: at least 1")
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ConfigError(f"--parts {', '.join(unknown)}: choose from {', '.join(PARTS)}")
@@ -64,6 +69,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     found = run(source, options, keep=lambda found: write_json(out, {**around, **found}))
     print(as_text({**around, **found}))
     print(out, file=sys.stderr)
+
+
+def parts_of(settings: Experiment) -> list[str]:
+    """What an experiment's own networks and methods are measured by."""
+    methods = [name for name in METHODS if name in settings.methods]
+    comparisons = [part for part, compared in COMPARISONS.items() if compared[0] in methods]
+    return ["sampling", *methods, "vae", *comparisons]
 
 
 def _words(text: str, option: str) -> list[str]:

@@ -40,7 +40,10 @@ class Options:
         Raises:
             ConfigError: there is no such device.
         """
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ConfigError(f"--device {self.device}: write cuda, cuda:1 or cpu") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"--device {self.device}: no GPU is visible; leave the option out to measure the CPU")
         return device

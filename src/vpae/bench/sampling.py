@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ from vpae.bench.measure import first_line, if_it_fits, matmul_peak, seconds_of, 
 from vpae.bench.networks import Components, random_condition
 from vpae.config import Experiment
 from vpae.data.video import write_video
-from vpae.models.wan import decode_latents, encode_condition, predict_x0, take_any_inputs
+from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, predict_x0, take_any_inputs
 from vpae.planning.inference import network_use
 from vpae.planning.network import Network, Sequence
 from vpae.sampling import euler
@@ -131,15 +132,16 @@ class Bench:
         """Seconds of each part of one video."""
         geometry, parts, device = self.settings.geometry, self.parts, self.device
         first_B3HW = torch.rand(1, 3, geometry.height, geometry.width, device=device) * 2 - 1
-        ids = torch.ones(1, self.tokens.text, dtype=torch.long, device=device)
+        # Prompt and negative prompt, padded as a pipeline pads them, whether there is guidance or not.
+        ids = torch.ones(2, TEXT_TOKENS, dtype=torch.long, device=device)
         pixels = torch.rand(1, 3, *_image_size(parts.image_encoder), device=device)
-        condition = random_condition(self.settings, self.network, self.tokens, 1, device)
+        tokens = replace(self.tokens, text=TEXT_TOKENS)
+        condition = random_condition(self.settings, self.network, tokens, 1, device)
         noise = torch.randn(1, 16, *geometry.latent_shape, device=device)
         result: dict[str, Tensor] = {}
 
         def encode_text() -> None:
-            for _ in range(1 if guidance == 1.0 else 2):
-                parts.text_encoder(input_ids=ids, attention_mask=ids)
+            parts.text_encoder(input_ids=ids, attention_mask=ids)
 
         def diffuse() -> None:
             result["latents"] = euler(parts.transformer, noise, condition, steps, self.settings.teacher.shift, guidance)

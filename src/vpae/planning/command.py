@@ -10,7 +10,7 @@ from vpae.experiment import ConfigError, load
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 PART_NAMES = {
     "weights": "weights of all networks",
-    "optimizer": "optimisers (Adam's two averages)",
+    "optimizer": "averages of the optimisers",
     "ema": "EMA",
     "step": "activations, gradients, gathered weights",
     "overhead": "driver, libraries, fragmentation",
@@ -45,7 +45,10 @@ def parse_bytes(text: str, option: str) -> float:
     """
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     try:
-        return float(found[1]) * UNITS[found[2]]
+        size = float(found[1]) * UNITS[found[2]]
+        if not size >= 1e6:
+            raise ValueError("no memory is as small")
+        return size
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{option} {text}: write a number with a unit, for instance 80GB") from error
 
@@ -55,8 +58,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     if arguments.gpus is not None and arguments.gpus < 1:
         raise ConfigError(f"--gpus {arguments.gpus}: at least one")
-    for option, value in (("--utilisation", arguments.utilisation), ("--peak-tflops", arguments.peak_tflops)):
-        if value <= 0:
+    if not 0 < arguments.utilisation <= 1:
+        raise ConfigError(f"--utilisation {arguments.utilisation:g}: a share of the peak, above 0 and at most 1")
+    for option, value in (("--interconnect", arguments.interconnect), ("--peak-tflops", arguments.peak_tflops)):
+        if value is not None and not value > 0:
             raise ConfigError(f"{option} {value:g}: must be positive")
     cluster = Cluster(
         arguments.gpus,
@@ -112,7 +117,8 @@ def _stage_lines(name: str, stage: dict, memory: float) -> list[str]:
     parts = {part: n for part, n in stage["bytes_per_gpu"].items() if n}
     lines += [f"  {PART_NAMES[part]:40} {_bytes(n):>10}" for part, n in parts.items()]
     for remedy in stage["remedies"]:
-        change = f"--gpus {remedy['gpus']}" if "gpus" in remedy else " ".join(f"--set '{s}'" for s in remedy["set"])
+        number = [f"--gpus {remedy['gpus']}"] if "gpus" in remedy else []
+        change = " ".join([*number, *(f"--set '{text}'" for text in remedy["set"])])
         lines.append(f"  would fit with {change}: {_bytes(remedy['total'])}")
     if not stage["fits"] and not stage["remedies"]:
         lines.append("  no switch makes it fit: larger GPUs, fewer frames, or a smaller model")

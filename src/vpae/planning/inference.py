@@ -5,7 +5,7 @@ Number formats are those of `models.formats`, which every stage follows.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vpae.bench.networks import random_condition, random_latents, random_transformer
 from vpae.config import Experiment
 from vpae.models.formats import LARGE, RESIZABLE
+from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
+from vpae.placement import DTYPES
 from vpae.planning.meter import Meter
 from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count
 
@@ -30,11 +32,13 @@ class Use:
         operations: of matrix products and convolutions.
         weights: bytes that the network holds.
         peak: most bytes besides, its results included.
+        float32: whether it computes in that format.
     """
 
     operations: float
     weights: float
     peak: float
+    float32: bool
 
 
 @torch.no_grad()
@@ -52,7 +56,8 @@ def measure(module: nn.Module, work: Callable[[nn.Module], object]) -> Use:
         weights = meter.now
         meter.peaks.clear()
         result = work(module.eval())  # noqa: F841, a result is alive as long as its work is looked at
-        return Use(float(meter.counts["model"]), float(weights), float(meter.peak - weights))
+        float32 = next(module.parameters()).dtype is torch.float32
+        return Use(float(meter.counts["model"]), float(weights), float(meter.peak - weights), float32)
 
 
 def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str, Use]:
@@ -65,6 +70,15 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
 
     def video(count: int, frames: int) -> Tensor:
         return torch.empty(count, 3, frames, g.height, g.width)
+
+    def decoding() -> Use:
+        dtype = DTYPES[settings.samples.vae_dtype]
+        if settings.samples.decoder:
+            with torch.device("meta"):
+                small = SmallDecoder()
+            return measure(small.to(dtype), lambda decoder: decode_latents(decoder, random_latents(settings, 1, CPU)))
+        vae = nn.Module.to(build_encoders(pipeline, parts=("vae",))["vae"], dtype)
+        return measure(vae, lambda vae: decode_latents(placed(vae), random_latents(settings, 1, CPU)))
 
     def placed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         if settings.samples.vae_tiles:
@@ -85,7 +99,7 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
         "encode": encoder("vae", lambda vae: encode_video(vae, video(batch, g.frames))),
         "condition": encoder("vae", lambda vae: encode_condition(vae, video(batch, 1)[:, :, 0], g.frames)),
         "condition_alone": encoder("vae", lambda vae: encode_condition(placed(vae), video(1, 1)[:, :, 0], g.frames)),
-        "decode": encoder("vae", lambda vae: decode_latents(placed(vae), random_latents(settings, 1, CPU))),
+        "decode": decoding(),
     }
 
 
@@ -108,4 +122,8 @@ def network_use(settings: Experiment, network: Network, tokens: Sequence, batch:
         return measure(random_transformer(replace(network, layers=layers), torch.device("meta"), dtype), predict)
 
     two, three = of(2), of(3)
-    return Use(*(a + (network.layers - 2) * (b - a) for a, b in zip(astuple(two), astuple(three), strict=True)))
+    line = {
+        name: getattr(two, name) + (network.layers - 2) * (getattr(three, name) - getattr(two, name))
+        for name in ("operations", "weights", "peak")
+    }
+    return Use(**line, float32=two.float32)

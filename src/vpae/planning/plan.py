@@ -61,11 +61,10 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
     work = {phase: (_phase, settings, phase, network, tokens, cluster) for phase in methods}
     found = _at_once({**work, "uses": (uses, settings, pipeline, tokens)})
     stages, used = {phase: found[phase] for phase in methods}, found["uses"]
-    stages |= {
-        "latents": _latents(settings, used, cluster),
-        "samples": _samples(settings, used, cluster),
-        "evaluation": _evaluation(settings, used, cluster),
-    }
+    for name, plan_of in AROUND.items():
+        stages[name] = plan_of(settings, used, cluster)
+        if not stages[name]["fits"]:
+            stages[name]["remedies"] = _switches_around(name, settings, pipeline, tokens, cluster)
     for name, stage in stages.items():
         stage["complaints"] = complaints(name, stage, getattr(settings.cluster, name))
     binding = max(stages, key=lambda name: stages[name]["bytes_per_gpu"]["total"])
@@ -106,7 +105,7 @@ def _at_once(work: dict[str, tuple]) -> dict[str, Any]:
 def gpus_of(settings: Experiment, phase: str, cluster: Cluster) -> int:
     """How many processes a phase has."""
     needs: Needs = getattr(settings.cluster, phase)
-    return cluster.gpus or max(1, needs.nodes * needs.gpus)
+    return cluster.gpus or needs.nodes * max(1, needs.gpus)
 
 
 def _check_division(source: Source, phase: str, network: Network, tokens: Sequence, gpus: int) -> None:
@@ -129,7 +128,10 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
     def traffic(received: float) -> float:
         return received / cluster.interconnect if cluster.interconnect else 0.0
 
-    seconds = per_step(lambda turn: max(cluster.seconds(turn.executed), traffic(turn.received)))
+    def computing(operations: float) -> float:
+        return cluster.seconds(0, operations) if training.mixed_precision == "no" else cluster.seconds(operations)
+
+    seconds = per_step(lambda turn: max(computing(turn.executed), traffic(turn.received)))
     return {
         "gpus": gpus,
         "parameters": found.parameters,
@@ -141,7 +143,7 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
             {**remedy, "total": remedy["total"] + cluster.overhead}
             for remedy in remedies(settings, phase, network, tokens, gpus, found.peak, room)
         ],
-        "host_bytes": _host_bytes(settings, phase, found, gpus),
+        "host_bytes": _host_bytes(settings, phase, found, gpus, FP32 * count(network.build())),
         "turns": {
             name: {
                 "per_step": turn.count / steps,
@@ -166,15 +168,20 @@ def _bytes_per_gpu(found: Execution, overhead: float) -> dict[str, float]:
     return {**held, "step": found.peak - sum(held.values()), "overhead": overhead, "total": found.peak + overhead}
 
 
-def _host_bytes(settings: Experiment, phase: str, found: Execution, gpus: int) -> float:
-    """Bytes of memory of a node at most: the first process makes all networks whole before it shards them."""
+def _host_bytes(settings: Experiment, phase: str, found: Execution, gpus: int, whole: float) -> float:
+    """Bytes of memory of a node at most.
+
+    The first process makes all networks whole before it shards them; at the end it merges a student's adapter into a
+    teacher in float32, of `whole` bytes.
+    """
+    merged = whole if getattr(settings, phase).student_lora is not None else 0.0
     needs: Needs = getattr(settings.cluster, phase)
     full = getattr(settings, phase).training.sharding.strategy == "full" and gpus > 1
     here = max(1, needs.gpus)
     networks = found.held["weights"] + found.held["ema"]
     if not needs.gpus:
-        return here * (HOST_BYTES["cpu"] + found.peak)
-    return here * HOST_BYTES["gpu"] + networks * (gpus if full else here)
+        return here * HOST_BYTES["cpu"] + max(here * found.peak, here * sum(found.held.values()) + merged)
+    return here * HOST_BYTES["gpu"] + max(networks * (gpus if full else here), merged)
 
 
 # The stages around the phases: one GPU a job, and networks that are not trained.
@@ -194,13 +201,20 @@ def _samples(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> di
     evaluations = config.count * sum(row.nfe for row in config.rows.values())
     decoded = config.decode * (len(config.rows) + 1)  # and the clips themselves
     operations = evaluations * used["network"].operations / config.batch_size
-    seconds = cluster.seconds(operations, decoded * used["decode"].operations)
+    decoding = decoded * used["decode"].operations
+    seconds = cluster.seconds(*_by_format(operations, used["network"]))
+    seconds += cluster.seconds(*_by_format(decoding, used["decode"]))
     found = _stage(settings, "samples", used, ("network", "decode"), (), seconds, cluster)
     return {"network_evaluations": evaluations, **found}
 
 
+def _by_format(operations: float, of: Use) -> tuple[float, float]:
+    """The operations of a network as `Cluster.seconds` takes them: those of bfloat16, those of float32."""
+    return (0.0, operations) if of.float32 else (operations, 0.0)
+
+
 def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> dict:
-    """The latency of each row, for which a whole pipeline is loaded; VBench's networks are not counted."""
+    """The latency of each row, for which a whole pipeline is loaded, and C2ST; VBench's networks are not counted."""
     from vpae.evaluation.stage import LATENCY_PASSES
 
     config, seconds = settings.evaluation, 0.0
@@ -209,11 +223,49 @@ def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) ->
         alone = config.latency_warmup + config.latency_repeats * (1 if row.nfe >= 50 else 5)
         around = used["condition_alone"].operations + used["image"].operations / settings.latents.batch_size
         seconds += LATENCY_PASSES * (
-            cluster.seconds((alone + whole) * row.nfe * used["network_alone"].operations)
-            + cluster.seconds(whole * 2 * used["text"].operations, whole * (around + used["decode"].operations))
+            cluster.seconds(*_by_format((alone + whole) * row.nfe * used["network_alone"].operations, used["network"]))
+            + cluster.seconds(*_by_format(whole * 2 * used["text"].operations, used["text"]))
+            + cluster.seconds(*_by_format(whole * used["decode"].operations, used["decode"]))
+            + cluster.seconds(0, whole * around)
         )
-    networks = ("network_alone", "decode", "text", "image")
-    return _stage(settings, "evaluation", used, networks, ("condition_alone",), seconds, cluster)
+    networks, others = ("network_alone", "decode", "text", "image"), ("condition_alone",)
+    found = _stage(settings, "evaluation", used, networks, others, seconds, cluster)
+    if not config.c2st.clips:
+        return found
+    # Each row that is not too dear draws training clips anew, in batches; no other network is loaded then.
+    rows = [row.nfe for row in settings.samples.rows.values() if row.nfe <= config.c2st.most_nfe]
+    operations = min(config.c2st.clips, settings.clips.train) * sum(rows) * used["network"].operations
+    again = cluster.seconds(*_by_format(operations / settings.samples.batch_size, used["network"]))
+    drawn = _stage(settings, "evaluation", used, ("network",), (), seconds + again, cluster)
+    dearer = max(found, drawn, key=lambda stage: stage["bytes_per_gpu"]["total"])
+    host = max(found["host_bytes"], drawn["host_bytes"])
+    return {**dearer, "host_bytes": host, "gpu_hours": drawn["gpu_hours"]}
+
+
+AROUND = {"latents": _latents, "samples": _samples, "evaluation": _evaluation}
+SWITCHES = {  # the gentlest first
+    "latents": {"latents.batch_size": 1},
+    "samples": {"samples.batch_size": 1, "samples.vae_tiles": True, "samples.vae_dtype": "bfloat16"},
+    "evaluation": {"samples.batch_size": 1, "samples.vae_tiles": True, "samples.vae_dtype": "bfloat16"},
+}
+
+
+def _switches_around(
+    name: str, settings: Experiment, pipeline: Pipeline, tokens: Sequence, cluster: Cluster
+) -> list[dict]:
+    """The settings with which one of these stages fits: one after the other is switched on until it does."""
+    words = []
+    for key, value in SWITCHES[name].items():
+        section, field = key.split(".")
+        if getattr(getattr(settings, section), field) == value:
+            continue
+        changed = getattr(settings, section).model_copy(update={field: value})
+        settings = settings.model_copy(update={section: changed})
+        words.append(f"{key}={str(value).lower()}")
+        found = AROUND[name](settings, uses(settings, pipeline, tokens), cluster)
+        if found["fits"]:
+            return [{"set": words, "total": found["bytes_per_gpu"]["total"]}]
+    return []
 
 
 def _stage(
@@ -265,9 +317,13 @@ def disk(settings: Experiment, pipeline: Pipeline, tokens: Sequence, stages: dic
     for phase in settings.methods:
         held, gpus = stages[phase]["bytes_per_gpu"], stages[phase]["gpus"]
         shards = gpus if getattr(settings, phase).training.sharding.strategy == "full" else 1
-        state = shards * (1.5 * held["optimizer"] + held["ema"])  # two averages and a weight for each that is trained
+        parameters = stages[phase]["parameters"]
+        trained = FP32 * sum(parameters[role] for role in stages[phase]["turns"])
+        state = trained + shards * (held["optimizer"] + held["ema"])
         found[f"{phase}_states"] = (KEEP + 1) * state  # the next one is written before the oldest goes
-        beside = sum(stages[phase]["parameters"].get(role, 0) for role in METHODS[phase].leaves)
+        beside = sum(parameters.get(role, 0) for role in METHODS[phase].leaves)
+        if getattr(settings, phase).student_lora is not None:
+            beside += parameters["ema"]  # the adapter as it was trained, beside the merged weights
         found[f"{phase}_student"] = FP32 * (transformer + beside)
     return found
 

@@ -1,6 +1,7 @@
 """What would make a phase fit: switches of its settings, and more GPUs, each tried by running the phase."""
 
 from collections.abc import Callable
+from math import lcm
 
 from pydantic import ValidationError
 
@@ -8,7 +9,7 @@ from vpae.config import Experiment, Lora
 from vpae.planning.network import Network, Sequence
 from vpae.planning.phase import execute
 
-MOST_GPUS = 4096
+MOST_GPUS = 512
 
 
 def remedies(
@@ -20,17 +21,19 @@ def remedies(
         return execute(with_switches(settings, phase, values), phase, network, tokens, gpus).peak
 
     found = []
-    if enough := _enough(switches(settings, phase, network, gpus), peak, room):
+    if enough := _enough(switches(settings, phase, network, tokens, gpus), peak, room):
         values, total = enough
         words = [text for key, value in values.items() for text in _words(settings, phase, key, value)]
         found.append({"set": words, "total": total})
-    full = getattr(settings, phase).training.sharding.strategy == "full"
-    if full and (more := _more_gpus(peak, gpus, needed, room)):
-        found.append({"gpus": more[0], "total": more[1]})
+    sharding = getattr(settings, phase).training.sharding
+    shards = {} if sharding.strategy == "full" else {"strategy": "full"}
+    if more := _more_gpus(lambda number: peak(shards, number), gpus, sharding.context_parallel, needed, room):
+        words = [text for key, value in shards.items() for text in _words(settings, phase, key, value)]
+        found.append({"set": words, "gpus": more[0], "total": more[1]})
     return found
 
 
-def switches(settings: Experiment, phase: str, network: Network, gpus: int) -> list[dict]:
+def switches(settings: Experiment, phase: str, network: Network, tokens: Sequence, gpus: int) -> list[dict]:
     """What could be switched on for a phase, the gentlest first."""
     config = getattr(settings, phase)
     training, sharding = config.training, config.training.sharding
@@ -44,7 +47,8 @@ def switches(settings: Experiment, phase: str, network: Network, gpus: int) -> l
     if training.batch_size > 1:
         found.append({"batch_size": 1})
     for size in (2, 4, 8):
-        if size > sharding.context_parallel and gpus % size == 0 and network.heads % size == 0:
+        divides = gpus % size == network.heads % size == tokens.video % size == 0
+        if size > sharding.context_parallel and divides:
             found.append({"context_parallel": size})
     if config.student_lora is None:
         found.append({"student_lora": Lora()})
@@ -87,16 +91,23 @@ def _enough(available: list[dict], peak: Callable[[dict], float], room: float) -
     return values, total
 
 
-def _more_gpus(peak: Callable[..., float], gpus: int, needed: float, room: float) -> tuple[int, float] | None:
-    """The smallest number of GPUs in whole nodes of eight, doubled, that suffices; of shards, each has its part."""
-    many = peak({}, MOST_GPUS)
-    if many > room:
+def _more_gpus(
+    peak: Callable[[int], float], gpus: int, together: int, needed: float, room: float
+) -> tuple[int, float] | None:
+    """The smallest number of GPUs that suffices, in whole nodes of eight and whole groups that work on a clip together.
+
+    Of shards each GPU has its part, so the number is solved for, and doubled where that was too few.
+    """
+    whole = lcm(8, together)
+    most = whole * (MOST_GPUS // whole)
+    many = peak(most)
+    if many > room or gpus >= most:
         return None
-    shared = (needed - many) / (1 / gpus - 1 / MOST_GPUS)
-    enough = 8
+    shared = (needed - many) / (1 / gpus - 1 / most)
+    enough = whole
     while enough <= gpus or many + shared / enough > room:
         enough *= 2
-    total = peak({}, enough)
+    total = peak(enough)
     return (enough, total) if total <= room else None
 
 
