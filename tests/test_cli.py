@@ -123,6 +123,25 @@ def test_a_signal_ends_a_stage_with_the_code_that_puts_a_job_back_into_the_queue
     assert "finished ones are kept" in capsys.readouterr().err
 
 
+def test_help_says_defaults_once_and_none_where_there_is_none(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of the noise; default: 0" in said and "the mp4 to write, or to write anew --lora" in said
+    with pytest.raises(SystemExit):
+        main(["verify", "--help"])
+    assert "an experiment's YAML file; default: configs/tiny.yaml" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_name_in_place_of_a_file_is_answered_with_the_file(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for given in ("micro", "micro.yaml", "configs/micro.yaml.yaml"):
+        assert main(["config", "show", "--config", given]) == 2
+        assert "did you mean configs/micro.yaml?" in capsys.readouterr().err
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Ctrl-C is heeded, also where the tests run in the background and have inherited that it is ignored."""

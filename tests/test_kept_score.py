@@ -60,6 +60,7 @@ CHAINS = {
     "priming's": ("equilibrium", {}, True),
     "none, without the score loss": ("dfd", {"equilibrium.score.weight": 0.0}, False),
     "the equilibrium's, which it has from priming": ("dfd", {"equilibrium.score.weight": 1.0}, True),
+    "a whole copy": ("equilibrium", {"priming.fake_form": "copy"}, None),
     "one of another rank": ("dfd", {"equilibrium.score.weight": 1.0, "dfd.fake_lora.rank": 8}, None),
 }
 

@@ -141,6 +141,13 @@ def test_impossible_chains_are_refused(tree: dict, message: str, base: Path) -> 
         load(write(base.parent, "own", {"extends": "base", **tree}))
 
 
+def test_a_student_is_not_sampled_at_other_times_than_its_start_was_trained_for(base: Path) -> None:
+    path = write(base.parent, "own", {"extends": "base", "priming": {"few_step_shift": 0.3}})
+    with pytest.raises(ConfigError, match=r"equilibrium.few_step_shift is empty, and priming, .* has 0.3: .*too"):
+        load(path)
+    assert load(path, ["equilibrium.few_step_shift=0.3"]).settings.equilibrium.later_shift(5.0) == 0.3
+
+
 def test_a_method_that_the_experiment_does_not_train_is_no_stage_of_it(base: Path, tmp_path: Path) -> None:
     from vpae.stages import run_stage
 

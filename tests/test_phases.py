@@ -217,7 +217,7 @@ def test_the_generator_sees_the_noised_real_clip_at_times_of_its_interval(turn):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("build", "first"), [(build_priming, 0.9), (build_equilibrium, 1.0)])
 def test_a_share_of_the_clips_is_at_the_later_times_of_few_step_sampling(build, first, share, own):
-    later = {"few_step_share": share} if build is build_priming else {"few_step": {"share": share}}
+    later = {"few_step_share": share} if build is build_priming else {"few_step": {"share": share} if share else None}
     phase, times = build(**later, few_step_shift=own), []
     turn = "fake" if build is build_priming else "head"
     with calls_of(phase.generator) as calls, torch.no_grad():

@@ -328,6 +328,20 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_moves_nothing(wit
     assert not any("loss" in key for key in lines[1])
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_state_that_is_saved_before_the_first_update_of_a_role_changes_nothing(resumed, tmp_path, accelerator):
+    """torch makes an optimiser's averages by a step of its own, which would count."""
+    settings = Optimizer(learning_rate=1e-2)
+    whole, saved = Line(settings, {0}), Line(settings, {0})
+    run_line(whole, tmp_path / "whole", accelerator, steps=3, checkpoint_every=100)
+    if resumed:
+        with pytest.raises(Crash):
+            run_line(at(saved, 1, 0, crash), tmp_path / "saved", accelerator, steps=3, checkpoint_every=1)
+        saved = Line(settings)
+    run_line(saved, tmp_path / "saved", accelerator, steps=3, checkpoint_every=1)
+    assert_equal(all_of(saved), all_of(whole))
+
+
 def ema_and_weights(phase: Line) -> tuple[Tensor, Tensor]:
     return phase.ema.weight, phase.module.weight
 

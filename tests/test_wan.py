@@ -233,6 +233,8 @@ def test_a_student_is_sampled_at_the_times_of_its_own_scheduler_and_the_teacher_
         model: sampling.row_shift(settings, inputs, Sampler(model=model, steps=2)) for model in ("teacher", "priming")
     }
     assert found == {"teacher": SHIFT, "priming": 0.3}
+    own = Sampler(model="priming", steps=2, shift=0.1)  # to be tried without training again
+    assert sampling.row_shift(settings, inputs, own) == 0.1
 
 
 @torch.no_grad()

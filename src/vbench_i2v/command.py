@@ -50,7 +50,9 @@ def add_words(words) -> argparse.ArgumentParser:
     run.add_argument("--name", help="results are NAME_eval_results.json and so on")
     add_dimensions(run)
     run.add_argument("--weights", help=f"folder of weight files (default: {CACHE})")
-    run.add_argument("--clip-dtype", choices=("float16", "float32"))
+    run.add_argument(
+        "--clip-dtype", choices=("float16", "float32"), help="of CLIP; default: float16, as published scores had"
+    )
     run.add_argument("--ratio", help="of VBench's crops, e.g. 16-9 (default: nearest to the videos' size)")
     run.add_argument("--samples-per-prompt", type=int, help="default: 5")
     add_part(run, "measure one part of the videos; without it, gather all")

@@ -22,6 +22,8 @@ def read_image(path: Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ImageError: no image, truncated, or of a kind whose range of values is not known.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: is a folder; name an image in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image")
     try:

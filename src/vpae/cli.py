@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from vpae import __version__
-from vpae.arguments import experiment_arguments
+from vpae.arguments import Parser, experiment_arguments
 from vpae.bench import command as bench
 from vpae.evaluation.vbench import command as vbench
 from vpae.experiment import ConfigError, load, schema, shipped
@@ -66,11 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vpae", description="One-step video diffusion by V-PAE.")
+    parser = Parser(prog="vpae", description="One-step video diffusion by V-PAE.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage, kind in STAGES.items():
-        command = commands.add_parser(stage, help=f"run the stage `{stage}` of an experiment")
+        about = f"{kind.about[0].upper()}{kind.about[1:]}."
+        command = commands.add_parser(stage, help=f"stage: {kind.about}", description=about)
         experiment_arguments(command)
         command.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
         command.set_defaults(run=_stage, stage=stage, part=None)
@@ -79,16 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         if stage == "evaluation":
             vbench.add_commands(command)
 
-    sample = commands.add_parser("sample", help="animate one image")
+    sample = commands.add_parser("sample", help="animate one image by any model (no stage)")
     sample.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. results/NAME/METHOD/student")
     sample.add_argument("--image", type=Path, required=True, help="first frame")
-    sample.add_argument("--prompt", required=True)
-    sample.add_argument("--steps", type=int, default=1)
+    sample.add_argument("--prompt", required=True, help="what happens in the video")
+    sample.add_argument("--steps", type=int, default=1, help="network steps")
     sample.add_argument("--guidance", type=float, default=1.0, help="w in u + w (c - u); 1 = off")
     sample.add_argument("--negative-prompt", default="", help="of u; experiments have latents.negative_prompt")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=int, default=0, help="of the noise")
     sample.add_argument("--num-frames", type=int, help="default: what the model was distilled at")
-    sample.add_argument("--out", type=Path, required=True, help="the mp4 to write")
+    sample.add_argument("--out", type=Path, required=True, help="the mp4 to write, or to write anew")
     sample.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge a LoRA; may be repeated"
     )
@@ -99,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a student in the form another tool reads")
     export.add_argument("--model", type=Path, required=True, help="pipeline folder, e.g. results/NAME/METHOD/student")
-    export.add_argument("--format", choices=("diffusers", "vllm-omni", "wan", "lora", "lora-wan"), required=True)
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "vllm-omni", "wan", "lora", "lora-wan"),
+        required=True,
+        help="diffusers' folder, which `vpae sample` reads, or vLLM-Omni's; Wan's own key names; the adapter of a LoRA "
+        "student under either's names",
+    )
     export.add_argument("--out", type=Path, required=True, help="folder to make, or a .safetensors file")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
     export.add_argument("--scores", type=Path, help="for the model card; default: the evaluation's beside it")

@@ -114,8 +114,11 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
     if path in seen:
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.stem for p in seen)}; break the circle")
     if not path.is_file():
-        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        near = ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))) or "none"
         wanted_by = f"{seen[-1]}: extends: {path.stem}: " if seen else ""
+        meant = Path("configs", path.name.removesuffix(".yaml").removesuffix(".yaml") + ".yaml")
+        if not seen and meant != path and meant.is_file():
+            raise ConfigError(f"{path} does not exist; did you mean {meant}? Where a name is asked for: {meant.stem}")
         raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
     try:
         tree = _plain(read_yaml(path.read_text(encoding="utf-8")) or {})

@@ -22,6 +22,7 @@ NEWER = {
     "decoder",
     "few_step",
     "few_step_shift",
+    "shift",
     "relativistic",
     "videos",
     "vae_tiles",
@@ -34,6 +35,7 @@ class Stage:
     """What the command line, the workflow and DVC know of a stage.
 
     Attributes:
+        about: what it does, for people.
         module: has `run(settings, inputs, out, state)`; that of the methods has the method's name before these.
         reads: the stages whose folders it reads, in an experiment.
         sections: the settings that determine its result, beside the seed.
@@ -42,6 +44,7 @@ class Stage:
         divisible: its work can be cut into parts; its module has `part`.
     """
 
+    about: str
     module: str
     reads: Callable[[Experiment], tuple[str, ...]]
     sections: tuple[str, ...]
@@ -58,23 +61,43 @@ def _method(name: str) -> Stage:
     def reads(settings: Experiment) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("latents", TEACHER, METHODS[name].start_of(settings))))
 
-    return Stage("vpae.distill.run", reads, (name,), shift=True)
+    return Stage(f"train a student: {METHODS[name].about}", "vpae.distill.run", reads, (name,), shift=True)
 
 
 STAGES: dict[str, Stage] = {
-    "clips": Stage("vpae.data.catalog", lambda s: (), ("geometry", "clips"), unused=("clips.workers",), divisible=True),
+    "clips": Stage(
+        "gather videos and captions, checked and at one size",
+        "vpae.data.catalog",
+        lambda s: (),
+        ("geometry", "clips"),
+        unused=("clips.workers",),
+        divisible=True,
+    ),
     "teacher": Stage(
+        "fetch, link or train the model that is distilled",
         "vpae.teacher.stage",
         lambda s: ("clips",) if s.teacher.source == "train" else (),
         ("geometry", "teacher"),
         unused=("teacher.architecture",),  # for planning only
     ),
-    "latents": Stage("vpae.data.latents", lambda s: ("clips", TEACHER), ("geometry", "latents"), divisible=True),
+    "latents": Stage(
+        "encode clips, first frames and captions",
+        "vpae.data.latents",
+        lambda s: ("clips", TEACHER),
+        ("geometry", "latents"),
+        divisible=True,
+    ),
     **{name: _method(name) for name in METHODS},
     "samples": Stage(
-        "vpae.sampling.stage", lambda s: ("latents", *_models(s)), ("samples", "geometry"), shift=True, divisible=True
+        "make the videos of every row of the tables",
+        "vpae.sampling.stage",
+        lambda s: ("latents", *_models(s)),
+        ("samples", "geometry"),
+        shift=True,
+        divisible=True,
     ),
     "evaluation": Stage(
+        "score these videos; with a WORD: VBench-I2V for any folder",
         "vpae.evaluation.stage",
         lambda s: ("clips", "latents", *_models(s), "samples"),
         ("evaluation",),
@@ -82,7 +105,7 @@ STAGES: dict[str, Stage] = {
         shift=True,
         divisible=True,
     ),
-    "report": Stage("vpae.report.page", lambda s: stages_of(s)[:-1], ("report",)),
+    "report": Stage("write one page with all of it", "vpae.report.page", lambda s: stages_of(s)[:-1], ("report",)),
 }
 
 

@@ -55,6 +55,10 @@ def experiment(name):
         stop(error)
 
 
+if unknown := config.keys() - {"experiment", "seeds"}:
+    stop(f"--config {', '.join(sorted(unknown))}: the workflow knows experiment=NAME[,NAME] and seeds=N[,N] alone")
+
+
 def all_folders(wildcards):
     """Input function: every stage of the experiments asked for; what an overlay leaves alone is its base's."""
     names = config.get("experiment", "tiny")

@@ -162,6 +162,11 @@ class Experiment(_Methods):
                 f"{name}.student_lora is not {start}.student_lora: the adapter that {start} trains is the one that "
                 "goes on learning; set both alike, or leave both empty"
             )
+        if section.few_step_shift is None and start != TEACHER and (found := getattr(self, start).few_step_shift):
+            raise ValueError(
+                f"{name}.few_step_shift is empty, and {start}, which it starts from, has {found:g}: its student would "
+                f"be sampled at other times than {start} was trained for; set {name}.few_step_shift too"
+            )
 
     def training_clips_needed(self) -> tuple[int, str]:
         """How many clips to train on the later stages need, and the setting or stage that needs them."""

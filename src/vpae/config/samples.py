@@ -14,6 +14,9 @@ class Sampler(Section):
     model: str = Field(description="Whose weights: teacher, or one of the experiment's methods or students.")
     steps: Positive = Field(description="Network steps; guidance doubles the NFE.")
     guidance_scale: float = Field(1.0, description="w in u + w (c - u); 1 = off.")
+    shift: float | None = Field(
+        None, gt=0, description="Timestep shift of the times of its steps; empty: teacher.shift, or the student's own."
+    )
 
     @property
     def nfe(self) -> int:

@@ -26,6 +26,8 @@ class Optimizer(Section):
                 f"weight_decay = {self.weight_decay}: RMSProp would add it to the gradient, unlike AdamW; "
                 "leave it 0, or take algorithm = adamw"
             )
+        if self.algorithm == "rmsprop" and self.betas != (0.9, 0.999):
+            raise ValueError("betas are Adam's: RMSProp has alpha; leave them out, or take algorithm = adamw")
         return self
 
 

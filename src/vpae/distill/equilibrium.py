@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from vpae.config.discriminator import R1, Head
-from vpae.config.section import NonNegative, Positive, Section, Share
+from vpae.config.section import NonNegative, Positive, Section
 from vpae.config.training import Lora, Optimizer, Times, Training
 from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, judged, motion_monitors
 from vpae.lazy import lazy
@@ -55,7 +55,7 @@ class Score(Section):
 class FewStep(Section):
     """Learning of the later times of few-step sampling beside t = 1."""
 
-    share: Share = Field(0.25, description="Share of the clips that are at a later time.")
+    share: float = Field(0.25, gt=0, le=1, description="Share of the clips that are at a later time.")
     steps: int = Field(4, ge=2, description="The steps of that sampling; half as many share some of its times.")
     own: bool = Field(
         False,
@@ -117,6 +117,10 @@ class Settings(MethodSettings):
                 f"discriminator_warmup_steps = {self.discriminator_warmup_steps} are all in the first step, at the "
                 f"lowest rate of discriminator.warmup_steps = {self.discriminator.warmup_steps}; set one of them to 0"
             )
+        if self.relativistic and self.g_loss != "hinge_linear":
+            raise ValueError(f"relativistic takes the place of the hinge: leave out g_loss = {self.g_loss}, or it")
+        if self.adversarial_weight == 0 and self.backbone == "copy":
+            raise ValueError("adversarial_weight = 0 trains no discriminator: leave out backbone = copy")
         if self.backbone == "copy" and self.student_lora is not None:
             raise ValueError("backbone = copy trains a whole second network, which student_lora avoids: choose one")
         return self
@@ -217,6 +221,11 @@ class Equilibrium(Method):
         return f"{first} with {' and '.join(others)}" if others else first
 
     @classmethod
+    def as_published(cls, section: Settings) -> bool:
+        """As `Method`: phase II without its adversary is another method."""
+        return section.adversarial_weight > 0
+
+    @classmethod
     def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:
         """The fake model that the start has trained; one that is the teacher, where the start leaves none."""
         left = cls.fake_at_start(settings)
@@ -224,6 +233,8 @@ class Equilibrium(Method):
             fake = shared.add(adapters.FAKE, left or getattr(settings, cls.name).score.fake_lora)
         if left is not None:
             fake.start_from(networks.adapter(cls.start_of(settings), adapters.FAKE))
+        else:
+            cls.say_what_is_lost(settings)
         return fake
 
     @classmethod

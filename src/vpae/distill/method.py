@@ -5,6 +5,7 @@ A method's file is read wherever an experiment is, so it imports torch and netwo
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -202,6 +203,11 @@ class Method(Phase):
         return cls.about
 
     @classmethod
+    def as_published(cls, section: MethodSettings) -> bool:
+        """Whether a paper's figure of the method can stand beside that of these settings."""
+        return True
+
+    @classmethod
     def fake_left(cls, settings: Experiment) -> Lora | None:
         """The adapter of the fake model that it leaves to a method that starts from it; none where it leaves none."""
         return None
@@ -213,6 +219,18 @@ class Method(Phase):
 
         start = cls.start_of(settings)
         return METHODS[start].fake_left(settings) if start in METHODS else None
+
+    @classmethod
+    def say_what_is_lost(cls, settings: Experiment) -> None:
+        """Say that the fake model which the start leaves is not taken over, where it leaves one."""
+        start = cls.start_of(settings)
+        copied = getattr(getattr(settings, start, None), "fake_form", "") == "copy"
+        if copied or cls.fake_at_start(settings) is not None:
+            print(
+                f"vpae: {cls.name}: the fake model that {start} leaves is not taken over, since only adapters of equal "
+                "fake_lora are: it begins as the teacher and has to catch up with the student",
+                file=sys.stderr,
+            )
 
     @classmethod
     def generator_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:

@@ -7,7 +7,6 @@ student it writes `generator.safetensors` and `fake_lora.safetensors` (`fake.saf
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -104,12 +103,8 @@ class ScoreDistillation(Method):
         start, left = cls.start_of(settings), cls.fake_at_start(settings)
         if config.fake_form == "lora" and left == config.fake_lora:
             fake.start_from(networks.adapter(start, adapters.FAKE))  # it knows the student that it is to follow
-        elif left is not None or getattr(getattr(settings, start, None), "fake_form", "") == "copy":
-            print(
-                f"vpae: {cls.name}: the fake model that {start} leaves is not taken over, since only adapters of equal "
-                "fake_lora are: it begins as the teacher and has to catch up with the student",
-                file=sys.stderr,
-            )
+        else:
+            cls.say_what_is_lost(settings)
         return generator, cls.teacher_on(shared, config), fake
 
     @classmethod

@@ -64,9 +64,7 @@ def export(
             finished, or the adapter is not its.
     """
     if steps < 1 or (steps > 1 and form != "vllm-omni"):
-        raise ArtifactError(
-            f"--steps {steps}: at least 1, and more with --format vllm-omni alone, which holds them fast"
-        )
+        raise ArtifactError(f"--steps {steps}: at least 1, and only --format vllm-omni takes more")
     _check(model, form, out)
     facts = _facts(model)
     if scores := scores or find_scores(model):

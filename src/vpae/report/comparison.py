@@ -36,7 +36,6 @@ PAPER = {
     "vpae": (91.54, 79.56, 68.66),
     "vpae-4nfe": (94.93, 82.24, 70.76),
 }
-EQUILIBRIUM = CHAIN[1].name
 VBENCH = [name for name, short in PAPER_NAMES.items() if short != "Total"]
 
 
@@ -51,7 +50,7 @@ class Run:
         cost: of training, from the teacher to the row's model: sums, and of the memory the most.
         measure: the settings that say how many videos were measured, and how.
         depth: of how many other files the experiment is an overlay.
-        papers: whether the row is what the paper reports: of phase II without an adversary it reports nothing.
+        papers: whether what led to the row is what the paper reports, and no ablation of it.
     """
 
     row: str
@@ -105,7 +104,7 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
                 measure=_measure(source.settings),
                 depth=len([*source.ancestors()]),
-                papers=EQUILIBRIUM not in stages or source.settings.equilibrium.adversarial_weight > 0,
+                papers=all(METHODS[stage].as_published(getattr(source.settings, stage)) for stage in stages),
             )
         )
     return found

@@ -81,6 +81,8 @@ def model_folder(inputs: dict[str, Path], model: str) -> Path:
 
 
 def row_shift(settings: Experiment, inputs: dict[str, Path], row: Sampler) -> float:
-    """Timestep shift of a row's sampler: `teacher.shift`, or what a student's own scheduler says."""
+    """Timestep shift of a row's sampler: its own, or else `teacher.shift` or what a student's scheduler says."""
+    if row.shift is not None:
+        return row.shift
     own = None if row.model == "teacher" else shift_of(model_folder(inputs, row.model))
     return settings.teacher.shift if own is None else own

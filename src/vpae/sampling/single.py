@@ -121,7 +121,7 @@ def sample_one(
     picture = None
     try:
         picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
-        faults += _size_faults(image, picture)
+        faults += [] if faults else _size_faults(image, picture)
     except (ImageError, FileNotFoundError) as error:
         faults.append(f"--image {error}")
     small = None
@@ -173,7 +173,11 @@ def output_faults(option: str, path: Path, suffix: str) -> list[str]:
 def _geometry(model: Path) -> tuple[dict, list[str]]:
     """What size a model was made for, if its folder says so; and what is wrong with the folder."""
     if not (model / "model_index.json").is_file():
-        return {}, [f"--model {model}: holds no model_index.json: it is not a diffusers pipeline folder"]
+        if not model.is_dir():
+            return {}, [f"--model {model}: there is no such folder"]
+        inside = model / "student"
+        meant = f"; did you mean {inside}?" if (inside / "model_index.json").is_file() else ""
+        return {}, [f"--model {model}: holds no model_index.json: it is not a diffusers pipeline folder{meant}"]
     require_whole(model)
     if wrong := faults_of_folder(model):
         return {}, [f"--model {fault}" for fault in wrong]

@@ -11,6 +11,7 @@ from vpae.config import TinyTransformer
 from vpae.flow import add_noise, sample_times, velocity_target
 from vpae.models.wan import Condition, velocity
 from vpae.training.ema import make_ema
+from vpae.training.loop import progress_at
 from vpae.training.phase import Phase, Role
 
 
@@ -55,7 +56,7 @@ class FlowMatchingPhase(Phase):
         """Flow matching on latents x (B, 16, F, H, W)."""
         x, condition = batch
         noise = torch.randn(x.shape, generator=rng, device=x.device)
-        t = sample_times(self.config.times, self.shift, step / self.config.training.steps, len(x), rng)
+        t = sample_times(self.config.times, self.shift, progress_at(step, self.config.training), len(x), rng)
         dropped = torch.rand(len(x), generator=rng, device=x.device) < self.config.drop_text
         text = torch.where(dropped[:, None, None], condition.without_text().text_BLD, condition.text_BLD)
         v = velocity(self.roles["transformer"].module, add_noise(x, noise, t), t, replace(condition, text_BLD=text))

@@ -128,7 +128,7 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
         raise ArtifactError(f"{folder}: no state in it is whole; delete the folder to begin anew")
     if newest is None:
         return None
-    state = _state(phase)
+    state = _state(phase, whole=True)
     saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     for name in phase.roles:
         # Weights that had got no gradient had no moments to save, but the template above has moments for all.
@@ -141,6 +141,9 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
         dcp.load(state, checkpoint_id=newest)
     for name, role in phase.roles.items():
         set_model_state_dict(role.module, state[f"{name}.model"], options=_TRAINED)
+        if not state[f"{name}.moments"]:
+            role.optimizer.state.clear()  # of the template: this role was not updated yet
+            continue
         # The rest of an optimiser's state is settings, grouped by where its weights are.
         groups = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["param_groups"]
         optimizer = {"state": state[f"{name}.moments"], "param_groups": groups}
@@ -171,11 +174,17 @@ def _read_position(state: Path) -> dict:
     return position
 
 
-def _state(phase: Phase) -> dict:
+def _state(phase: Phase, whole: bool = False) -> dict:
+    """All that is saved; `whole`: with moments of roles that have none yet, to be loaded into.
+
+    torch makes moments by a step without gradients, which counts as one: a run that goes on must not have it.
+    """
     state = {}
     for name, role in phase.roles.items():
         state[f"{name}.model"] = get_model_state_dict(role.module, options=_TRAINED)
-        state[f"{name}.moments"] = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["state"]
+        known = whole or role.optimizer.state
+        found = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["state"] if known else {}
+        state[f"{name}.moments"] = found
     if phase.ema is not None:
         state["ema"] = get_model_state_dict(phase.ema)
     return state

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vpae.arguments import TINY
 from vpae.graph import RESULTS, STAGES, stages_of
 
 
@@ -32,7 +33,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"), help="an experiment's YAML file")
+    command.add_argument("--config", type=Path, default=TINY, help="an experiment's YAML file")
     command.set_defaults(run=run)
     return command
 

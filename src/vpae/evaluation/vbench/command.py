@@ -14,7 +14,7 @@ def add_commands(evaluation: argparse.ArgumentParser) -> None:
     """Add the words to the parser of the stage."""
     words = evaluation.add_subparsers(metavar="WORD", title="VBench-I2V for any folder (instead of the stage)")
     run = benchmark.add_words(words)
-    run.add_argument("--backbones", choices=("official", "tiny"))
+    run.add_argument("--backbones", choices=("official", "tiny"), help="VBench's own networks (default), or small ones")
     run.add_argument("--teacher", help="pipeline folder whose image encoder the tiny backbones use")
     run.set_defaults(run=_run)
 
@@ -24,10 +24,10 @@ def add_commands(evaluation: argparse.ArgumentParser) -> None:
     sample.add_argument("--images", type=Path, required=True, help="folder of VBench's crops, or of the images")
     sample.add_argument("--out", type=Path, required=True, help="folder of the videos")
     benchmark.add_dimensions(sample)
-    sample.add_argument("--steps", type=int, default=1)
+    sample.add_argument("--steps", type=int, default=1, help="network steps")
     sample.add_argument("--guidance", type=float, default=1.0, help="w in u + w (c - u); 1 = off")
     sample.add_argument("--ratio", default="auto", help="of VBench's crops (default: nearest to the model's size)")
-    sample.add_argument("--samples-per-prompt", type=int, default=5)
+    sample.add_argument("--samples-per-prompt", type=int, default=5, help="videos of each image")
     benchmark.add_part(sample, "make one part of the videos")
     sample.set_defaults(run=_sample)
 
