@@ -360,7 +360,8 @@ def test_the_discriminator_compares_clip_and_video_at_one_time_and_probes_the_cl
 def test_all_logits_of_the_head_s_turn_may_be_taken_in_one_pass(r1):
     found, grads, batches = [], [], []
     for at_once in (False, True):
-        phase = build_equilibrium(logits_at_once=at_once, r1=r1)
+        # Wider probes: what the shipped ones of 0.01 change is so small that rounding takes 2e-4 of it on some processors.
+        phase = build_equilibrium(logits_at_once=at_once, r1={"sigma_spatial": 0.1, **r1})
         with calls_of(phase.backbone) as calls:
             loss, logs = phase.loss("head", build_batch(3), rng(), 0)
         loss.backward()
@@ -368,8 +369,7 @@ def test_all_logits_of_the_head_s_turn_may_be_taken_in_one_pass(r1):
         grads.append([p.grad for p in phase.head.parameters()])
         batches.append([len(call["timestep"]) for call in calls])
     assert batches == [[3] * 4, [12]]
-    # What probes change is a difference of logits, of which rounding takes up to 2e-4 on some processors.
-    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6) and found[1]["str1"] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6) and found[1]["str1"] > 0
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert phase.loss("head", build_batch(3), rng(), 0)[0].item() == pytest.approx(found[0]["loss"], rel=1e-4)
