@@ -108,9 +108,6 @@ def assert_alike(found: list[dict], expected: list[dict], tolerance: float) -> N
         # Processes that share a clip log no pulls: each has a part of that gradient.
         absent = {key for key in mine.keys() ^ theirs.keys() if key.startswith("pull_")}
         mine, theirs = ({k: v for k, v in line.items() if k not in absent} for line in (mine, theirs))
-        # A slope is a difference of nearly equal logits over a small sigma: rounding counts a hundredfold.
-        for slope in [key for key in mine if key.startswith("slope_")]:
-            assert mine.pop(slope) == pytest.approx(theirs.pop(slope), rel=100 * tolerance, abs=tolerance)
         assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
 
 
@@ -142,10 +139,8 @@ def moved(weights: dict[str, Tensor], role: str, start: dict[str, Tensor]) -> fl
 def test_two_processes_do_what_one_does_that_accumulates_twice_as_often(name, two, alone):
     facts(two, name), facts(two, name, 1)
     lines, weights, _ = alone(CASES[name], name)
-    # The second step's gradients follow Adam's first, which on some processors differ by 2e-5.
-    assert_alike(losses(two / name / "metrics.jsonl"), lines, 5e-5)
-    # A weight whose gradient is nearly zero moves by Adam's whole step of 1e-3, whichever way rounding has it.
-    assert furthest(load_file(two / name / "weights.safetensors"), weights) < 5e-4
+    assert_alike(losses(two / name / "metrics.jsonl"), lines, 1e-5)
+    assert furthest(load_file(two / name / "weights.safetensors"), weights) < 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.watched])

@@ -360,7 +360,7 @@ def test_the_discriminator_compares_clip_and_video_at_one_time_and_probes_the_cl
 def test_all_logits_of_the_head_s_turn_may_be_taken_in_one_pass(r1):
     found, grads, batches = [], [], []
     for at_once in (False, True):
-        # Wider probes: what the shipped ones of 0.01 change is so small that rounding takes 2e-4 of it on some processors.
+        # Wide probes: of what those of 0.01 change, rounding is 2e-4 on some processors.
         phase = build_equilibrium(logits_at_once=at_once, r1={"sigma_spatial": 0.1, **r1})
         with calls_of(phase.backbone) as calls:
             loss, logs = phase.loss("head", build_batch(3), rng(), 0)
