@@ -110,10 +110,11 @@ def test_taps_beyond_the_teacher_s_blocks_are_refused_before_any_job(base: Path)
     assert f"equilibrium.head.taps = [{blocks}]: the teacher has {blocks} blocks" in said
 
 
-def test_what_only_saves_a_training_otherwise_is_no_other_result(base: Path) -> None:
+def test_what_only_saves_or_watches_a_training_otherwise_is_no_other_result(base: Path) -> None:
+    watching = ("checkpoint_every=7", "stop_after_skipped=9", "log_every=3", "monitor.every=2", "monitor.videos=1")
     plain, saved = (
         stage_settings(load(base, keys).settings, "priming")
-        for keys in ([], ["priming.training.checkpoint_every=7", "priming.training.stop_after_skipped=9"])
+        for keys in ([], [f"priming.training.{key}" for key in watching])
     )
     assert plain != saved and that_matter(plain) == that_matter(saved)
     other = stage_settings(load(base, ["priming.training.steps=7"]).settings, "priming")

@@ -413,7 +413,12 @@ def test_the_command_takes_the_options(student, tmp_path, plain):
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["frames.NPY"]
     assert main(arguments(student, tmp_path, *more, "--negative-prompt", "a large red circle")) == 0
     assert (np.load(tmp_path / "o" / "frames.NPY") != empty).any()
-    assert main(arguments(student, tmp_path, "--num-frames", "4097")) == 2
+
+
+@pytest.mark.parametrize("options", [("--num-frames", "4097"), ("--negative-prompt", "blurred")])
+def test_options_that_would_do_nothing_or_nothing_good_are_refused(student, tmp_path, capsys, options):
+    assert main(arguments(student, tmp_path, *options)) == 2
+    assert options[0] in capsys.readouterr().err and not (tmp_path / "clip.mp4").exists()
 
 
 def test_a_size_that_the_model_cannot_take_is_refused_before_it_is_loaded(teacher, tmp_path, capsys):

@@ -30,9 +30,10 @@ from vbench_i2v.errors import NotComputed, VBenchError
 from vbench_i2v.runner import Networks, gather, read_records, run
 from vbench_i2v.scores import COLUMNS, read_results, totals
 from vbench_i2v.suite import Clip, Plan, plan_suite, read_suite
+from vpae.artifacts import ArtifactError
 from vpae.cli import main
 from vpae.data.video import read_frames, write_video
-from vpae.evaluation.vbench import processes, tiny
+from vpae.evaluation.vbench import processes, sample, tiny
 from vpae.evaluation.vbench.rows import rank_correlations
 from vpae.models.wan import load_pipeline
 from vpae.parts import Part
@@ -511,6 +512,26 @@ def test_sampling_a_suite_by_the_seed_rule(teacher: Path, tmp_path: Path, capsys
     assert note["seed_rule"].startswith("100000 * i + j") and note["steps"] == 1 and note["geometry"] == geometry
     assert main([*command, "--steps", "2"]) == 2
     assert "made with another steps" in capsys.readouterr().err
+
+
+def test_of_two_jobs_with_other_settings_that_begin_together_one_ends(
+    teacher: Path, tmp_path: Path, monkeypatch
+) -> None:
+    model = shutil.copytree(teacher, tmp_path / "model")
+    (model / "geometry.json").write_text(json.dumps({"frames": 5, "height": 32, "width": 32, "fps": 8}))
+    suite = synthetic.write(tmp_path / "suite", subjects=1, backgrounds=0, samples=1, frames=2, height=32, width=32)
+    arguments = (model, suite, suite.parent / "crop", tmp_path / "videos")
+    load = sample.load_placed
+
+    def while_another_begins(*of):
+        monkeypatch.setattr(sample, "load_placed", load)
+        assert sample.sample_suite(*arguments, steps=2, samples=1) == 1
+        return load(*of)
+
+    monkeypatch.setattr(sample, "load_placed", while_another_begins)
+    with pytest.raises(ArtifactError, match="made with another steps"):
+        sample.sample_suite(*arguments, steps=1, samples=1)
+    assert [path.suffix for path in (tmp_path / "videos").iterdir()].count(".mp4") == 1
 
 
 def test_processes_that_share_the_work_leave_all_records(teacher: Path, tmp_path: Path) -> None:

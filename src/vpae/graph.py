@@ -141,8 +141,8 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
 
 
 def that_matter(settings: dict) -> dict:
-    """A stage's settings without those of a training that change neither its result nor what it writes beside it."""
-    return without(settings, ("checkpoint_every", "stop_after_skipped"))
+    """A stage's settings without those by which a training is only watched and saved: its student is the same."""
+    return without(settings, ("checkpoint_every", "stop_after_skipped", "log_every", "monitor"))
 
 
 def without(settings: dict, keys: Sequence[str]) -> dict:

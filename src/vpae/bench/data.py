@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from vpae.bench.measure import seconds_of
+from vpae.bench.measure import seconds_of, synchronise
 from vpae.config import Experiment
 from vpae.data.encoding import Encoders
 from vpae.data.latents import encode_shard
@@ -22,8 +22,8 @@ from vpae.experiment import ConfigError, Source
 from vpae.graph import stage_folder, upstream
 from vpae.models.wan import load_pipeline
 from vpae.preemption import Request
-from vpae.training.loop import SPEED, train
-from vpae.training.speed import summary
+from vpae.training.loop import SPEED, update
+from vpae.training.speed import Cost, Speed, summary
 
 
 def measure_data(source: Source, results: Path, device: torch.device, repeats: int) -> dict:
@@ -40,7 +40,7 @@ def measure_data(source: Source, results: Path, device: torch.device, repeats: i
             raise ConfigError(f"--parts data reads {folder}, which is not there: `vpae {name} --config {source.path}`")
     return {
         "encoding": _encoding(settings, inputs, device, repeats),
-        "training": {"method": method, **_waiting(settings, method, inputs, repeats)},
+        "training": {"method": method, **_waiting(settings, method, inputs, device, repeats)},
     }
 
 
@@ -86,13 +86,20 @@ def _spent(work: Callable[[], object], device: torch.device) -> tuple[float, flo
     return seconds_of(work, device), time.process_time() - used
 
 
-def _waiting(settings: Experiment, method: str, inputs: dict[str, Path], repeats: int) -> dict:
+def _waiting(settings: Experiment, method: str, inputs: dict[str, Path], device: torch.device, repeats: int) -> dict:
     """What the loop says of its speed: the median over `repeats` steps, and one before them."""
     training = getattr(settings, method).training
-    accelerator = accelerator_for(training)
+    accelerator = accelerator_for(training, device)
     phase = at_start(settings, method, inputs, accelerator)
     batches = batches_of(inputs["latents"], training, settings.seed, method, accelerator)
-    some = training.model_copy(update={"steps": repeats + 1, "log_every": 1, "checkpoint_every": 10**9})
-    with tempfile.TemporaryDirectory() as state:
-        train(phase, batches, some, settings.seed, Path(state), accelerator)
-        return summary(Path(state) / SPEED)
+    drawn = 0
+    with tempfile.TemporaryDirectory() as folder:
+        speed = Speed(Path(folder) / SPEED, repeats + 1, 0, Cost())
+        batches = speed.noting_waits(batches)
+        for step in range(repeats + 1):
+            for number, turn in enumerate(phase.turns(step)):
+                update(phase, turn, number, batches, drawn, training, settings.seed, step, accelerator)
+                drawn += training.accumulate
+            synchronise(device)
+            speed.lap(step + 1)
+        return summary(speed.file)

@@ -18,7 +18,7 @@ from vpae.planning.phase import Execution, Process, execute
 from vpae.planning.remedies import with_switches
 from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
-from vpae.training.loop import _update
+from vpae.training.loop import update
 from vpae.training.phase import Phase
 from vpae.training.precision import autocast_caches
 from vpae.training.sharding import spread
@@ -48,7 +48,7 @@ class Workbench:
     def update(self, turn: str) -> None:
         """One optimiser step of one role, of one micro-batch, and the EMA's that belongs to it."""
         phase, batches = self.phase, lambda drawn: self.batch
-        _update(phase, turn, 0, batches, 0, self.training, self.seed, 0, self.accelerator)
+        update(phase, turn, 0, batches, 0, self.training, self.seed, 0, self.accelerator)
         if turn == phase.main and phase.ema is not None:
             update_ema(phase.ema, phase.roles[turn].module, self.training.ema_decay)
 

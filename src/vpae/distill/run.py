@@ -37,15 +37,18 @@ plans = lazy("vpae.planning.phase")
 WAIT_FOR_THE_FIRST = timedelta(hours=2)
 
 
-def accelerator_for(training: Training) -> Accelerator:
-    """Device, precision and processes of a run.
+def accelerator_for(training: Training, device: torch.device | None = None) -> Accelerator:
+    """Device (a GPU if there is one, unless another is named), precision and processes of a run.
 
     Raises:
         ConfigError: several processes were started that do not see each other, and would each train alone.
     """
     caches = AutocastKwargs(cache_enabled=autocast_caches(training))
     patience = InitProcessGroupKwargs(timeout=WAIT_FOR_THE_FIRST)
-    accelerator = Accelerator(mixed_precision=training.mixed_precision, kwargs_handlers=[caches, patience])
+    if device is not None and device.index is not None:
+        torch.cuda.set_device(device)
+    on_cpu = device is not None and device.type == "cpu"
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=on_cpu, kwargs_handlers=[caches, patience])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ConfigError(

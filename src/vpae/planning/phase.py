@@ -26,7 +26,7 @@ from vpae.config import Experiment, Section
 from vpae.models.heads import taps_of
 from vpae.planning.meter import Meter, in_backward
 from vpae.planning.network import Network, Sequence
-from vpae.training.loop import _update
+from vpae.training.loop import update
 from vpae.training.precision import autocast_caches
 from vpae.training.sharding import spread
 
@@ -206,7 +206,7 @@ def _update_of(phase, turn: str, batch: tuple, training, accelerator: Process, m
 
     training = training.model_copy(update={"accumulate": min(2, training.accumulate)})
     handle = phase.roles[turn].optimizer.register_step_pre_hook(lambda *_: meter.mark((turn, "optimiser")))
-    _update(phase, turn, 0, batches, 0, training, 0, training.steps // 2, accelerator)
+    update(phase, turn, 0, batches, 0, training, 0, training.steps // 2, accelerator)
     handle.remove()
     laps.append(meter.counts.copy())
     found: Figures = {("peak", turn, label): size for label, size in meter.peaks.items()}

@@ -108,6 +108,7 @@ def sample_one(
     faults += [] if faults else _lora_faults(loras, model)
     faults += [
         *number_faults(steps, guidance_scale),
+        *_unused_faults(negative_prompt, guidance_scale),
         *_faults_of("--seed", seed, 0, LARGEST_SEED),
         *_prompt_faults(prompt),
         *output_faults("--out", out, ".mp4"),
@@ -219,6 +220,12 @@ def _faults_of(option: str, value: int, least: int, most: int | None = None) -> 
 def _nearest_length(length: int) -> str:
     below = (length - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
     return f"{below} or {below + VAE_STRIDE[0]}" if below > 0 else "1"
+
+
+def _unused_faults(negative_prompt: str, guidance_scale: float) -> list[str]:
+    if negative_prompt and guidance_scale == 1.0:
+        return ["--negative-prompt: guidance 1 does not look at it; set --guidance to another value, or leave it out"]
+    return []
 
 
 def _prompt_faults(prompt: str) -> list[str]:

@@ -102,7 +102,7 @@ def train(
             logs: dict[str, Tensor] = {}
             moved = {}
             for number, turn in enumerate(phase.turns(step)):
-                found = _update(phase, turn, number, batches, drawn, training, seed, step, accelerator, skipped)
+                found = update(phase, turn, number, batches, drawn, training, seed, step, accelerator, skipped)
                 drawn += training.accumulate
                 moved[turn] = moved.get(turn, False) or bool(found)
                 logs.update(found)
@@ -133,7 +133,7 @@ def train(
     return metrics
 
 
-def _update(
+def update(
     phase: Phase,
     turn: str,
     number: int,

@@ -80,7 +80,8 @@ def sample_suite(
     pictures = find_images(folder, [p for _, p, _ in wanted])
     for picture in pictures.values():
         refuse_other_shape(picture, read_image(picture).size, str(model), *size)
-    _note(out, model, suite, geometry, steps, guidance_scale, ratio)
+    note = _note(model, suite, geometry, steps, guidance_scale, ratio)
+    _refuse_others(out, note)
     mine, made, pipeline = (part or Part()).share(wanted), 0, None
     progress = Progress(len(mine), "sample")
     with Interruption.watch() as request:
@@ -91,9 +92,14 @@ def sample_suite(
                 frames = _animate(
                     pipeline, pictures[prompt.image_name], prompt.text, steps, guidance_scale, i, j, geometry
                 )
-                temporary = out / f".{secrets.token_hex(8)}.mp4"
-                write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
-                temporary.replace(target)
+                # A job with other settings may have begun before there was a video.
+                _require_the_same(out / SAMPLING, json.loads((out / SAMPLING).read_text()), note)
+                temporary = out / f".{secrets.token_hex(8)}.mp4"  # a prompt's own name may be as long as can be
+                try:
+                    write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
+                    temporary.replace(target)
+                finally:
+                    temporary.unlink(missing_ok=True)
                 made += 1
             progress.update()
             if request.requested:
@@ -110,10 +116,10 @@ def _animate(
     return animate(pipeline, picture, text, steps, guidance, seed_of(i, j), geometry["frames"])
 
 
-def _note(out: Path, model: Path, suite: Path, geometry: dict, steps: int, guidance: float, ratio: str) -> None:
-    """Say how the videos are made, and refuse to mix them with others."""
+def _note(model: Path, suite: Path, geometry: dict, steps: int, guidance: float, ratio: str) -> dict:
+    """How videos are made."""
     weights = sorted((model / "transformer").glob("*.safetensors"))
-    note = {
+    return {
         "transformer_sha256": {path.name: sha256(path) for path in weights},
         "steps": steps,
         "guidance_scale": guidance,
@@ -123,14 +129,23 @@ def _note(out: Path, model: Path, suite: Path, geometry: dict, steps: int, guida
         "ratio": ratio,
         "codec": f"h264, crf {CRF}",
     }
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_others(out: Path, note: dict) -> None:
+    """Refuse a folder of videos that are made otherwise; one without a video becomes this run's."""
     path = out / SAMPLING
+    out.mkdir(parents=True, exist_ok=True)
+    found = None
     with reading(path, "correct it, or choose another folder"):
-        found = json.loads(path.read_text()) if path.is_file() and any(out.glob("[!.]*.mp4")) else None
-        if found is not None and not isinstance(found, dict):
+        if path.is_file() and not isinstance(found := json.loads(path.read_text()), dict):
             raise ValueError("no JSON object")
-    if found is None:
+    if found is None or (found != note and not any(out.glob("[!.]*.mp4"))):
         write_json(path, note)
-    elif found != note:
+    else:
+        _require_the_same(path, found, note)
+
+
+def _require_the_same(path: Path, found: dict, note: dict) -> None:
+    if found != note:
         other = ", ".join(key for key in note if found.get(key) != note[key])
         raise ArtifactError(f"{path}: the videos there were made with another {other}; choose another folder")
