@@ -1,5 +1,7 @@
 """Tiny models with random weights, of the real diffusers and transformers classes, built as the stages build them."""
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from vpae.config import Head, Lora, Optimizer, TinyEncoders, TinyTransformer, Ti
 from vpae.distill import equilibrium, priming
 from vpae.distill.equilibrium import Equilibrium
 from vpae.distill.priming import Priming
+from vpae.experiment import load
 from vpae.models.adapters import FAKE, SharedBase
 from vpae.models.heads import SemanticHead
 from vpae.models.wan import TEXT_TOKENS, Condition, default_taps, first_frame_mask, load_pipeline
+from vpae.stages import run_stage
 from vpae.teacher import encoders, flow_matching, vae
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
@@ -26,6 +30,7 @@ settings.load_profile("tests")
 
 # Of an experiment with the paper's two methods, in order.
 STAGES = ("clips", "teacher", "latents", "priming", "equilibrium", "samples", "evaluation", "report")
+MICRO = Path(__file__).parents[1] / "configs" / "micro.yaml"
 # Fixtures that run a whole experiment or benchmark: every test that asks for one counts as slow.
 SLOW_FIXTURES = {
     "test_bench": "measured",
@@ -41,6 +46,22 @@ FRAMES, HEIGHT, WIDTH = 5, 32, 32
 LATENTS = (16, 2, 4, 4)
 TEXT_DIM = IMAGE_DIM = 16
 CAPTIONS = ["a red disc moves to the left", "a green square stands still", "the camera moves"]
+
+
+@pytest.fixture(scope="session")
+def finished_micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`results/`, in which all stages of the experiment `micro` are finished: for whoever copies it.
+
+    The suite's processes run it once for all of them.
+    """
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished-micro"
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as mine:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        for stage in STAGES:  # nothing to do for the next process
+            run_stage(load(MICRO, environment=False), stage, place / "results")
+    return place / "results"
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not wanted are left out

@@ -1,5 +1,6 @@
 """Phases at tiny size whose operations and memory are counted and held against what is planned for them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from vpae.config import Experiment, Lora
@@ -8,6 +9,7 @@ from vpae.planning.network import Network, Sequence
 
 ROOT = Path(__file__).parents[1]
 SMALL = Network(layers=8, heads=2, head_dim=32, ffn=160, text_dim=16, image_dim=16, freq_dim=16)
+FOUR = replace(SMALL, layers=4)  # run whole by a plan, with nothing to extrapolate
 RANK = 4
 TOKENS = Sequence(5 * 8 * 8, 32, 5)  # of `on_larger_clips`
 
@@ -34,11 +36,11 @@ def at_tiny_size(settings: Experiment, phase: str, taps: tuple[int, ...] = (), *
     return settings.model_copy(update={"geometry": geometry, phase: config.model_copy(update=changed)})
 
 
-def variant(name: str, phase: str, accumulate: int = 1, **sharding) -> Experiment:
+def variant(name: str, phase: str, accumulate: int = 1, taps: tuple[int, ...] = (3, 5, 7), **sharding) -> Experiment:
     """The micro experiment with small clips: as it is, with a student that is an adapter, or with full copies."""
     settings = load(ROOT / "configs" / "micro.yaml", environment=False).settings
     shared = settings.priming.training.sharding.model_copy(update=sharding)
-    settings = at_tiny_size(settings, phase, (3, 5, 7), batch_size=1, accumulate=accumulate, sharding=shared)
+    settings = at_tiny_size(settings, phase, taps, batch_size=1, accumulate=accumulate, sharding=shared)
     changes = {
         "micro": {},
         "lora": {"student_lora": Lora(rank=RANK, alpha=RANK)},
@@ -52,7 +54,8 @@ def on_larger_clips(settings: Experiment) -> Experiment:
     return settings.model_copy(update={"geometry": settings.geometry.model_copy(update={"height": 128, "width": 128})})
 
 
-def several(name: str) -> tuple[Experiment, str]:
-    """Settings and phase of a case of `SEVERAL`."""
+def several(name: str) -> tuple[Experiment, str, Network]:
+    """Settings, phase and network of a case of `SEVERAL`; one has so many blocks that its plan is extrapolated."""
     kind, phase, accumulate, sharding = SEVERAL[name]
-    return on_larger_clips(variant(kind, phase, accumulate, **{"strategy": "full", **sharding})), phase
+    network, taps = (SMALL, (3, 5, 7)) if name == "priming-lora" else (FOUR, (1, 2, 3))
+    return on_larger_clips(variant(kind, phase, accumulate, taps, **{"strategy": "full", **sharding})), phase, network

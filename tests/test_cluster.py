@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,27 @@ def test_a_command_is_run_as_it_is(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (5, "a b of c\n")
 
 
+def test_without_slurm_jobs_that_run_at_once_share_the_gpus_out(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\nprintf '0, GPU-a\\n1, GPU-b\\n2, GPU-c\\n'\n")
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    (tmp_path / "out").mkdir()
+    body = "shopt -s nullglob; echo $CUDA_VISIBLE_DEVICES >out/$$.begun; for i in $(seq 100); do n=(out/*);"
+    body += " ((${#n[@]} < 3)) || break; sleep 0.1; done; mv out/$$.begun out/$$.ended"
+
+    def run(*_: int) -> int:
+        return launch(tmp_path, 1, 1, "bash", "-c", body, TMPDIR=str(tmp_path)).returncode
+
+    with ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(run, range(3))] == [0, 0, 0]
+    assert sorted(p.read_text().strip() for p in (tmp_path / "out").iterdir()) == ["GPU-a", "GPU-b", "GPU-c"]
+    say = ("bash", "-c", 'echo "${CUDA_VISIBLE_DEVICES-unset}"')
+    for visible, gpus, seen in (("2", 1, "GPU-c"), ("1,GPU-a", 1, "GPU-a"), ("", 1, ""), ("0", 2, "0")):
+        done = launch(tmp_path, 1, gpus, *say, TMPDIR=str(tmp_path), CUDA_VISIBLE_DEVICES=visible)
+        assert gpus > 1 or done.stdout.strip() == seen, visible
+    assert launch(tmp_path, 1, 0, *say, TMPDIR=str(tmp_path)).stdout.strip() == "unset"
+
+
 def test_several_nodes_need_slurm(tmp_path: Path) -> None:
     done = launch(tmp_path, 2, 8, "true")
     assert done.returncode == 2
@@ -361,7 +383,10 @@ def test_continuous_integration_runs_what_the_page_says_of_the_test_cluster() ->
 def test_every_command_of_the_page_works(clone: Clone) -> None:
     page = (ROOT / "docs/cluster.md").read_text()
     for name, content in re.findall(r"```yaml\n# (configs/\S+)\n(.*?)```", page, re.DOTALL):
-        (clone.folder / name).write_text(content)
+        fewer = content.replace(
+            "10000", "100"
+        )  # a dry run of so many jobs takes a minute (`test_scale` has its growth)
+        (clone.folder / name).write_text(fewer)
     # As on a cluster that asks for all that the profile has in comments.
     profile = clone.folder / "profiles/slurm/profile.yaml"
     profile.write_text(re.sub(r"^( *)# (?=( +)?[\w-]+:)", r"\1", profile.read_text(), flags=re.MULTILINE))

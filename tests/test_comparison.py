@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,45 @@ def test_the_bare_name_and_the_paper_s_figure_are_the_base_s_whatever_comes_firs
     rows = compared(folder, ["ablation", "micro"], micro={"frechet": 1.0}, ablation={"frechet": 3.0})
     assert rows["vpae"]["frechet"] == 1.0 and rows["vpae (ablation)"]["frechet"] == 3.0
     assert "paper_score" in rows["vpae"] and "paper_score" not in rows["vpae (ablation)"]
-    alone = compared(folder, ["ablation"])
-    assert "paper_score" not in alone["vpae"] and "paper_score" in alone["priming"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_trained_teacher_s_rows_are_not_compared_with_a_given_one_s(first, tmp_path):
+    folder = overlays(tmp_path, other="teacher: {source: folder, path: data/teachers/tiny}\n")
+    finish(source := load(folder / "micro.yaml"), folder / "results")
+    runs = comparison.runs_of(source, folder / "results")
+    other = comparison._measure(load(folder / "other.yaml").settings)
+    sides = [runs, [replace(run, experiment="other", measure=other) for run in runs]]
+    with pytest.raises(ConfigError, match=r"teacher.source is .*evaluate both alike"):
+        comparison.compare([*sides[first], *sides[1 - first]])
+
+
+@pytest.mark.parametrize(
+    "tree", ["{adversarial_weight: 0.0}", "{csds_weight: 0.0}", "{r1: {weight: 0.0}}"], ids=["adversary", "csds", "r1"]
+)
+def test_an_ablation_by_itself_has_not_the_paper_s_figure(tree, tmp_path):
+    rows = compared(overlays(tmp_path, ablation=f"equilibrium: {tree}\n"), ["ablation"])
+    assert "paper_score" not in rows["vpae"] and "paper_score" in rows["priming"]
+
+
+def test_without_priming_it_has_not_the_paper_s_figure_either(tmp_path):
+    start = {"rows": dict.fromkeys(["priming-1nfe"])}
+    text = f"methods: {{priming: null, equilibrium: teacher}}\nsamples: {json.dumps(start)}\n"
+    assert "paper_score" not in compared(overlays(tmp_path, ablation=text), ["ablation"])["vpae"]
+
+
+def test_where_vbench_s_own_networks_measured_no_sa_there_is_no_mean_score_and_the_table_says_so(tmp_path):
+    folder = overlays(tmp_path)
+    finish(source := load(folder / "micro.yaml"), folder / "results", backbones="official")
+    file = stage_folder(source, "evaluation", folder / "results") / "vbench.json"
+    content = json.loads(file.read_text())
+    for row in content["rows"].values():
+        row["i2v_score"] = None
+    write_json(file, content)
+    *_, table = comparison.run(["micro"], folder / "comparison", folder, folder / "results")
+    found = json.loads((folder / "comparison.json").read_text())
+    assert "VBench-I2V" in found["mean_score_of"] and not any("mean_score" in row for row in found["rows"].values())
+    assert "No row has a mean score" in table.read_text() and "SA needs camera_motion" in table.read_text()
 
 
 @pytest.mark.parametrize(
@@ -93,10 +131,11 @@ def test_a_resumed_training_s_seconds_are_those_of_all_its_steps(tmp_path):
     finish(source := load(folder / "micro.yaml"), folder / "results")
     file = stage_folder(source, "priming", folder / "results") / "provenance.json"
     known = json.loads(file.read_text())
-    write_json(file, known | {"counts": known["counts"] | {"steps": 40, "seconds_per_step": 2.0}})
-    comparison.run(["micro"], folder / "comparison", folder, folder / "results")
-    rows = json.loads((folder / "comparison.json").read_text())["rows"]
-    assert rows["priming"]["cost"]["seconds"] == 80 and rows["vpae"]["cost"]["seconds"] == 87
+    for counts, seconds in (({"training_seconds": 90.0}, 90), ({"steps": 40, "seconds_per_step": 2.0}, 80)):
+        write_json(file, known | {"counts": known["counts"] | counts})
+        comparison.run(["micro"], folder / "comparison", folder, folder / "results")
+        rows = json.loads((folder / "comparison.json").read_text())["rows"]
+        assert rows["priming"]["cost"]["seconds"] == seconds and rows["vpae"]["cost"]["seconds"] == seconds + 7
 
 
 def test_experiments_that_differ_in_the_seed_alone_are_one_line_with_student_s_interval(tmp_path):

@@ -617,9 +617,10 @@ def test_every_shipped_experiment_runs_through_every_command(
         "vpae.stages.run_stage", lambda source, stage, results: asked.append((source.name, stage, results))
     )
     assert main(["config", "check", str(path)]) == 0
-    for stage in STAGES:
+    stages = STAGES if path.stem == "micro" else STAGES[-1:]  # which stage it is makes no difference to a file
+    for stage in stages:
         assert main([stage, "--config", str(path), "--results", str(tmp_path)]) == 0
-    assert asked == [(path.stem, stage, tmp_path) for stage in STAGES]
+    assert asked == [(path.stem, stage, tmp_path) for stage in stages]
     capsys.readouterr()
     assert main(["config", "show", "--config", str(path)]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -629,14 +630,17 @@ def test_every_shipped_experiment_runs_through_every_command(
     )
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_experiment_names_the_schema_and_follows_it(path: Path) -> None:
-    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+def test_every_shipped_experiment_names_the_schema_and_follows_it() -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     schema = json.loads((ROOT / "configs" / "schema.json").read_text())
-    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    kind = jsonschema.validators.validator_for(schema)
+    kind.check_schema(schema)
+    validator = kind(schema)
+    for path in SHIPPED:
+        assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
+        validator.validate(yaml.safe_load(path.read_text()))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"priming": {"trainign": {}}}, schema)
+        validator.validate({"priming": {"trainign": {}}})
 
 
 def test_the_shipped_schema_has_not_drifted(capsys: pytest.CaptureFixture) -> None:

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 LORA = [f"{phase}.student_lora={{rank: 2, alpha: 2}}" for phase in ("priming", "equilibrium")]
 
 
-def measure(part: str, out: Path) -> dict[str, dict]:
+def measure(part: str, out: Path, *options: str) -> dict[str, dict]:
     arguments = ["--config", str(ROOT / "configs/micro.yaml"), "--part", part, "--out", str(out), "--layers", "2"]
+    arguments += options
     for override in LORA:
         arguments += ["--set", override]
     assert device.main([*arguments, "--backend", "eager", "--device", "cpu"]) == 0
@@ -40,11 +41,14 @@ def test_one_network_evaluation_and_what_the_device_lacks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "other"), [("priming", "fake"), ("equilibrium", "head")])
-def test_turns_with_and_without_compiled_blocks(tmp_path, phase, other):
-    rows = measure(phase, tmp_path / "rows.jsonl")
+@pytest.mark.parametrize(
+    ("phase", "other", "options"), [("priming", "fake", ()), ("equilibrium", "head", ("--eager",))]
+)
+def test_turns_with_and_without_compiled_blocks(tmp_path, phase, other, options):
+    rows = measure(phase, tmp_path / "rows.jsonl", *options)
     for turn in ("generator", other):
-        assert rows[f"{turn}, compiled"]["seconds"] > 0 and rows[f"{turn}, eager"]["share_of_peak"] > 0
+        assert rows[f"{turn}, eager"]["share_of_peak"] > 0
+        assert options or rows[f"{turn}, compiled"]["seconds"] > 0
 
 
 def test_rows_stay_when_a_part_is_stopped_and_errors_become_rows(tmp_path):

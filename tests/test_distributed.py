@@ -21,7 +21,7 @@ from torch import Tensor
 
 from conftest import build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, losses, reference, result
-from planned import SEVERAL, SMALL, TOKENS, several
+from planned import SEVERAL, TOKENS, several
 from vpae.models.wan import load_pipeline, velocity
 from vpae.planning.phase import execute
 from vpae.training.monitor import LOOKS
@@ -60,7 +60,7 @@ def _in_two_processes(folder: Path, teacher: Path) -> tuple[Path, list[int]]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     for name in ("priming", "equilibrium"):
         one = accelerator_for("no")
-        fit(build(Case(name, steps=4), one), folder / f"grow-{name}", one, steps=2)
+        fit(build(Case(name, steps=3), one), folder / f"grow-{name}", one, steps=1)
     command = [sys.executable, str(WORKER), str(folder), str(teacher)]
     with (folder / "log").open("w") as log:
         processes = [
@@ -88,7 +88,7 @@ def facts(two: Path, job: str, rank: int = 0) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A case -> metrics, weights and phase of one process that accumulates in the others' stead, run once."""
+    """A case -> lines of metrics, weights, phase and folder of one process that accumulates in the others' stead."""
     done = {}
 
     def run(case: Case, name: str):
@@ -96,7 +96,7 @@ def alone(tmp_path_factory):
             accelerator = accelerator_for(case.precision)
             phase = build(case, accelerator)
             metrics = fit(phase, tmp_path_factory.mktemp(name), accelerator)
-            done[name] = losses(metrics), result(phase), phase
+            done[name] = losses(metrics), result(phase), phase, metrics.parent
         return done[name]
 
     return run
@@ -138,27 +138,26 @@ def moved(weights: dict[str, Tensor], role: str, start: dict[str, Tensor]) -> fl
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.precision == "no"])
 def test_two_processes_do_what_one_does_that_accumulates_twice_as_often(name, two, alone):
     facts(two, name), facts(two, name, 1)
-    lines, weights, _ = alone(CASES[name], name)
+    lines, weights, *_ = alone(CASES[name], name)
     assert_alike(losses(two / name / "metrics.jsonl"), lines, 1e-5)
     assert furthest(load_file(two / name / "weights.safetensors"), weights) < 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.watched])
-def test_two_processes_keep_the_videos_that_one_keeps(name, two, tmp_path):
+def test_two_processes_keep_the_videos_that_one_keeps(name, two, alone):
     facts(two, name), facts(two, name, 1)
-    accelerator = accelerator_for("no")
-    fit(build(CASES[name], accelerator), tmp_path, accelerator)
-    kept = sorted(path.name for path in (tmp_path / LOOKS).iterdir())
+    *_, mine = alone(CASES[name], name)
+    kept = sorted(path.name for path in (mine / LOOKS).iterdir())
     assert len(kept) == 3 and kept == sorted(path.name for path in (two / name / LOOKS).iterdir())
     for file in kept:
-        one, theirs = (load_file(folder / LOOKS / file)["x0"] for folder in (tmp_path, two / name))
+        one, theirs = (load_file(folder / LOOKS / file)["x0"] for folder in (mine, two / name))
         torch.testing.assert_close(one, theirs, rtol=0, atol=1e-3)  # Adam's first steps make rounding larger
 
 
 @pytest.mark.parametrize("name", ["priming-bf16", "equilibrium-bf16"])
 def test_under_bf16_two_processes_agree_with_one_to_its_precision(name, two, alone):
     facts(two, name), facts(two, name, 1)
-    lines, _, _ = alone(CASES[name], name)
+    lines, *_ = alone(CASES[name], name)
     assert_alike(losses(two / name / "metrics.jsonl")[:1], lines[:1], 0.05)
 
 
@@ -167,8 +166,8 @@ def test_under_bf16_two_processes_agree_with_one_to_its_precision(name, two, alo
 def test_a_state_is_taken_up_by_any_number_of_processes(name, processes, two, alone, tmp_path):
     job = "grow" if processes == "one to two" else "resume"
     facts(two, job), facts(two, job, 1)
-    case = Case(name, steps=4)
-    lines, weights, _ = alone(case, f"{name}-whole")
+    case = Case(name, steps=3)
+    lines, weights, *_ = alone(case, f"{name}-whole")
     if processes != "two to one":
         found = load_file(two / f"{job}-{name}" / "weights.safetensors")
         metrics = two / f"{job}-{name}" / "metrics.jsonl"
@@ -261,8 +260,8 @@ def test_gradients_are_reduced_only_in_the_last_micro_batch_unless_memory_is_dea
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_each_process_takes_the_memory_that_is_planned(name, two):
-    settings, phase = several(name)
-    planned = execute(settings, phase, SMALL, TOKENS, 2, gpu=False)
+    settings, phase, network = several(name)
+    planned = execute(settings, phase, network, TOKENS, 2, gpu=False)
     assert [planned.peak] * 2 == pytest.approx([facts(two, "memory", rank)[name] for rank in (0, 1)], rel=0.05)
 
 
@@ -294,7 +293,7 @@ def test_the_first_process_writes_a_pipeline_that_diffusers_loads(name, two, alo
     facts(two, name), facts(two, name, 1)
     assert not list((two / name / "export-1").iterdir())
     student = load_pipeline(two / name / "export-0" / "student").transformer
-    *_, phase = alone(CASES[name], name)
+    *_, phase, _ = alone(CASES[name], name)
     (x, c), t = build_batch(2), torch.tensor([0.3, 1.0])
     with torch.no_grad():
         expected = velocity(phase.ema, x, t, c)

@@ -236,7 +236,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     (package / "toy-1.0.dist-info/entry_points.txt").write_text("[vpae.methods]\ntoy = toy:Toy\n")
     rows = {f"toy-{n}nfe": {"model": "toy", "steps": n} for n in (1, 2)}
     rows |= dict.fromkeys(["teacher-100nfe", "vpae-2nfe", "vpae-4nfe"])
-    tree = {"methods": {"toy": "teacher"}, "samples": {"rows": rows}, "evaluation": {"latency_warmup": 0}}
+    quick = {"latency_warmup": 0, "latency_repeats": 1, "bootstrap": 2, "vbench": {"backbones": "off"}}
+    tree = {"methods": {"toy": "teacher"}, "samples": {"rows": rows}, "evaluation": quick}
     tree["toy"] = {"few_step_shift": 0.5}
     write(project / "configs", "toyed", {"extends": "micro", **tree})
     path = os.pathsep.join([str(package), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -263,9 +264,13 @@ def test_a_method_of_another_package_is_planned_beside_the_others(toy: tuple[Pat
 
 
 @pytest.mark.slow
-def test_a_method_of_another_package_goes_all_the_way_to_the_report(toy: tuple[Path, dict]) -> None:
-    asked(toy, sys.executable, "-m", "snakemake", "all", "--cores", "2", "--config", "experiment=toyed")
+def test_a_method_of_another_package_goes_all_the_way_to_the_report(
+    toy: tuple[Path, dict], finished_micro: Path
+) -> None:
     project, _ = toy
+    shutil.copytree(finished_micro / "micro", project / "results/micro")
+    asked(toy, sys.executable, "-m", "snakemake", "all", "--cores", "2", "--config", "experiment=toyed")
+    assert {path.name for path in (project / "results/micro/logs").glob("*.log")} == set()  # nothing ran twice
     page = (project / "results/toyed/report/index.html").read_text()
     assert "A toy that regresses" in page and "toy student, 1 step" in page and "V-PAE, 1 step" in page
     student = project / "results/toyed/toy/student"
@@ -280,7 +285,7 @@ def test_a_method_of_another_package_goes_all_the_way_to_the_report(toy: tuple[P
     (project / "dvc.yaml").write_text(
         subprocess.check_output(["vpae", "dvc", "toyed"], cwd=project, env=toy[1], text=True)
     )
-    printed = asked(toy, "dvc", "repro", "report@toyed")
+    printed = asked(toy, "dvc", "repro", "toy@toyed")
     assert "toy@toyed" in printed and "equilibrium@micro" in printed and "Nothing to be done" in printed
     assert "toy@toyed" in (project / "dvc.lock").read_text()
 

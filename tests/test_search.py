@@ -40,19 +40,27 @@ def test_variants_are_trained_from_each_other_and_judged(teacher, tmp_path, monk
     judge = search.judge
     monkeypatch.setattr(search, "judge", lambda weights, *rest: None)  # as if time were up before
     monkeypatch.setattr(search, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    plan["of"] = {}
     search.work(0, {**plan, "teacher": False}, data, teacher, out, 1)
     assert not out.read_text()
-    assert {file.name for file in search.weights_of(out).iterdir()} == {"primed@0.pt", "rival@0.pt", "joint@0.pt"}
+    kept = {file.name.rpartition("@")[0] for file in search.weights_of(out).iterdir()}
+    assert kept == {"primed", "rival", "joint"}
     monkeypatch.setattr(search, "judge", judge)
     monkeypatch.setattr(search, "ProcessPoolExecutor", ProcessPoolExecutor)
     trained = []
     train = search.train_together
     monkeypatch.setattr(search, "train_together", lambda runs: trained.extend(r.name for r in runs) or train(runs))
     search.work(0, plan, data, teacher, out, 1)
-    assert trained == ["primed"]  # a start is needed again; nothing else is
-    assert not list(search.weights_of(out).iterdir())
+    assert not trained and not list(search.weights_of(out).iterdir())
     rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows.keys() == {"teacher-100nfe", "primed", "rival", "joint"}
+    plan["variants"][1]["joint"]["set"]["csds_weight"] = 0.5
+    search.work(0, plan, data, teacher, out, 1)
+    assert trained == ["primed", "joint"]  # what it starts from is needed again; nothing else is
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["variant"] for line in lines[4:]] == ["joint"] and lines[4]["made_of"] != rows["joint"]["made_of"]
+    other = {**plan, "judge": {**plan["judge"], "steps": 2}}
+    assert not {*search.made_of(other).values()} & {*search.made_of(plan).values()}
     assert rows["joint"]["logs"]["pull_score"] > 0 and rows["joint"]["evaluations"] > 0
     assert rows["joint"]["motion_2nfe"] != rows["joint"]["motion"]
     assert "| joint | 0 | primed |" in search.table(out)

@@ -142,7 +142,7 @@ def test_the_time_left_falls_and_the_first_steps_do_not_foretell_the_others(tmp_
     assert lines[1]["utilisation"] == 0.5 and words[1] == "1 s/step, 300 tokens/s, 50% of the peak"
     (tmp_path / SPEED).open("a").write('{"step": 11, "sec')  # a kill
     speeds = {"seconds_per_step": 1.0, "tokens_per_second": 300.0, "utilisation": 0.5}
-    assert summary(tmp_path / SPEED) == {**speeds, "waiting_for_data": 0.0}
+    assert summary(tmp_path / SPEED) == {**speeds, "waiting_for_data": 0.0, "training_seconds": 70.0}
 
 
 def test_a_resumed_run_tells_its_own_speed(tmp_path):
@@ -153,6 +153,17 @@ def test_a_resumed_run_tells_its_own_speed(tmp_path):
     wanted = {"step": 7, "seconds_per_step": 3.0, "seconds_left": 9.0, "waiting_for_data": 0.0}
     assert json.loads((tmp_path / SPEED).read_text()) == wanted
     assert summary(tmp_path / "none.jsonl") == {}
+
+
+def test_seconds_of_all_steps_are_those_that_count(tmp_path):
+    """Of 10 steps 4 to 6 were made twice; their lines stand there twice."""
+    clock, words = Clock(), tmp_path / SPEED
+    for begun, laps in ((0, ((3, 30.0), (6, 3.0))), (3, ((6, 6.0), (10, 4.0)))):
+        speed = Speed(words, 10, begun, Cost(), clock)
+        for done, seconds in laps:
+            clock.now += seconds
+            speed.lap(done)
+    assert summary(words)["training_seconds"] == 30 + 6 + 4
 
 
 def test_the_time_that_batches_take_is_told_apart(tmp_path):

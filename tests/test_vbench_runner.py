@@ -431,6 +431,10 @@ def test_errors_of_the_command_line(scored: tuple[Path, Path], tmp_path: Path, c
     assert "--samples-per-prompt: " in said("--config", str(config), "--samples-per-prompt", "0")
     assert "--name: " in said("--config", str(config), "--name", "wan/14b")
     assert "~nobody-at-all/x" in said("--config", str(config), "--videos", "~nobody-at-all/x")
+    official = ("--config", str(config), "--backbones", "official")
+    assert "~nobody-at-all/w" in said(*official, "--weights", "~nobody-at-all/w")
+    alone = ("--videos", str(folder / "videos"), "--out", str(tmp_path / "alone"), "--dimensions", "dynamic_degree")
+    assert "only a suite's crops have one" in said(*alone, "--backbones", "official", "--ratio", "16-9")
     dated = yaml.safe_load(config.read_text()) | {"sampling": {"made": date(2026, 11, 27)}}
     (tmp_path / "date.yaml").write_text(yaml.safe_dump(dated))
     assert "date.yaml: sampling.made" in said("--config", str(tmp_path / "date.yaml"))
@@ -477,6 +481,20 @@ def test_whichever_video_is_damaged_the_rest_is_scored(
     assert (quality["videos"], quality["expected"]) == ((1, 2) if suite else (9, 10))
 
 
+def test_what_has_no_image_is_left_out_and_the_rest_is_scored(teacher: Path, tmp_path: Path, capsys) -> None:
+    suite = synthetic.write(tmp_path, subjects=2, backgrounds=0, samples=1, frames=3, height=32, width=32)
+    image = next((suite.parent / "crop").rglob("*.jpg"))
+    image.unlink()
+    command = ["evaluation", "run", "--videos", tmp_path / "videos", "--suite", suite, "--images", tmp_path / "crop"]
+    command += ["--out", tmp_path / "out", "--backbones", "tiny", "--teacher", teacher, "--samples-per-prompt", "1"]
+    command = [*map(str, command), "--dimensions", "i2v_subject", "subject_consistency"]
+    assert main(command) == 2
+    assert main([*command, "--allow-incomplete"]) == 0
+    account = json.loads((tmp_path / "out/results_scores.json").read_text())
+    counts = {name: found["videos"] for name, found in account["dimensions"].items() if found["expected"]}
+    assert counts == {"i2v_subject": 1, "subject_consistency": 2}
+
+
 def test_sampling_a_suite_by_the_seed_rule(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = shutil.copytree(teacher, tmp_path / "model")
     geometry = {"frames": 5, "height": 32, "width": 32, "fps": 8}
@@ -507,6 +525,17 @@ def test_sampling_a_suite_by_the_seed_rule(teacher: Path, tmp_path: Path, capsys
     (tmp_path / "none" / "sampling.json").write_text("{")
     assert main([*command, "--out", str(tmp_path / "none"), "--shard", "1/4"]) == 2
     assert "none/sampling.json: cannot be read" in capsys.readouterr().err
+
+    scheduler = model / "scheduler/scheduler_config.json"
+    kept = scheduler.read_text()
+    scheduler.write_text(json.dumps(json.loads(kept) | {"shift": 1.5}))
+    assert main(command) == 2
+    assert "made with another others_sha256" in capsys.readouterr().err
+    scheduler.write_text(kept)
+    (tmp_path / "foreign").mkdir()
+    shutil.copy(next(videos.glob("*.mp4")), tmp_path / "foreign")
+    assert main([*command, "--out", str(tmp_path / "foreign")]) == 2
+    assert "holds videos, and no sampling.json" in capsys.readouterr().err
 
     note = json.loads((videos / "sampling.json").read_text())
     assert note["seed_rule"].startswith("100000 * i + j") and note["steps"] == 1 and note["geometry"] == geometry

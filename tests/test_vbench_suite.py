@@ -35,6 +35,7 @@ from vpae.cli import main
 from vpae.config import VBenchFolder
 from vpae.config.vbench import VBenchRows
 from vpae.data.video import write_video
+from vpae.evaluation.vbench import rows
 from vpae.evaluation.vbench.rows import external_inputs
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "vbench2_i2v_full_info.json"
@@ -194,6 +195,10 @@ def test_a_folder_without_a_suite(tmp_path: Path) -> None:
         plan_folder(videos, images, COLUMNS)
     assert len(plan_folder(videos, images, COLUMNS, allow_incomplete=True).clips) == 3  # measuring says so
     (videos / "a cat-1.mp4").write_bytes(content)
+    Image.fromarray(frames[0]).save(images / "a cat.png")
+    with pytest.raises(VBenchError, match=r"images: .*'a cat\.jpg', 'a cat\.png'.* could all be the image of a cat-0"):
+        plan_folder(videos, images, ["i2v_subject"], allow_incomplete=True)
+    (images / "a cat.png").unlink()
     (images / "a cat.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"images: 1 \('a cat-0\.mp4'\) of 3 videos without an image"):
         plan_folder(videos, images, COLUMNS)
@@ -351,7 +356,11 @@ def test_the_stage_runs_again_once_a_package_is_installed(monkeypatch: pytest.Mo
     config = VBenchRows(backbones="official", dimensions=("imaging_quality", "dynamic_degree"))
     assert external_inputs(config) == {"vbench_weights": "dynamic_degree"}
     packages["pyiqa"] = True
-    assert external_inputs(config) == {"vbench_weights": "dynamic_degree, imaging_quality"}
+    found = external_inputs(config)
+    assert found["vbench_weights"] == "dynamic_degree, imaging_quality"
+    monkeypatch.setattr(rows, "version_of", lambda package: f"another {package}")  # torchvision, for one, was repaired
+    assert external_inputs(config)["vbench_weights"] == found["vbench_weights"]
+    assert external_inputs(config) != found
 
 
 def test_weights_are_chosen_by_file_and_by_dimension(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

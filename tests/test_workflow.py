@@ -181,6 +181,20 @@ def test_a_stage_told_to_end_saves_and_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "results/micro/logs/clips.log").read_text() == "at work\nsaved\n"
 
 
+@pytest.mark.parametrize(
+    ("target", "given", "words"),
+    [
+        ("all", ("experiment=micro", "seeds=1"), "of `rivals` and `ablations`; here name each, .* experiment=micro@1"),
+        ("rivals", ("experiment=micro", "seeds=a"), "write whole numbers separated by commas"),
+        ("rivals", ("experiment=micro,tiny",), "takes the name of one experiment"),
+        ("ablations", ("experiment=micro@1",), "takes the name of one experiment; seeds=N"),
+    ],
+)
+def test_seeds_that_nobody_heeds_or_reads_are_refused(clone: Clone, target: str, given: tuple, words: str) -> None:
+    code, printed = clone.snakemake("--dry-run", target, "--config", *given)
+    assert code != 0 and re.search(words, printed) and "Traceback" not in printed
+
+
 @pytest.mark.slow
 def test_a_comparison_asks_for_every_method_once_a_seed(clone: Clone) -> None:
     made = clone.planned("rivals", "--config", "experiment=micro", "seeds='0,1'")

@@ -3,13 +3,17 @@
 #
 #     workflow/launch.sh NODES GPUS CPUS COMMAND...        GPUS and CPUS of each node
 #
-# `snakemake --profile slurm` calls it. Without Snakemake it goes to sbatch itself, from the repository's root:
+# `snakemake --profile slurm` calls it. Without Snakemake it goes to sbatch itself for several nodes, from the
+# repository's root (on one node sbatch would warn only what srun has started: put `srun` before it, in a --wrap):
 #
 #     sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=96 --mem=0 --time=24:00:00 --requeue \
 #         --signal=TERM@300 --open-mode=append workflow/launch.sh 2 8 96 vpae priming --config FILE
 #
 # One node with at most one GPU runs the command as it is. Otherwise there is a process for each GPU, or for each node
 # where there are none, started by torchrun, which srun starts on each node.
+#
+# Without SLURM, jobs that run at the same time share the machine's GPUs out: each waits until as many are free as it asks
+# for, and sees only those. Whoever sets CUDA_VISIBLE_DEVICES names those that there are.
 #
 # Under SLURM, a command that was told to end and saved its state (exit 3) puts its job back into the queue, where it
 # keeps its number: the workflow goes on waiting for it, and none of its retries is spent. That is meant for a time
@@ -26,7 +30,8 @@ trap : TERM USR1 # live on until the command has saved
 torchrun_here() { # RENDEZVOUS... COMMAND...
     ((gpus)) || export ACCELERATE_USE_CPU=true # or accelerate would not see that there are several processes
     ((gpus == 0)) || export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
+    local share=$((cpus > processes ? cpus / processes : 1)) # Snakemake says the number of all CPUs, for one process
+    export OMP_NUM_THREADS=$((${OMP_NUM_THREADS:-share} < share ? OMP_NUM_THREADS : share))
     # SLURM signals all processes. torchrun would pass it on, and kill after 30 seconds what is still saving.
     trap '' TERM USR1
     torchrun --signals-to-handle=SIGINT --nproc-per-node="$processes" --max-restarts=0 --no-python "$@"
@@ -51,6 +56,32 @@ train_on_nodes() {
         torchrun_here --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
             --master-addr="$first" --master-port="$port" "$@"' bash "${marked[@]}"
 }
+
+take_gpus() { # locks end with the process that has them open: this script, and what it starts
+    local number name asked=",${CUDA_VISIBLE_DEVICES-all}," all=() taken=() lock turn
+    while IFS=', ' read -r number name; do
+        [[ $asked != ,all, && $asked != *",$number,"* && $asked != *",$name,"* ]] || all+=("$name")
+    done < <(nvidia-smi --query-gpu=index,uuid --format=csv,noheader 2>/dev/null)
+    ((${#all[@]} >= gpus)) || return 0 # the command says what it lacks
+    mkdir -p "$locks"
+    exec {turn}>"$locks/turn"
+    flock "$turn" # one after the other, so that no two wait for what the other has
+    while ((${#taken[@]} < gpus)); do
+        for name in "${all[@]}"; do
+            ((${#taken[@]} < gpus)) || break
+            [[ " ${taken[*]-} " != *" $name "* ]] || continue
+            exec {lock}>"$locks/$name"
+            if flock -n "$lock"; then taken+=("$name"); else exec {lock}>&-; fi
+        done
+        ((${#taken[@]} == gpus)) || sleep 1
+    done
+    exec {turn}>&-
+    CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${taken[*]}")
+    export CUDA_VISIBLE_DEVICES
+}
+
+locks=${TMPDIR:-/tmp}/vpae-gpus.$UID
+if ((gpus)) && [[ -z ${SLURM_JOB_ID:-} ]] && command -v flock >/dev/null; then take_gpus; fi
 
 if ((nodes * processes == 1)); then
     "$@"

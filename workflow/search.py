@@ -31,7 +31,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from vpae.artifacts import digest, sha256, written
-from vpae.config import Sampler
+from vpae.config import Experiment, Sampler
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.world import Truth, draw_truth, render
 from vpae.distill import METHODS
@@ -343,11 +343,35 @@ def weights_of(out: Path) -> Path:
     return out.with_suffix(".weights")
 
 
-def made_of(name: str, plan: dict) -> str:
-    """Digest of what makes a variant, but for its seed: a line of another one with its name is none of it."""
-    variant = {name: variant for group in plan["variants"] for name, variant in group.items()}[name]
-    start = made_of(variant["start"], plan) if variant.get("start") else ""
-    return digest([plan["config"], plan.get("set", []), plan["clips"], variant, start])
+def made_of(plan: dict) -> dict[str, str]:
+    """Variant -> digest of what makes and judges it, but for its seed: a line with another one is none of it."""
+    found: dict[str, str] = {}
+    for name, variant in variants_of(plan).items():
+        include = {"teacher": {"shift"}, variant["method"]: True}
+        settings = settings_of(variant, plan, 0).model_dump(mode="json", include=include)
+        found[name] = digest([settings, plan["of"], plan["judge"], found.get(variant.get("start", ""), "")])
+    return found
+
+
+def variants_of(plan: dict) -> dict[str, dict]:
+    """All of a plan's, in the order in which they are trained."""
+    return {name: variant for group in plan["variants"] for name, variant in group.items()}
+
+
+def settings_of(variant: dict, plan: dict, seed: int) -> Experiment:
+    """A variant's settings."""
+    overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
+    config = variant.get("config", plan["config"])
+    return load(config, [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
+
+
+def needed(plan: dict, missing: set[str]) -> set[str]:
+    """The variants that have to be trained: those that are missing, and those that they start from."""
+    starts = {name: variant.get("start", "") for name, variant in variants_of(plan).items()}
+    found = set(missing)
+    while more := {starts[name] for name in found} - found - {""}:
+        found |= more
+    return found
 
 
 def use_one_core() -> None:
@@ -361,8 +385,7 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
     """All variants of one seed, in the order of the plan; those of one entry are trained together."""
     use_one_core()
     begun, spawn = time.monotonic(), torch.multiprocessing.get_context("spawn")
-    starts = {variant.get("start") for group in plan["variants"] for variant in group.values()}
-    left = weights_of(out)
+    left, digests = weights_of(out), made_of(plan)
     with ProcessPoolExecutor(workers, spawn, become_judge, (data_file, teacher, plan)) as pool:
         pending = []
         done = {row.get("made_of") for row in map(json.loads, out.read_text().splitlines()) if row["seed"] == seed}
@@ -372,18 +395,24 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
             pending.append(pool.submit(judge, weights, row, shift, out, begun, values))
 
         networks, clips = InMemory(teacher), Clips(torch.load(data_file, weights_only=True, mmap=True), "train")
-        if seed == plan["seeds"][0] and plan.get("teacher", True):  # on a CPU its 100 NFE take longer than all else
-            settings = load(plan["config"], plan.get("set", [])).settings
-            have_judged("teacher-100nfe", None, settings.samples.rows["teacher-100nfe"], settings.teacher.shift)
-        for file in sorted(left.glob(f"[!.]*@{seed}.pt")):  # of a call that was ended before it had judged them
+        settings = load(plan["config"], plan.get("set", [])).settings
+        row, shift = settings.samples.rows.get("teacher-100nfe"), settings.teacher.shift
+        if seed == plan["seeds"][0] and plan.get("teacher", True):
+            judged_as = digest([row.model_dump(), shift, plan["of"], plan["judge"]])
+            if judged_as not in done:  # on a CPU its 100 NFE take longer than all else
+                have_judged("teacher-100nfe", None, row, shift, made_of=judged_as)
+        for file in sorted(left.glob(f"[!.]*@{seed}.*.pt")):  # of a call that was ended before it had judged them
             known = json.loads(torch.load(file, weights_only=True)["as"])
             have_judged(weights=file, row=Sampler(model="student", steps=1), **known)
             done.add(known["made_of"])
+        missing = {name for name, made in digests.items() if made not in done}
+        wanted = needed(plan, missing)
+        starts = {variants_of(plan)[name].get("start") for name in wanted}
         for group in plan["variants"]:
             runs = [
                 start_of(name, variant, plan, seed, networks, clips, i)
                 for i, (name, variant) in enumerate(group.items())
-                if name in starts or made_of(name, plan) not in done
+                if name in wanted
             ]
             if not runs:
                 continue
@@ -396,17 +425,17 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
             for run in runs:
                 if run.name in starts:
                     networks.students[run.name] = run.phase
-                if made_of(run.name, plan) in done:
+                if run.name not in missing:
                     continue
                 known = {
                     "name": run.name,
-                    "made_of": made_of(run.name, plan),
+                    "made_of": digests[run.name],
                     "start": group[run.name].get("start", ""),
                     "shift": run.phase.config.later_shift(run.phase.shift),
                     "evaluations": run.evaluations,
                     "logs": {key: float(value) for key, value in run.logs.items()},
                 }
-                weights = left / f"{run.name}@{seed}.pt"
+                weights = left / f"{run.name}@{seed}.{known['made_of'][:12]}.pt"
                 with written(weights) as temporary:
                     torch.save({"weights": run.phase.ema.state_dict(), "as": json.dumps(known)}, temporary)
                 have_judged(weights=weights, row=Sampler(model="student", steps=1), **known)
@@ -417,9 +446,7 @@ def work(seed: int, plan: dict, data_file: Path, teacher: Path, out: Path, worke
 
 def start_of(name: str, variant: dict, plan: dict, seed: int, networks: InMemory, clips: Clips, place: int) -> Run:
     """A variant at its start."""
-    overrides = [f"{variant['method']}.{key}={json.dumps(v)}" for key, v in variant.get("set", {}).items()]
-    config = variant.get("config", plan["config"])
-    settings = load(config, [*plan.get("set", []), *overrides, f"seed={seed}"]).settings
+    settings = settings_of(variant, plan, seed)
     training = getattr(settings, variant["method"]).training
     if training.accumulate > 1 or training.mixed_precision != "no" or training.compile:
         raise SystemExit(f"{name}: the search knows neither accumulate, mixed_precision nor compile; leave them out")
@@ -447,6 +474,7 @@ def run(plan: Path, teacher: Path, out: Path, data: Path, workers: int) -> None:
         )
     weights_of(out).mkdir(parents=True, exist_ok=True)
     out.open("a").close()
+    variants["of"] = of
     context, common = torch.multiprocessing.get_context("spawn"), (variants, data, teacher, out, workers)
     processes = [context.Process(target=work, args=(seed, *common)) for seed in variants["seeds"]]
     for process in processes:

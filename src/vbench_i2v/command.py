@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from vbench_i2v import scores
 from vbench_i2v.errors import VBenchError
-from vbench_i2v.files import read_yaml
+from vbench_i2v.files import read_yaml, user_path
 from vbench_i2v.parts import Part
 from vbench_i2v.settings import DimensionName, Folder, Measure
 
@@ -190,7 +190,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _weights(arguments: argparse.Namespace) -> int:
     from vbench_i2v import weights
 
-    root, failed = arguments.root.expanduser(), []
+    root, failed = user_path(arguments.root), []
     chosen = weights.chosen(arguments.files, arguments.dimensions or ())
     if arguments.fetch:
         try:

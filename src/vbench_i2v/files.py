@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from vbench_i2v.errors import VBenchError
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
@@ -61,8 +63,24 @@ def read_yaml(text: str) -> object:
             for part in pair:
                 look(part)
 
-    look(yaml.compose(text, Loader=yaml.SafeLoader))
-    return yaml.safe_load(text)
+    loader = yaml.SafeLoader(text)  # libyaml's is quicker, and ends the process at a hundred thousand brackets
+    try:
+        look(node := loader.get_single_node())
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it.
+
+    Raises:
+        VBenchError: it begins with ~, and there is no such home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise VBenchError(f"{text}: {error}; name the folder without ~") from error
 
 
 def folder_digest(folder: Path) -> str:

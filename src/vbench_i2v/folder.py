@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from vbench_i2v import results, runner
 from vbench_i2v.base import OFFICIAL
 from vbench_i2v.errors import VBenchError
-from vbench_i2v.files import sha256
+from vbench_i2v.files import sha256, user_path
 from vbench_i2v.networks import official_networks, wanted
 from vbench_i2v.parts import Part
 from vbench_i2v.settings import Folder
@@ -39,7 +38,7 @@ def score_folder(
         VBenchError: a file cannot be used.
     """
     plan, sampling = make_plan(settings), _sampling(settings)
-    out, why, tolerant = _path(settings.out), {}, settings.allow_incomplete
+    out, why, tolerant = user_path(settings.out), {}, settings.allow_incomplete
     absent = tolerant or networks is not None
     if networks is None:
         networks, why = official_networks(settings, tolerant)
@@ -62,7 +61,7 @@ def score_folder(
         outcome.damaged_of(plan.clips),
         comparable=name == OFFICIAL and _as_published(settings),
         settings=settings.model_dump(mode="json", exclude={"sampling", "videos", "out", "weights"}),
-        suite_sha256=sha256(_path(settings.suite)) if settings.suite else None,
+        suite_sha256=sha256(user_path(settings.suite)) if settings.suite else None,
         sampling=sampling,
     )
     written = results.write(out, settings.name, plan, gathered, found, accounted)
@@ -71,11 +70,13 @@ def score_folder(
 
 def make_plan(settings: Folder) -> Plan:
     """The videos to score, of a suite or of a folder."""
-    videos, images = _path(settings.videos), _path(settings.images) if settings.images else None
+    videos, images = user_path(settings.videos), user_path(settings.images) if settings.images else None
     if not settings.suite:
+        if settings.ratio not in ("auto", "none"):
+            raise VBenchError(f"--ratio {settings.ratio}: only a suite's crops have one; add --suite or leave it out")
         return plan_folder(videos, images, wanted(settings), settings.allow_incomplete)
     return plan_suite(
-        read_suite(_path(settings.suite)),
+        read_suite(user_path(settings.suite)),
         videos,
         images,
         wanted(settings),
@@ -85,24 +86,17 @@ def make_plan(settings: Folder) -> Plan:
     )
 
 
-def _path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise VBenchError(f"{text}: {error}; name the folder without ~") from error
-
-
 def _as_published(settings: Folder) -> bool:
     """Whether these are the suite, the number of videos and CLIP's number format of the leaderboard."""
     if settings.samples_per_prompt != SAMPLES or settings.clip_dtype != "float16" or not settings.suite:
         return False
     official = next(weight for weight in manifest() if not weight.dimensions)
-    return sha256(_path(settings.suite)) == official.sha256
+    return sha256(user_path(settings.suite)) == official.sha256
 
 
 def _sampling(settings: Folder) -> dict:
     """How the videos were made: what was noted beside them, and what the settings add."""
-    noted = _path(settings.videos) / SAMPLING
+    noted = user_path(settings.videos) / SAMPLING
     try:
         found = json.loads(noted.read_text(encoding="utf-8-sig")) if noted.is_file() else {}
     except ValueError as error:

@@ -7,6 +7,7 @@ import torch
 from vbench_i2v import weights
 from vbench_i2v.backbones import official
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.files import user_path
 from vbench_i2v.runner import Networks
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.settings import Measure
@@ -22,7 +23,7 @@ def wanted(settings: Measure) -> tuple[str, ...]:
 
 def weights_root(settings: Measure) -> Path:
     """The folder of weight files."""
-    return Path(settings.weights).expanduser()
+    return user_path(settings.weights)
 
 
 def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[Networks, dict[str, str]]:
@@ -41,7 +42,9 @@ def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[Networ
         raise VBenchError(f"{len(why)} of {len(dimensions)} dimensions cannot be computed:\n{listed}\n{_CHOICE}")
     files = weights.identities(root, [name for name in dimensions if name not in why])
     identity: dict[str, object] = {
-        name: {"weights": found} | ({"clip_dtype": settings.clip_dtype} if name in CLIP_DIMENSIONS else {})
+        name: {"weights": found}
+        | ({"clip_dtype": settings.clip_dtype} if name in CLIP_DIMENSIONS else {})
+        | ({"packages": used} if (used := weights.package_versions(name)) else {})
         for name, found in files.items()
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

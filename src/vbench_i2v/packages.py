@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import re
 import types
 
@@ -24,7 +25,7 @@ def imported(module: str) -> types.ModuleType:
     except Exception as error:  # old packages beside new ones raise anything, AttributeError for one
         if importlib.util.find_spec(package) is None:
             raise NotComputed(f"{package} is not installed; {remedy}") from error
-        reason = f"{package} {_version(package)} cannot be imported ({type(error).__name__}: {error})"
+        reason = f"{package} {version_of(package)} cannot be imported ({type(error).__name__}: {error})"
         if (mismatch := _torchvision()) is not None:
             reason = f"{mismatch}, and so {reason}"
         raise NotComputed(f"{reason}; {remedy}") from error
@@ -40,15 +41,18 @@ def _torchvision() -> str | None:
         needed = importlib.metadata.requires("torchvision") or ()  # "torch (==2.13.0)" or "torch==2.13.0"
         needs = [re.sub("[ ()]", "", text) for text in needed if re.match("torch[ (=]", text)]
         return (
-            f"torchvision {_version('torchvision')} does not match torch {_version('torch')}: it needs "
+            f"torchvision {version_of('torchvision')} does not match torch {version_of('torch')}: it needs "
             f"{needs[0] if needs else 'the torch it was built for'} of the same build (CPU or CUDA)"
         )
     return None
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Its version, and the commit if it was installed from a repository."""
     names = importlib.metadata.packages_distributions().get(package, [package])
     try:
-        return importlib.metadata.version(names[0])
+        found = importlib.metadata.distribution(names[0])
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"
+    origin = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {})
+    return f"{found.version}+{origin['commit_id'][:12]}" if "commit_id" in origin else found.version

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +65,7 @@ class Contents:
         """Hex digest of a file's content; FileNotFoundError if it is gone."""
         if path not in self._known:
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; was it removed meanwhile?")
+                raise FileNotFoundError(f"{path}: there is no such file, or only a link to one that is gone")
             self._known[path] = sha256(path)
         return self._known[path]
 
@@ -248,6 +249,7 @@ def gather(clips: Iterable[Clip], networks: Networks, folder: Path) -> dict[str,
     found: dict[str, list[tuple[Clip, dict]]] = {}
     for clip in clips:
         for name in clip.dimensions:
-            if (record := known.get(record_key(clip, name, networks, contents))) is not None:
-                found.setdefault(name, []).append((clip, record))
+            with suppress(FileNotFoundError):  # `run` has said what is not there, or may be left out
+                if (record := known.get(record_key(clip, name, networks, contents))) is not None:
+                    found.setdefault(name, []).append((clip, record))
     return found

@@ -284,11 +284,17 @@ def find_images(folder: Path, prompts: Sequence[Prompt], allow_incomplete: bool 
 
 
 def find_image(folder: Path, names: Mapping[str, str], stem: str) -> Path | None:
-    """The image of a video `X-3` among the names of a folder: `X-3` itself, else `X`."""
+    """The image of a video `X-3` among the names of a folder: `X-3` itself, else `X`.
+
+    Raises:
+        VBenchError: there are several of one name.
+    """
     for candidate in (stem, _prompt_of(stem)):
-        for suffix in IMAGES:
-            if candidate + suffix in names:
-                return folder / names[candidate + suffix]
+        found = [names[candidate + suffix] for suffix in IMAGES if candidate + suffix in names]
+        if len(found) > 1:
+            raise VBenchError(f"{folder}: {some(found)} could all be the image of {stem}; keep one of them")
+        if found:
+            return folder / found[0]
     return None
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vbench_i2v.errors import NotComputed, VBenchError
 from vbench_i2v.files import folder_digest, sha256
-from vbench_i2v.packages import imported
+from vbench_i2v.packages import imported, version_of
 
 _TIMEOUT = 60  # seconds without a byte
 
@@ -115,8 +115,16 @@ def _is_checkpoint(path: Path) -> bool:
 
 def lacking_packages(dimension: str) -> list[str]:
     """Packages that the user has to install for a dimension and has not; nothing is imported."""
-    packages = {weight.module.partition(".")[0] for weight in needed([dimension]) if weight.module}
-    return sorted(name for name in packages if importlib.util.find_spec(name) is None)
+    return [name for name in _packages(dimension) if importlib.util.find_spec(name) is None]
+
+
+def package_versions(dimension: str) -> dict[str, str]:
+    """Package -> version, of those that the user installs for a dimension: they compute, as the weights do."""
+    return {name: version_of(name) for name in _packages(dimension)}
+
+
+def _packages(dimension: str) -> list[str]:
+    return sorted({weight.module.partition(".")[0] for weight in needed([dimension]) if weight.module})
 
 
 def _identity(path: Path) -> str:

@@ -33,10 +33,12 @@ PATIENCE_SECONDS = 2400
 BEGIN = time.monotonic()
 RUNS: list[subprocess.Popen] = []  # all of Snakemake
 
-# What makes micro worth interrupting: some more steps, GPUs to ask for, a stage cut into parts.
+# What makes micro worth interrupting: some more steps, GPUs to ask for, a stage cut into parts. VBench is left out, and
+# what takes a hundred evaluations.
 LONGER = {
     phase: {"training": {"steps": STEPS, "batch_size": 2, "ema_decay": 0.5, "checkpoint_every": 1}} for phase in PHASES
 }
+LONGER |= {"evaluation": {"vbench": {"backbones": "off"}}, "samples": {"rows": {"teacher-100nfe": None}}}
 CLUSTER = {"jobs": {"latents": 2}, "cluster": {phase: {"gpus": 1} for phase in PHASES}}
 # What a user might write into the profile on a cluster that answers quickly.
 PROFILE = {"config": ["experiment=micro"], "latency-wait": 10, "vpae-slurm-init-seconds-before-status-checks": 3}
@@ -362,7 +364,11 @@ def main() -> int:
     _edit(copies[preempted_with_notice].folder / "profiles/slurm/profile.yaml", noticed)
     # These empty the cluster.
     alone = {event: copies.pop(event) for event in (preempted, preempted_with_notice)}
-    threads = [Thread(target=check, args=(copy, local, event), daemon=True) for event, copy in copies.items()]
+    # What SLURM does to a job is the same in both phases; that the workflow goes on after it, twice, are the others'.
+    phases = {event: PHASES[:1] if event in (cancelled, requeued) else PHASES for event in copies}
+    threads = [
+        Thread(target=check, args=(copy, local, event, phases[event]), daemon=True) for event, copy in copies.items()
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

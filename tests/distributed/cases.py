@@ -72,9 +72,7 @@ CASES = {
         "dmd2", {"fake_form": "lora", "real_share": 0.5}, {"activation_checkpointing": True}, accumulate=2
     ),
     "dmd2-context": Case("dmd2", {"generator": SMALL_STEPS, "fake": SMALL_STEPS}, {"context_parallel": 2}),
-    "dfd": Case("dfd"),
     "apt": Case("apt", {"ensemble": 2}, {"activation_checkpointing": True}),
-    "apt-context": Case("apt", {}, {"context_parallel": 2}),
     "magic": Case("magic", {"student_lora": LORA}, {"activation_checkpointing": True}),
 }
 EXPORTED = ("equilibrium", "equilibrium-lora")  # of these, each process's pipeline folder is looked at, too

@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import SHIFT, build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, result
-from planned import SEVERAL, SMALL, TOKENS, several
+from planned import SEVERAL, TOKENS, several
 from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.bench.training import held_by
 from vpae.distill import run
 from vpae.distill.student import save_ema
 from vpae.models.wan import velocity
+from vpae.training import loop
 from vpae.training.ema import update_ema
-from vpae.training.loop import _update
 from vpae.training.precision import INPUTS
 from vpae.training.sharding import spread
 
@@ -66,13 +66,13 @@ def run_case(name: str, folder: Path, accelerator: Accelerator) -> dict:
 
 
 def resume(folder: Path, accelerator: Accelerator) -> dict:
-    """Stop after two steps and go on from the state; the state stays for one process to do the same."""
+    """Stop after a step and go on from the state; the state stays for one process to do the same."""
     for name in ("priming", "equilibrium"):
         state = folder / f"resume-{name}"
-        fit(build(Case(name, steps=4), accelerator), state, accelerator, steps=2)
+        fit(build(Case(name, steps=3), accelerator), state, accelerator, steps=1)
         if accelerator.is_main_process:
             shutil.copytree(state, folder / f"state-{name}")
-        phase = build(Case(name, steps=4), accelerator)
+        phase = build(Case(name, steps=3), accelerator)
         fit(phase, state, accelerator)
         weights = result(phase)
         if weights:
@@ -83,7 +83,7 @@ def resume(folder: Path, accelerator: Accelerator) -> dict:
 def grow(folder: Path, accelerator: Accelerator) -> dict:
     """Go on from the state of one process."""
     for name in ("priming", "equilibrium"):
-        phase = build(Case(name, steps=4), accelerator)
+        phase = build(Case(name, steps=3), accelerator)
         fit(phase, folder / f"grow-{name}", accelerator)
         weights = result(phase)
         if weights:
@@ -128,7 +128,7 @@ def communication(folder: Path, accelerator: Accelerator) -> dict:
             }
         )
         return counted(
-            lambda: _update(
+            lambda: loop.update(
                 phase, "generator", 0, lambda drawn: build_batch(1, seed=drawn), 0, training, 0, 0, accelerator
             )
         )
@@ -185,19 +185,24 @@ def memory(folder: Path, accelerator: Accelerator) -> dict:
 
 
 def _peak(name: str, accelerator: Accelerator) -> int:
-    settings, phase_name = several(name)
+    settings, phase_name, network = several(name)
     training = getattr(settings, phase_name).training
-    phase = build_phase(settings, phase_name, SMALL, accelerator.device)
+    phase = build_phase(settings, phase_name, network, accelerator.device)
     spread(phase, training, accelerator)
     latents = random_latents(settings, 1, accelerator.device)
-    condition = random_condition(settings, SMALL, TOKENS, 1, accelerator.device)
-    peaks = {}
-    for _ in range(2):  # the first time optimisers make their state
-        for turn in phase.roles:
-            with LiveBytes() as live:
-                _update(phase, turn, 0, lambda drawn: (latents, condition), 0, training, 0, 0, accelerator)
-            peaks[turn] = live.peak
-    return held_by(phase) + max(peaks.values())
+    condition = random_condition(settings, network, TOKENS, 1, accelerator.device)
+
+    def update(turn: str) -> None:
+        loop.update(phase, turn, 0, lambda drawn: (latents, condition), 0, training, 0, 0, accelerator)
+
+    peaks = []
+    for turn in phase.roles:  # the first time optimisers make their state
+        update(turn)
+    for turn in phase.roles:
+        with LiveBytes() as live:
+            update(turn)
+        peaks.append(live.peak)
+    return held_by(phase) + max(peaks)
 
 
 def refused(folder: Path, accelerator: Accelerator) -> dict:

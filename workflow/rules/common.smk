@@ -1,5 +1,6 @@
 # What the rules share: experiments by name, what a stage reads, the settings it depends on, what it needs.
 import json
+import re
 import sys
 import time
 from contextlib import suppress
@@ -63,6 +64,8 @@ def all_folders(wildcards):
     """Input function: every stage of the experiments asked for; what an overlay leaves alone is its base's."""
     names = config.get("experiment", "tiny")
     names = names if isinstance(names, list) else str(names).split(",")
+    if "seeds" in config:
+        stop(f"--config seeds: of `rivals` and `ablations`; here name each, for instance experiment={names[0]}@1")
     wanted = [(experiment(name), stage) for name in names for stage in stages_of(experiment(name).settings)]
     return sorted({str(stage_folder(source, stage)) for source, stage in wanted})
 
@@ -232,12 +235,17 @@ def compared(kind):
 def names_compared(kind):
     """Names of the experiments, NAME@SEED where the seed is not the file's own."""
     base = str(config.get("experiment", "tiny"))
+    if not re.fullmatch("[^,@[]+", base):
+        stop(f"--config experiment={base}: `{kind}` takes the name of one experiment; seeds=N[,N] says which seeds")
     if kind == "rivals":
         names = [f"{base}-consistency", f"{base}-rivals"]
     else:
         found = Path("configs").glob(f"{base}-*.yaml")
         names = [base, *sorted(file.stem for file in found if file.stem.startswith((f"{base}-no-", f"{base}-with-")))]
-    seeds = str(config.get("seeds", "0,1,2" if kind == "rivals" else "0")).split(",")
+    given = config.get("seeds", "0,1,2" if kind == "rivals" else "0")
+    seeds = [str(seed).strip() for seed in (given if isinstance(given, list) else str(given).split(","))]
+    if not all(seed.isdigit() for seed in seeds):
+        stop(f"--config seeds={given}: write whole numbers separated by commas, for instance seeds=0,1,2")
     return [
         name if int(seed) == experiment(name).settings.seed else f"{name}@{seed}" for seed in seeds for name in names
     ]

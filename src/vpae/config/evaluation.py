@@ -1,15 +1,23 @@
 """Stage `evaluation`."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from vpae.config.section import Positive, Section
 from vpae.config.vbench import VBenchRows
 
 
+def _two_halves(clips: int) -> int:
+    if clips == 1:
+        raise ValueError("a classifier learns from pairs of clips: take 2 or more, or 0 for no such test")
+    return clips
+
+
 class C2st(Section):
     """The classifier two-sample test: can a small network tell a row's latents from real ones?"""
 
-    clips: int = Field(
+    clips: Annotated[int, AfterValidator(_two_halves)] = Field(
         0, ge=0, description="Training clips that it learns from, which every row draws anew; 0: no such test."
     )
     steps: Positive = Field(400, description="Its training steps.")

@@ -27,7 +27,7 @@ class Optimizer(Section):
                 "leave it 0, or take algorithm = adamw"
             )
         if self.algorithm == "rmsprop" and self.betas != (0.9, 0.999):
-            raise ValueError("betas are Adam's: RMSProp has alpha; leave them out, or take algorithm = adamw")
+            raise ValueError("betas are Adam's: RMSProp has alpha; set betas = [0.9, 0.999], or algorithm = adamw")
         return self
 
 

@@ -221,9 +221,11 @@ class Equilibrium(Method):
         return f"{first} with {' and '.join(others)}" if others else first
 
     @classmethod
-    def as_published(cls, section: Settings) -> bool:
-        """As `Method`: phase II without its adversary is another method."""
-        return section.adversarial_weight > 0
+    def as_published(cls, settings: Experiment) -> bool:
+        """As `Method`: without priming, or one of the terms of its losses, it is another method."""
+        section = getattr(settings, cls.name)
+        terms = (section.adversarial_weight, section.csds_weight, section.r1.weight)
+        return min(terms) > 0 and cls.start_of(settings) != TEACHER
 
     @classmethod
     def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:

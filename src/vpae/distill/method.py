@@ -203,7 +203,7 @@ class Method(Phase):
         return cls.about
 
     @classmethod
-    def as_published(cls, section: MethodSettings) -> bool:
+    def as_published(cls, settings: Experiment) -> bool:
         """Whether a paper's figure of the method can stand beside that of these settings."""
         return True
 
@@ -226,9 +226,11 @@ class Method(Phase):
         start = cls.start_of(settings)
         copied = getattr(getattr(settings, start, None), "fake_form", "") == "copy"
         if copied or cls.fake_at_start(settings) is not None:
+            whole = f"it is a whole copy; set {start}.fake_form=lora"
+            why = whole if copied else "only adapters of equal fake_lora are"
             print(
-                f"vpae: {cls.name}: the fake model that {start} leaves is not taken over, since only adapters of equal "
-                "fake_lora are: it begins as the teacher and has to catch up with the student",
+                f"vpae: {cls.name}: the fake model that {start} leaves is not taken over ({why}): it begins as the "
+                "teacher and has to catch up with the student",
                 file=sys.stderr,
             )
 

@@ -37,8 +37,8 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     plan.set_defaults(run=_plan)
 
 
-def parse_bytes(text: str, option: str) -> float:
-    """Bytes of `80GB`, `75 GiB` or `8e10`.
+def parse_bytes(text: str, option: str, least: float = 1e6) -> float:
+    """Bytes of `80GB`, `75 GiB` or `8e10`; a number below `least` is one whose unit was forgotten.
 
     Raises:
         ConfigError: naming the option.
@@ -46,7 +46,7 @@ def parse_bytes(text: str, option: str) -> float:
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     try:
         size = float(found[1]) * UNITS[found[2]]
-        if not size >= 1e6:
+        if not size >= least:
             raise ValueError("no memory is as small")
         return size
     except (TypeError, KeyError, ValueError) as error:
@@ -69,7 +69,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         arguments.interconnect * 1e9 if arguments.interconnect else None,
         arguments.peak_tflops * 1e12,
         arguments.utilisation,
-        parse_bytes(arguments.overhead, "--overhead"),
+        parse_bytes(arguments.overhead, "--overhead", least=0),
     )
     plan = make_plan(load(arguments.config, arguments.set), cluster)
     print(json.dumps(plan, indent=2) if arguments.json else as_text(plan))

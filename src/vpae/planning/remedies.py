@@ -27,6 +27,8 @@ def remedies(
         found.append({"set": words, "total": total})
     sharding = getattr(settings, phase).training.sharding
     shards = {} if sharding.strategy == "full" else {"strategy": "full"}
+    if shards and gpus > 1:
+        needed = peak(shards)  # already shared among these
     if more := _more_gpus(lambda number: peak(shards, number), gpus, sharding.context_parallel, needed, room):
         words = [text for key, value in shards.items() for text in _words(settings, phase, key, value)]
         found.append({"set": words, "gpus": more[0], "total": more[1]})

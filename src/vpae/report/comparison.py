@@ -26,6 +26,7 @@ from vpae.standing import departures, made_from, standing
 
 Interval = dict[str, float | None]  # mean, low, high; both ends None: not known
 SCORE = "mean_score"
+OF_TRUTH, OF_VBENCH = f"the truth metrics {', '.join(truth.METRICS)}", "SA, TC and FQ of VBench-I2V"
 # SA, TC and FQ of VBench-I2V that the paper reports on Wan2.1-I2V-14B, in percent: arXiv 2508.21019.
 PAPER = {
     "teacher-100nfe": (92.90, 80.82, 70.44),
@@ -90,7 +91,7 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
         stages = source.settings.chain(sampler.model) if sampler.model in METHODS else []
         trained = {stage: _provenance(stage_folder(source, stage, results)) for stage in stages}
         videos = [np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row]
-        score = official.get(row) if official else _mean_score(np.array(videos), source)
+        score = _mean_score(np.array(videos), source) if official is None else official.get(row)
         found.append(
             Run(
                 row=row,
@@ -99,12 +100,12 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 seed=source.settings.seed,
                 nfe=sampler.nfe,
                 scores=({SCORE: score} if score else {}) | scores[row],
-                score_of="SA, TC and FQ of VBench-I2V" if official else f"the truth metrics {', '.join(truth.METRICS)}",
+                score_of=OF_TRUTH if official is None else OF_VBENCH,
                 cost=_cost(source.settings, trained),
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
                 measure=_measure(source.settings),
                 depth=len([*source.ancestors()]),
-                papers=all(METHODS[stage].as_published(getattr(source.settings, stage)) for stage in stages),
+                papers=all(METHODS[stage].as_published(source.settings) for stage in stages),
             )
         )
     return found
@@ -121,7 +122,7 @@ def _measure(settings: Experiment) -> dict[str, object]:
     if settings.evaluation.c2st.clips:
         found["clips.train, up to evaluation.c2st.clips"] = min(settings.clips.train, settings.evaluation.c2st.clips)
     # Latents, and what is decoded of them, are those of its VAE.
-    names = ("vae",) if settings.teacher.source == "train" else ("source", "path", "revision")
+    names = ("source", "vae") if settings.teacher.source == "train" else ("source", "path", "revision")
     return found | {f"teacher.{name}": settings.teacher.model_dump(mode="json")[name] for name in names}
 
 
@@ -132,12 +133,12 @@ def _provenance(folder: Path) -> dict:
     return found
 
 
-def _official_scores(folder: Path) -> dict[str, Interval]:
-    """Row -> the mean of SA, TC and FQ, where VBench's own networks measured them all."""
+def _official_scores(folder: Path) -> dict[str, Interval] | None:
+    """Row -> the mean of SA, TC and FQ, of rows of which they were all measured; None: not by VBench's own networks."""
     file = folder / "vbench.json"
     content = json.loads(file.read_text()) if file.is_file() else {"backbones": "off"}
     if content["backbones"] != "official":
-        return {}
+        return None
     totals = {row: [entry[name] for name in VBENCH] for row, entry in content["rows"].items()}
     means = {row: float(np.mean(values)) for row, values in totals.items() if None not in values}
     return {row: {"mean": mean, "low": None, "high": None} for row, mean in means.items()}
@@ -165,9 +166,14 @@ def _cost(settings: Experiment, trained: dict[str, dict]) -> dict[str, float]:
 
 
 def _seconds(provenance: dict) -> float:
-    """Of all steps, since a stage that was resumed knows the time of its last run alone."""
+    """Of all steps: a stage that was resumed knows the time of its last run alone.
+
+    Results from before the sum was kept have the larger of that time and of all steps at their median.
+    """
     counts = provenance["counts"]
-    return counts["steps"] * counts["seconds_per_step"] if "seconds_per_step" in counts else provenance["seconds"]
+    if "training_seconds" in counts:
+        return counts["training_seconds"]
+    return max(provenance["seconds"], counts.get("steps", 0) * counts.get("seconds_per_step", 0.0))
 
 
 def over_seeds(values: Sequence[Interval]) -> Interval:
@@ -191,11 +197,12 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
                 f"the mean score is that of {runs[0].score_of} in {runs[0].experiment}, and that of {run.score_of} in "
                 f"{run.experiment}: give both the same evaluation.vbench.backbones"
             )
-        for key, value in run.measure.items():
-            if value != runs[0].measure[key]:
+        for key in dict.fromkeys((*runs[0].measure, *run.measure)):
+            first, other = (one.measure.get(key, "nothing") for one in (runs[0], run))
+            if first != other:
                 raise ConfigError(
-                    f"{key} is {runs[0].measure[key]} in {runs[0].experiment} and {value} in {run.experiment}, so that "
-                    "their scores cannot be compared: evaluate both alike"
+                    f"{key} is {first} in {runs[0].experiment} and {other} in {run.experiment}, so that their scores "
+                    "cannot be compared: evaluate both alike"
                 )
     methods: dict[str, list[Run]] = {}
     for run in runs:
@@ -319,11 +326,16 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
     notes = (
         f"Mean score: that of {score_of}. ± is half a 95% interval: Student's over seeds, of one seed over videos. "
         "Cost: of training a seed, from the teacher to the row's model; clips through a network (a guided step counts "
-        "twice, a backward pass not), steps by their median seconds on the machine at hand, weights trained and memory "
+        "twice, a backward pass not), seconds of all steps on the machine at hand, weights trained and memory "
         "at most at once. "
         "Paper: the mean of SA, TC and FQ that it reports of Wan2.1-I2V-14B, in percent; of another model and other "
         "clips, so that only the order compares."
     )
+    if not any(SCORE in row for row in rows.values()):
+        notes += (
+            " No row has a mean score, for which all of these have to be measured; SA needs camera_motion, of videos "
+            "whose caption asks for a movement of the camera."
+        )
     return "\n".join([*lines, "", notes, ""])
 
 

@@ -191,7 +191,8 @@ def describe(name: str, row: Sampler | None) -> str:
     steps = "1 step" if row.steps == 1 else f"{row.steps} steps"
     guidance = "" if row.guidance_scale == 1.0 else f", guidance {row.guidance_scale:g}"
     label = METHODS[row.model].label if row.model in METHODS else row.model
-    return f"{label}, {steps}{guidance}"
+    shift = "" if row.shift is None else f", shift {row.shift:g}"
+    return f"{label}, {steps}{guidance}{shift}"
 
 
 def headlines(rows: dict[str, dict], parts: dict[str, str]) -> list[dict]:
@@ -262,8 +263,10 @@ def vbench(path: Path) -> dict | None:
         "rows": [
             {
                 "name": name,
-                "cells": [points(row["dimensions"][key]["value"], 100.0) for key in measured]
-                + [points(row[total], 1.0) for total in PAPER_NAMES],
+                "cells": [
+                    *(points(one["value"], 100.0) + n_of_all(one) for one in map(row["dimensions"].get, measured)),
+                    *(points(row[total], 1.0) for total in PAPER_NAMES),
+                ],
             }
             for name, row in found.items()
         ],
@@ -275,6 +278,12 @@ def vbench(path: Path) -> dict | None:
             if name in correlation
         ],
     }
+
+
+def n_of_all(found: dict) -> str:
+    """How many of the videos that ask for a dimension were measured, if not all."""
+    n, wanted = found.get("videos"), found.get("expected")
+    return "" if found["value"] is None or n == wanted else f" ({n} of {wanted})"
 
 
 def points(value: float | None, scale: float) -> str:

@@ -104,9 +104,9 @@ def sample_one(
         ConfigError: all that cannot be done as asked for, a line each, or memory does not suffice.
         ArtifactError: the networks gave no numbers.
     """
-    geometry, faults = _geometry(model)
-    faults += [] if faults else _lora_faults(loras, model)
-    faults += [
+    geometry, wrong = _geometry(model)
+    faults = [
+        *(wrong or _lora_faults(loras, model)),
         *number_faults(steps, guidance_scale),
         *_unused_faults(negative_prompt, guidance_scale),
         *_faults_of("--seed", seed, 0, LARGEST_SEED),
@@ -122,7 +122,7 @@ def sample_one(
     picture = None
     try:
         picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
-        faults += [] if faults else _size_faults(image, picture)
+        faults += [] if wrong or geometry else _size_faults(image, picture)
     except (ImageError, FileNotFoundError) as error:
         faults.append(f"--image {error}")
     small = None

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -99,7 +100,10 @@ class Speed:
 
 
 def summary(file: Path) -> dict[str, float]:
-    """The median of each figure over a run's logs, but for the time left; empty where there are none."""
+    """The median of each figure over a run's logs, but for the time left, and `training_seconds`, those of all steps.
+
+    Empty where there are no logs. Of a step that was made again after an interruption the last time counts.
+    """
     if not file.is_file():
         return {}
     lines = []
@@ -108,5 +112,11 @@ def summary(file: Path) -> dict[str, float]:
             lines.append(json.loads(line))
         except json.JSONDecodeError:  # cut off by a kill
             print(f"vpae: {file} has a damaged line; it is left out", file=sys.stderr)
+    if not lines:
+        return {}
     keys = dict.fromkeys(key for line in lines for key in line if key not in ("step", "seconds_left"))
-    return {key: median(line[key] for line in lines if key in line) for key in keys}
+    laps = {int(line["step"]): line["seconds_per_step"] for line in lines}
+    steps = [0, *sorted(laps)]
+    total = sum((done - before) * laps[done] for before, done in pairwise(steps))
+    medians = {key: median(line[key] for line in lines if key in line) for key in keys}
+    return {**medians, "training_seconds": total}

@@ -96,11 +96,15 @@ def _read(source: Source, stage: str) -> list[str]:
     given = [teacher.path] if stage == "teacher" and teacher.source == "folder" else []
     if stage == "teacher":
         given += [str(file_and_strength(named)[0]) for named in teacher.loras]
+    if stage == "samples" and source.settings.samples.decoder:
+        given.append(source.settings.samples.decoder)
     return [*(str(stage_folder(source, above)) for above in upstream(source.settings, stage)), *given]
 
 
 def _loop(items: dict[str, list[str]], body: dict) -> dict:
     """A block for all experiments; where `body` has a word, one entry for each item of the lists takes its place."""
+    if any(items.values()):  # DVC has no lists of another length: who reads nothing, for one a teacher from the hub,
+        items = {name: found or [f"configs/{name}.yaml"] for name, found in items.items()}  # depends on its own file
     longest = max(len(found) for found in items.values())
     padded = {name: [*found, *found[-1:] * (longest - len(found))] for name, found in items.items()}
     entries = [f"${{item[{number}]}}" for number in range(longest)]

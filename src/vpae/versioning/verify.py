@@ -45,8 +45,8 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         return
     found = list(departures(source, stage, results))
     yield from found
-    if not found and stage == "clips" and standing(source, results).get(stage) is False:
-        yield f"{folder}: videos or captions of {source.settings.clips.path} are newer"
+    if not found and standing(source, results).get(stage) is False and _reads_elsewhere(source, stage):
+        yield f"{folder}: {_reads_elsewhere(source, stage)}"
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:
             yield f"{folder}: made from {above}, which is missing or unfinished"
@@ -60,6 +60,17 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         taken = [name for name in recorded if not (merged and name.startswith("transformer/"))]
         for name in _first(taken, lambda n: _is_other(origin / n, recorded[n])):
             yield f"{folder}: made from another {origin / name} than the present one"
+
+
+def _reads_elsewhere(source: Source, stage: str) -> str:
+    """What is wrong where neither settings nor other stages' results are: what a stage reads beside them has changed."""
+    settings = source.settings
+    return {
+        "clips": f"videos or captions of {settings.clips.path} are newer",
+        "teacher": f"made with other teacher.loras than the present {', '.join(settings.teacher.loras)}",
+        "samples": f"made with another samples.decoder than the present {settings.samples.decoder}",
+        "evaluation": "VBench's weights or packages have changed",
+    }.get(stage, "")
 
 
 def _is_other(path: Path, recorded: str) -> bool:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from vbench_i2v import camera, networks, results, runner, scores, weights
 from vbench_i2v.base import Item
+from vbench_i2v.packages import version_of
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import Clip, Plan, Prompt
 from vpae.artifacts import write_json
@@ -214,8 +215,12 @@ def external_inputs(config: VBench) -> dict[str, str]:
     if config.backbones != "official":
         return {}
     why = weights.absent(networks.weights_root(config), networks.wanted(config))
-    usable = (name for name in networks.wanted(config) if name not in why and not weights.lacking_packages(name))
-    return {"vbench_weights": ", ".join(usable) or "none"}
+    usable = [name for name in networks.wanted(config) if name not in why and not weights.lacking_packages(name)]
+    # A package that is there may still not be importable beside this torch: another version of it is another input.
+    packages = {name: version for one in usable for name, version in weights.package_versions(one).items()}
+    with_torch = {**packages, **{name: version_of(name) for name in ("torch", "torchvision")}} if packages else {}
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(with_torch.items()))
+    return {"vbench_weights": ", ".join(usable) or "none"} | ({"vbench_packages": versions} if versions else {})
 
 
 def table(content: Mapping) -> str:

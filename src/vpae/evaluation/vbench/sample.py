@@ -13,7 +13,7 @@ from vbench_i2v.errors import VBenchError
 from vbench_i2v.folder import SAMPLING
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import SEED_RULE, find_images, image_folder, read_suite, refuse_other_shape, seed_of, video_name
-from vpae.artifacts import ArtifactError, reading, sha256, write_json
+from vpae.artifacts import ArtifactError, digest, reading, sha256, write_json
 from vpae.data.image import read_image, read_image_at
 from vpae.data.video import write_video
 from vpae.models.wan import GEOMETRY
@@ -80,7 +80,7 @@ def sample_suite(
     pictures = find_images(folder, [p for _, p, _ in wanted])
     for picture in pictures.values():
         refuse_other_shape(picture, read_image(picture).size, str(model), *size)
-    note = _note(model, suite, geometry, steps, guidance_scale, ratio)
+    note = _note(model, suite, pictures, geometry, steps, guidance_scale, ratio)
     _refuse_others(out, note)
     mine, made, pipeline = (part or Part()).share(wanted), 0, None
     progress = Progress(len(mine), "sample")
@@ -116,11 +116,17 @@ def _animate(
     return animate(pipeline, picture, text, steps, guidance, seed_of(i, j), geometry["frames"])
 
 
-def _note(model: Path, suite: Path, geometry: dict, steps: int, guidance: float, ratio: str) -> dict:
+def _note(
+    model: Path, suite: Path, pictures: dict[str, Path], geometry: dict, steps: int, guidance: float, ratio: str
+) -> dict:
     """How videos are made."""
     weights = sorted((model / "transformer").glob("*.safetensors"))
+    others = [model / "scheduler/scheduler_config.json", *sorted(model.glob("*_encoder/*.safetensors"))]
+    others += sorted((model / "vae").glob("*.safetensors"))
     return {
         "transformer_sha256": {path.name: sha256(path) for path in weights},
+        "others_sha256": {path.relative_to(model).as_posix(): sha256(path) for path in others if path.is_file()},
+        "images_sha256": digest({name: sha256(path) for name, path in pictures.items()}),
         "steps": steps,
         "guidance_scale": guidance,
         "geometry": geometry,
@@ -139,8 +145,12 @@ def _refuse_others(out: Path, note: dict) -> None:
     with reading(path, "correct it, or choose another folder"):
         if path.is_file() and not isinstance(found := json.loads(path.read_text()), dict):
             raise ValueError("no JSON object")
-    if found is None or (found != note and not any(out.glob("[!.]*.mp4"))):
+    if not any(out.glob("[!.]*.mp4")):
         write_json(path, note)
+    elif found is None:
+        raise ArtifactError(
+            f"{out}: holds videos, and no {SAMPLING} that says how they were made; choose another folder"
+        )
     else:
         _require_the_same(path, found, note)
 
