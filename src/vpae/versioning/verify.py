@@ -63,7 +63,7 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
 
 
 def _reads_elsewhere(source: Source, stage: str) -> str:
-    """What is wrong where neither settings nor other stages' results are: what a stage reads beside them has changed."""
+    """What is wrong where settings and other stages' results are not: something that a stage reads beside them."""
     settings = source.settings
     return {
         "clips": f"videos or captions of {settings.clips.path} are newer",
