@@ -384,6 +384,27 @@ def test_a_folder_without_videos_is_an_error_that_names_it(tmp_path: Path) -> No
         run_stage(experiment(tmp_path, source="folder", path=str(tmp_path / "none")), "clips", tmp_path / "results")
 
 
+def test_a_repository_can_be_moved_with_its_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    (before / "videos").mkdir(parents=True)
+    for number in range(6):
+        write_coded(before / "videos" / f"{number}.mp4", 6, start=number)
+    (before / "scratch/results").mkdir(parents=True)
+    (before / "results").symlink_to("scratch/results")  # where there is more room
+    found = []
+    for place in (before, after):
+        if place == after:
+            before.rename(after)
+        monkeypatch.chdir(place)
+        source = experiment(place, source="folder", path="videos", train=3, held_out=3)
+        run_stage(source, "clips", Path("results"))
+        clips = read_manifest(folder := Path("results/own/clips"))
+        assert len([clip.frames(source.settings.geometry, folder) for clip in clips]) == 6
+        assert all("before" not in clip.path for clip in clips)
+        found.append(clips)
+    assert found[0] == found[1]
+
+
 def test_a_video_that_changes_after_cataloguing_is_an_error_that_names_it(videos: Path, tmp_path: Path) -> None:
     source = experiment(tmp_path, source="folder", path=str(videos), held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")

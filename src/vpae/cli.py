@@ -19,6 +19,7 @@ from vpae.planning import command as planning
 from vpae.planning.presence import missing
 from vpae.versioning import command as versioning
 
+INTERRUPTED = 130  # as shells say of SIGINT
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_A_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # What other libraries say while they load weights would bury our own progress. And OpenMP's threads spin for
@@ -32,7 +33,7 @@ VARIABLES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (2: bad input, 3: interrupted and resumable)."""
+    """Run one command; returns the exit code (2: bad input, 3: interrupted and resumable, 130: Ctrl-C elsewhere)."""
     arguments = _parser().parse_args(argv)
     for name, value in VARIABLES.items():  # before torch and the others are imported
         os.environ.setdefault(name, value)
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("vpae: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # whoever reads is gone, as `head` is: no traceback, but a stage is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -127,11 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="check, show or describe configurations")
     config_commands = config.add_subparsers(required=True, metavar="ACTION")
     check = config_commands.add_parser("check", help="validate files (default: all shipped ones)")
-    check.add_argument("paths", nargs="*", type=Path)
+    check.add_argument("paths", nargs="*", type=Path, help="or --config FILE")
+    check.add_argument("--config", action="append", default=[], type=Path, help=argparse.SUPPRESS)
     check.add_argument("--strict", action="store_true", help="also ask whether videos and weights are there")
     check.set_defaults(run=_config_check)
     show = config_commands.add_parser("show", help="print the resolved experiment")
     experiment_arguments(show)
+    show.add_argument("path", nargs="?", type=Path, metavar="FILE", help="the same as --config FILE")
     show.set_defaults(run=_config_show)
     describe = config_commands.add_parser("schema", help="print the JSON schema")
     describe.set_defaults(run=_config_schema)
@@ -227,7 +233,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
-    paths, failed = arguments.paths or list(shipped()), False
+    paths, failed = [*arguments.paths, *arguments.config] or list(shipped()), False
     if not paths:
         raise ConfigError("configs/*.yaml: no experiments here; name files, or change to the project's root")
     for path in paths:
@@ -245,7 +251,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
 def _config_show(arguments: argparse.Namespace) -> None:
     import yaml
 
-    source = load(arguments.config, arguments.set)
+    source = load(arguments.path or arguments.config, arguments.set)
     print(yaml.safe_dump(source.settings.model_dump(mode="json"), sort_keys=False), end="")
 
 

@@ -216,11 +216,15 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     # An unfinished training may hold weeks of GPUs, which are nobody's but the user's to throw away.
     others = sorted(task.state.parent.glob(f"{stage}-*"))
     spent = [task.state] if stage in METHODS else [task.state, *others]
+    for other in filter(Path.is_dir, others):
+        if stage in METHODS and other != task.state:
+            print(
+                f"vpae: {other}: an unfinished run under other settings; delete it once it is of no use",
+                file=sys.stderr,
+            )
     built = building(task.folder, task.settings, task.digests, spent=spent, began=task.began)
     with _with_advice(source, stage), built as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
-    for other in filter(Path.is_dir, others):
-        print(f"vpae: {other}: an unfinished run under other settings; delete it once it is of no use", file=sys.stderr)
     return task.folder
 
 

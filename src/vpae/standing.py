@@ -86,8 +86,8 @@ def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
     finished = datetime.fromisoformat(provenance["finished"]).timestamp()
     began = provenance.get("began")
     seen = datetime.fromisoformat(began).timestamp() if began else finished - provenance["seconds"]
-    if (later := (folder / PROVENANCE).stat().st_mtime - finished) > NOTED_WITHIN:
-        seen += later  # a copy of the results and of the videos renews both dates
+    if (date := (folder / PROVENANCE).stat().st_mtime) - finished > NOTED_WITHIN:
+        seen = date  # a copy of the results and of the videos renews both dates
     noted = folder / ".snakemake_timestamp"
     if noted.exists() and noted.stat().st_mtime > finished + NOTED_WITHIN:
         seen = noted.stat().st_mtime

@@ -10,6 +10,7 @@ Nothing here holds more of a large table than a few row groups.
 
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -131,15 +133,11 @@ def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
                     if isinstance(one, str):
                         left_out(row.path, one)
                     else:
-                        good = {
-                            **one,
-                            "path": str(Path(row.path).resolve()),
-                            "caption": row.caption,
-                            "start": row.start,
-                        }
+                        good = {**one, "path": row.path, "caption": row.caption, "start": row.start}
                         bucket = buckets[int(one["sha256"][:2], 16) * BUCKETS // 256]
                         bucket.write(json.dumps([one["sha256"], row.start, number, good]) + "\n")
-        counts = _write_tables(out, _split(_by_content(Path(folder)), settings, left_out), left_out)
+        clips = _split(_by_content(Path(folder)), settings, left_out)
+        counts = _write_tables(out, (replace(clip, path=_seen_from(out, clip.path)) for clip in clips), left_out)
     few = f", for clips.train = {settings.clips.train}" if counts["train"] < settings.clips.train else ""
     why = f", such as {'; '.join(left_out.first)}: quarantine.jsonl has all" if left_out.count else ""
     print(
@@ -147,6 +145,13 @@ def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
         file=sys.stderr,
     )
     return counts
+
+
+def _seen_from(out: Path, path: str) -> str:
+    """A video's path in the manifest: what is named relative to the repository moves with it and its results."""
+    if os.path.isabs(path) or not Path(os.path.abspath(out)).is_relative_to(Path.cwd()):
+        return os.path.abspath(path)
+    return os.path.relpath(path, out)
 
 
 def _candidates(settings: Experiment, state: Path) -> Path:

@@ -26,6 +26,7 @@ from vpae.config.clips import Clips, Columns, Filters
 from vpae.data.manifest import ROWS
 
 SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi")
+OTHERS = (".gif", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv")  # not looked for, but named
 TABLES = (".csv", ".jsonl", ".parquet")
 STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
 SCHEMA = pa.schema(
@@ -130,6 +131,8 @@ def _of_folder(root: Path) -> Iterator[Candidate]:
     if not root.is_dir():
         raise ArtifactError(f"clips.path = {root}: no such folder")
     for video in tree(root):
+        if video.suffix.lower() in OTHERS:
+            yield Candidate(str(video), "", reason=f"a folder's videos are {', '.join(SUFFIXES)}; name it in a table")
         if video.suffix.lower() not in SUFFIXES:
             continue
         text = next((p for s in (".txt", ".TXT") if (p := video.with_suffix(s)).is_file()), None)
@@ -209,8 +212,10 @@ class _Reader:
             value = row.get(name)
             path = path.replace(f"{{{name}}}", value) if isinstance(value, str) and value else ""
         if not path or not isinstance(caption, str):
+            there = ", ".join(map(str, row)) or "none"
             raise ArtifactError(
-                f"{self.table}: row {number}: needs the columns {' and '.join(self.text_columns)}, both text"
+                f"{self.table}: row {number}: needs the columns {' and '.join(self.text_columns)}, both text; it has "
+                f"{there}: set clips.columns"
             )
         if not self.other_columns <= row.keys():
             lacking = ", ".join(sorted(self.other_columns - row.keys()))

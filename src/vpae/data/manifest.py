@@ -41,7 +41,7 @@ class Clip:
 
     Attributes:
         key: its name; the same content always has the same.
-        path: of the file; relative ones start at the manifest's folder.
+        path: of the file; relative ones start at the manifest's folder, or where a link to it stands.
         split: "train" or "held_out".
         caption: as it was given.
         width: pixels of the file, upright.
@@ -71,9 +71,12 @@ class Clip:
         Raises:
             ArtifactError: the file is not the one that was catalogued.
         """
-        path = folder / self.path
+        path = Path(os.path.normpath(folder / self.path))  # the folder may be a link to somewhere else
         if not path.is_file() or content(path) != self.sha256:
-            raise ArtifactError(f"{path} is missing or has changed since it was catalogued; run the clips stage again")
+            raise ArtifactError(
+                f"{path} is missing or has changed since it was catalogued; run the clips stage again (where that says "
+                f"it is up to date, delete {folder})"
+            )
         return read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps, self.start)
 
 

@@ -10,6 +10,7 @@ does that accumulates twice as often.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def train(
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
+    if start and accelerator.is_main_process:
+        print(f"{phase.name}: goes on after step {start} of {training.steps}", file=sys.stderr)
     progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
     speed, text = Speed(state / SPEED, training.steps, start, cost or Cost()), ""
     batches = speed.noting_waits(batches)

@@ -26,6 +26,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     settings.add_argument("--out", type=Path, help="default: results/EXPERIMENT/settings.json")
     dvc = commands.add_parser("dvc", help="print dvc.yaml for the experiments to be versioned")
     dvc.add_argument("names", nargs="+", metavar="EXPERIMENT", help="of configs/EXPERIMENT.yaml")
+    dvc.add_argument("--out", type=Path, help="write it there, whole or not at all; default: print it")
     dvc.set_defaults(run=_dvc)
     metrics = _command(commands, "metrics", "write scores and losses as small tables", _metrics)
     metrics.add_argument("--out", type=Path, help="default: the folder metrics/EXPERIMENT")
@@ -53,8 +54,10 @@ def _record(arguments: argparse.Namespace) -> None:
     from vpae.versioning.record import record
     from vpae.versioning.verify import committed
 
-    print("\n".join(record(committed(arguments.config), arguments.stages)))
-    print("Recorded. To keep it: `git add dvc.lock metrics`, `git commit`, `dvc push`.")
+    source = committed(arguments.config)
+    print("\n".join(record(source, arguments.stages)))
+    files = " ".join(str(one.path) for one in (*source.ancestors(), source))
+    print(f"Recorded. To keep it: `git add {files} dvc.yaml dvc.lock metrics`, `git commit`, `dvc push`.")
 
 
 def _restore(arguments: argparse.Namespace) -> None:
@@ -81,6 +84,7 @@ def _metrics(arguments: argparse.Namespace) -> None:
 
 
 def _dvc(arguments: argparse.Namespace) -> None:
+    from vpae.artifacts import written
     from vpae.experiment import ConfigError
     from vpae.versioning.pipeline import pipeline
     from vpae.versioning.verify import committed
@@ -92,4 +96,10 @@ def _dvc(arguments: argparse.Namespace) -> None:
                 f"vpae dvc {name}: DVC versions experiments with a file of their own; write configs/{base}-{seed}.yaml "
                 f"with the lines `extends: {base}` and `seed: {seed}`, and name {base}-{seed}"
             )
-    print(pipeline([committed(Path("configs") / f"{name}.yaml") for name in arguments.names]), end="")
+    text = pipeline([committed(Path("configs") / f"{name}.yaml") for name in arguments.names])
+    if arguments.out is None:
+        print(text, end="")
+        return
+    with written(arguments.out) as temporary:
+        temporary.write_text(text)
+    print(arguments.out)

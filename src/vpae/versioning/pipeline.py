@@ -15,7 +15,7 @@ from vpae.graph import STAGES, owner, stage_folder, stages_of, upstream
 from vpae.versioning.tables import metrics_folder
 
 HEAD = """\
-# Which results are versioned, with what they come from; written by `vpae dvc {names} > dvc.yaml`.
+# Which results are versioned, with what they come from; written by `vpae dvc {names} --out dvc.yaml`.
 # Snakemake alone decides and runs: each command asks it to bring one folder up to date, on the machine or cluster that
 # SNAKEMAKE_PROFILE names (`SNAKEMAKE_PROFILE=slurm dvc repro report@micro`), and lets nothing stale or damaged be
 # recorded. See docs/data.md.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from vpae.artifacts import ArtifactError
+from vpae.artifacts import ArtifactError, reading
 from vpae.experiment import Source
 from vpae.graph import owner, stage_folder, stages_of
 from vpae.versioning import engines
@@ -84,13 +84,13 @@ def _targets(source: Source, stages: Sequence[str] = ()) -> list[str]:
     Raises:
         ArtifactError: dvc.yaml does not have them.
     """
-    versioned = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]["settings"]["foreach"]
-    for experiment in _owners(source):
-        if experiment.name not in versioned:
-            raise ArtifactError(
-                f"dvc.yaml: there is no {experiment.name}; write it anew with `vpae dvc {source.name} ... > dvc.yaml`, "
-                "naming all experiments that are to be versioned"
-            )
+    with reading(Path("dvc.yaml"), "`git checkout dvc.yaml`, or write it anew with `vpae dvc`"):
+        versioned = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]["settings"]["foreach"]
+    if lacking := [experiment.name for experiment in _owners(source) if experiment.name not in versioned]:
+        names = " ".join(dict.fromkeys([*versioned, *lacking]))
+        raise ArtifactError(
+            f"dvc.yaml: there is no {', '.join(lacking)}; write it anew with `vpae dvc {names} --out dvc.yaml`"
+        )
     targets = [
         f"{stage}@{owner(source, stage).name}" for stage in stages_of(source.settings) if stage in stages or not stages
     ]
