@@ -17,7 +17,7 @@ from vpae.bench.measure import held_bytes, matmul_peak
 from vpae.bench.networks import Components, random_components, random_transformer
 from vpae.bench.run import Options
 from vpae.bench.training import Workbench, _too_large
-from vpae.cli import main
+from vpae.cli import INTERRUPTED, main
 from vpae.experiment import load
 from vpae.planning.network import Network, Sequence, pipeline_of, tokens_of
 from vpae.planning.phase import Execution, Turn
@@ -190,8 +190,7 @@ def test_what_is_found_is_kept_although_the_machine_goes_away(tmp_path: Path, mo
 
     monkeypatch.setattr(training, "compare", gone)
     arguments = ["bench", "--config", str(MICRO), "--random-weights", "--device", "cpu", "--repeats", "1"]
-    with pytest.raises(KeyboardInterrupt):
-        main([*arguments, "--parts", "vae,fake", "--out", str(tmp_path / "found.json")])
+    assert main([*arguments, "--parts", "vae,fake", "--out", str(tmp_path / "found.json")]) == INTERRUPTED
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["vae"]["encode"]["seconds"] > 0 and found["command"] and found["unfinished"] == ["fake"]
 
@@ -329,14 +328,14 @@ def test_random_weights_keep_norms_and_time_in_float32() -> None:
 @pytest.mark.parametrize("name", ["priming", "equilibrium"])
 def test_what_is_timed_is_the_update_of_the_training_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    update = training._update
-    monkeypatch.setattr(training, "_update", lambda *given: called.append(given[1]) or update(*given))
+    update = training.update
+    monkeypatch.setattr(training, "update", lambda *given: called.append(given[1]) or update(*given))
     network = Network(layers=4, heads=2, head_dim=12, ffn=96, text_dim=16, image_dim=16, freq_dim=16)
     bench = Workbench(load(MICRO, environment=False).settings, name, network, Sequence(8, 32, 5), CPU)
     before = {turn: [p.clone() for p in role.parameters()] for turn, role in bench.phase.roles.items()}
     for turn in bench.phase.roles:
         bench.update(turn)
-    assert called == list(bench.phase.roles) and update is loop._update
+    assert called == list(bench.phase.roles) and update is loop.update
     for turn, role in bench.phase.roles.items():
         assert all(p.grad is None for p in role.parameters())
         assert any(not torch.equal(p, q) for p, q in zip(role.parameters(), before[turn], strict=True))
