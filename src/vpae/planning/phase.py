@@ -282,19 +282,17 @@ def _filled(p: nn.Parameter, make: Callable[[Tensor], Tensor]) -> nn.Parameter:
 
 
 def _make_state(optimizer: torch.optim.Optimizer, at_once: bool) -> None:
-    """Give an optimiser the averages that it has from its second step on: for every weight what one number gets."""
-    number = nn.Parameter(torch.zeros(1))
-    number.grad = torch.zeros(1)
-    twin = type(optimizer)([number])
-    twin.param_groups[0].update(optimizer.defaults)
-    twin.step()
+    """Have an optimiser make its averages, which it has from its second step on.
+
+    By a step, whose operations torch then knows: the first time it finds out on whole tensors how shards are combined,
+    which would count as this process's bytes.
+    """
     for group in optimizer.param_groups:
         group["foreach"] = at_once
         for p in group["params"]:
-            optimizer.state[p] = {
-                name: torch.zeros_like(p if value.shape == number.shape else value)
-                for name, value in twin.state[number].items()
-            }
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _held(phase) -> dict[str, float]:
