@@ -673,6 +673,15 @@ def test_check_goes_on_after_a_wrong_file(base: Path, capsys: pytest.CaptureFixt
     assert err == f"vpae: {wrong}: sed: unknown key; did you mean seed?\n"
 
 
+def test_a_file_is_named_with_or_without_the_option(base: Path, capsys: pytest.CaptureFixture) -> None:
+    said = []
+    for file in ([str(base)], ["--config", str(base)]):
+        for command in ("check", "show"):
+            assert main(["config", command, *file]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith(f"{base}: ok\n")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_of_a_wrong_experiment_is_an_error_and_no_traceback(
     stage: str, base: Path, capsys: pytest.CaptureFixture

@@ -23,7 +23,7 @@ import yaml
 
 from conftest import STAGES
 from vpae import cli
-from vpae.artifacts import PROVENANCE, read_provenance
+from vpae.artifacts import PROVENANCE, ArtifactError, read_provenance
 from vpae.experiment import load
 from vpae.graph import owner, stage_folder, upstream
 from vpae.versioning import record
@@ -276,6 +276,24 @@ def test_another_seed_is_versioned_by_a_file_of_its_own(capsys: pytest.CaptureFi
     assert cli.main(["dvc", "micro", "micro@2"]) == 2
     said = capsys.readouterr().err
     assert "write configs/micro-2.yaml with the lines `extends: micro` and `seed: 2`" in said
+
+
+def test_a_mistyped_name_leaves_dvc_yaml_and_an_empty_one_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "dvc.yaml"
+    assert cli.main(["dvc", "micro", "--out", str(out)]) == 0
+    written = out.read_text()
+    assert cli.main(["dvc", "mcro", "micro", "--out", str(out)]) == 2
+    assert out.read_text() == written == (ROOT / "dvc.yaml").read_text()
+    tiny = load(ROOT / "configs/tiny.yaml", environment=False)
+    with pytest.raises(
+        ArtifactError, match=r"there is no tiny; write it anew with `vpae dvc micro tiny --out dvc.yaml`"
+    ):
+        record._targets(tiny)
+    monkeypatch.chdir(tmp_path)
+    out.write_text("")
+    with pytest.raises(ArtifactError, match=r"dvc.yaml.*git checkout dvc.yaml"):
+        record._targets(tiny)
 
 
 def test_only_the_stages_that_are_named_are_committed() -> None:

@@ -111,6 +111,22 @@ def test_a_rule_that_was_edited_does_not_cost_the_results(project: Clone) -> Non
     assert whole(project) == before
 
 
+@pytest.mark.slow
+def test_finished_clips_do_not_ask_for_their_videos(project: Clone) -> None:
+    """As where results were restored and the videos are not."""
+    videos = project.folder / "videos"
+    videos.mkdir()
+    (videos / "1.mp4").touch()
+    for key, value in {"source": "folder", "path": "videos"}.items():
+        project.set(f"clips.{key}", value)
+    project("snakemake", *MICRO)
+    shutil.rmtree(videos)
+    assert "Nothing to be done" in project("snakemake", "--dry-run", *MICRO)
+    shutil.rmtree(project.folder / "results/micro/clips")
+    code, printed = project.run("snakemake", "--dry-run", *MICRO)
+    assert code != 0 and "clips.path: videos does not exist" in printed
+
+
 FAILING = TOY.replace("settings, inputs, out, state = given", "1 / 0  # given")
 
 

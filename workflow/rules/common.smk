@@ -175,6 +175,9 @@ def settings_of(stage):
         found = dependencies(wildcards.experiment, stage)
         if stage == "samples" or stage not in FILES_READ:  # a decoder stands among the settings already
             return found
+        if stage == "clips":  # whether the videos are there or not
+            clips = experiment(wildcards.experiment).settings.clips
+            return f"{found} {[] if clips.source == 'world' else [clips.path]}"
         return f"{found} {FILES_READ[stage](wildcards)}"
 
     return settings
