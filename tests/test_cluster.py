@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -285,6 +286,23 @@ def test_without_slurm_jobs_that_run_at_once_share_the_gpus_out(tmp_path: Path) 
         done = launch(tmp_path, 1, gpus, *say, TMPDIR=str(tmp_path), CUDA_VISIBLE_DEVICES=visible)
         assert gpus > 1 or done.stdout.strip() == seen, visible
     assert launch(tmp_path, 1, 0, *say, TMPDIR=str(tmp_path)).stdout.strip() == "unset"
+
+
+def test_a_job_that_waits_for_a_gpu_says_so_and_can_be_ended(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\necho 0, GPU-a\n")
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    held = tmp_path / f"vpae-gpus.{os.getuid()}" / "GPU-a"
+    held.parent.mkdir()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "CUDA_"))}
+    environment = kept | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    with lock(held):
+        command = [ROOT / "workflow/launch.sh", "1", "1", "2", "touch", str(tmp_path / "ran")]
+        job = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        assert "waits until 1 of 1 GPUs are free" in job.stderr.readline()
+        job.terminate()
+        assert job.wait(60) == -signal.SIGTERM
+    assert not (tmp_path / "ran").exists()
 
 
 def test_several_nodes_need_slurm(tmp_path: Path) -> None:

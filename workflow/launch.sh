@@ -25,7 +25,6 @@ nodes=$1 gpus=$2 cpus=$3
 shift 3
 processes=$((gpus > 1 ? gpus : 1)) # on each node
 saved=3
-trap : TERM USR1 # live on until the command has saved
 
 torchrun_here() { # RENDEZVOUS... COMMAND...
     ((gpus)) || export ACCELERATE_USE_CPU=true # or accelerate would not see that there are several processes
@@ -58,12 +57,12 @@ train_on_nodes() {
 }
 
 take_gpus() { # locks end with the process that has them open: this script, and what it starts
-    local number name asked=",${CUDA_VISIBLE_DEVICES-all}," all=() taken=() lock turn
+    local number name asked=",${CUDA_VISIBLE_DEVICES-all}," all=() taken=() lock turn said=
     while IFS=', ' read -r number name; do
         [[ $asked != ,all, && $asked != *",$number,"* && $asked != *",$name,"* ]] || all+=("$name")
     done < <(nvidia-smi --query-gpu=index,uuid --format=csv,noheader 2>/dev/null)
     ((${#all[@]} >= gpus)) || return 0 # the command says what it lacks
-    mkdir -p "$locks"
+    mkdir -p "$locks" && : >"$locks/turn" || return 0 # no room for locks: as if nobody else were there
     exec {turn}>"$locks/turn"
     flock "$turn" # one after the other, so that no two wait for what the other has
     while ((${#taken[@]} < gpus)); do
@@ -73,7 +72,10 @@ take_gpus() { # locks end with the process that has them open: this script, and 
             exec {lock}>"$locks/$name"
             if flock -n "$lock"; then taken+=("$name"); else exec {lock}>&-; fi
         done
-        ((${#taken[@]} == gpus)) || sleep 1
+        ((${#taken[@]} == gpus)) && break
+        [[ $said ]] || echo "launch.sh: waits until $gpus of ${#all[@]} GPUs are free" >&2
+        said=yes
+        sleep 1
     done
     exec {turn}>&-
     CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${taken[*]}")
@@ -82,6 +84,7 @@ take_gpus() { # locks end with the process that has them open: this script, and 
 
 locks=${TMPDIR:-/tmp}/vpae-gpus.$UID
 if ((gpus)) && [[ -z ${SLURM_JOB_ID:-} ]] && command -v flock >/dev/null; then take_gpus; fi
+trap : TERM USR1 # from here on: live on until the command has saved
 
 if ((nodes * processes == 1)); then
     "$@"

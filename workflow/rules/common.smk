@@ -130,7 +130,7 @@ def videos(wildcards):
     clips = source.settings.clips
     if clips.source == "world":
         return []
-    if not Path(clips.path).exists() and stands(source.name).get("clips"):
+    if not Path(clips.path).exists() and stands(wildcards.experiment).get("clips"):
         return []  # as after a restore: nothing reads them again
     return undated([existing(clips.path, source, "clips.path")], wildcards.experiment, "clips")
 

@@ -45,7 +45,7 @@ def accelerator_for(training: Training, device: torch.device | None = None) -> A
     """
     caches = AutocastKwargs(cache_enabled=autocast_caches(training))
     patience = InitProcessGroupKwargs(timeout=WAIT_FOR_THE_FIRST)
-    if device is not None and device.index is not None:
+    if device is not None and device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     on_cpu = device is not None and device.type == "cpu"
     accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=on_cpu, kwargs_handlers=[caches, patience])

@@ -67,7 +67,8 @@ def _reads_elsewhere(source: Source, stage: str) -> str:
     settings = source.settings
     return {
         "clips": f"videos or captions of {settings.clips.path} are newer",
-        "teacher": f"made with other teacher.loras than the present {', '.join(settings.teacher.loras)}",
+        "teacher": settings.teacher.loras
+        and f"made with other teacher.loras than the present {', '.join(settings.teacher.loras)}",
         "samples": f"made with another samples.decoder than the present {settings.samples.decoder}",
         "evaluation": "VBench's weights or packages have changed",
     }.get(stage, "")

@@ -92,11 +92,11 @@ def sample_suite(
                 frames = _animate(
                     pipeline, pictures[prompt.image_name], prompt.text, steps, guidance_scale, i, j, geometry
                 )
-                # A job with other settings may have begun before there was a video.
-                _require_the_same(out / SAMPLING, json.loads((out / SAMPLING).read_text()), note)
                 temporary = out / f".{secrets.token_hex(8)}.mp4"  # a prompt's own name may be as long as can be
                 try:
                     write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
+                    # A job with other settings may have begun before there was a video.
+                    _require_the_same(out / SAMPLING, _noted(out / SAMPLING), note)
                     temporary.replace(target)
                 finally:
                     temporary.unlink(missing_ok=True)
@@ -141,10 +141,7 @@ def _refuse_others(out: Path, note: dict) -> None:
     """Refuse a folder of videos that are made otherwise; one without a video becomes this run's."""
     path = out / SAMPLING
     out.mkdir(parents=True, exist_ok=True)
-    found = None
-    with reading(path, "correct it, or choose another folder"):
-        if path.is_file() and not isinstance(found := json.loads(path.read_text()), dict):
-            raise ValueError("no JSON object")
+    found = _noted(path) if path.is_file() else None
     if not any(out.glob("[!.]*.mp4")):
         write_json(path, note)
     elif found is None:
@@ -153,6 +150,13 @@ def _refuse_others(out: Path, note: dict) -> None:
         )
     else:
         _require_the_same(path, found, note)
+
+
+def _noted(path: Path) -> dict:
+    with reading(path, "correct it, or choose another folder"):
+        if not isinstance(found := json.loads(path.read_text()), dict):
+            raise ValueError("no JSON object")
+    return found
 
 
 def _require_the_same(path: Path, found: dict, note: dict) -> None:
