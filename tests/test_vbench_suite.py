@@ -32,8 +32,7 @@ from vbench_i2v.suite import (
     seed_of,
 )
 from vpae.cli import main
-from vpae.config import VBenchFolder
-from vpae.config.vbench import VBenchRows
+from vpae.config import VBenchFolder, VBenchRows
 from vpae.data.video import write_video
 from vpae.evaluation.vbench import rows
 from vpae.evaluation.vbench.rows import external_inputs

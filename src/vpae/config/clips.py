@@ -1,11 +1,11 @@
 """Stage `clips`."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vpae.config.section import NonNegative, Positive, Section, Share
+from vpae.config.section import NonNegative, Positive, Section, Share, without_nulls
 
 
 class World(Section):
@@ -45,12 +45,7 @@ class Columns(Section):
         return self
 
 
-def _without_nulls(given: Any) -> Any:
-    """An overlay takes a limit of its base away by setting it to null."""
-    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
-
-
-Limits = Annotated[dict[str, float], BeforeValidator(_without_nulls, json_schema_input_type=dict[str, float | None])]
+Limits = Annotated[dict[str, float], BeforeValidator(without_nulls, json_schema_input_type=dict[str, float | None])]
 
 
 class Filters(Section):

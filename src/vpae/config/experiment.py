@@ -1,4 +1,4 @@
-"""One experiment: the tree of all sections, one of them for each method."""
+"""One experiment: the tree of all sections, one of them for each method; and how it is spread over a cluster."""
 
 from typing import Annotated, Any
 
@@ -6,13 +6,9 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vpae.config.clips import Clips
-from vpae.config.cluster import Cluster, Jobs
-from vpae.config.evaluation import Evaluation
 from vpae.config.geometry import Geometry
-from vpae.config.latents import Latents
-from vpae.config.report import Report
-from vpae.config.samples import Sampler, Samples
-from vpae.config.section import fill_defaults
+from vpae.config.section import Positive, Section, fill_defaults, without_nulls
+from vpae.config.stages import Evaluation, Latents, Report, Sampler, Samples
 from vpae.config.teacher import Teacher
 from vpae.distill import CHAIN, METHODS
 from vpae.distill.method import TEACHER
@@ -26,13 +22,7 @@ def chained(names: list[str]) -> dict[str, str]:
 
 
 def _as_mapping(given: Any) -> Any:
-    return chained(list(given)) if isinstance(given, list | tuple) else _without_nulls(given)
-
-
-def _without_nulls(given: Any) -> Any:
-    if not isinstance(given, dict):
-        return given
-    return {name: value for name, value in given.items() if value not in (None, "null")}  # the environment has texts
+    return chained(list(given)) if isinstance(given, list | tuple) else without_nulls(given)
 
 
 DEFAULT_METHODS = chained([method.name for method in CHAIN])
@@ -51,6 +41,59 @@ def rows_of(methods: dict[str, str]) -> dict[str, Sampler]:
         for steps in METHODS[name].steps
     }
     return TEACHER_ROWS | students
+
+
+class Jobs(Section):
+    """Into how many jobs a stage is cut that can be. No result depends on it: a change runs nothing again."""
+
+    clips: Positive = Field(1, description="Jobs that check or render clips; 1: the stage's own job does it all.")
+    latents: Positive = Field(1, description="Jobs that encode shards; several shards a job, best some hours' work.")
+    samples: Positive = Field(1, description="Jobs that draw and decode batches of videos, of all rows together.")
+    evaluation: Positive = Field(1, description="Jobs that measure videos by VBench-I2V, of all rows together.")
+
+
+class Needs(Section):
+    """What one job of a stage asks a cluster for: a change runs nothing again.
+
+    Of a method, nodes and gpus say how many processes there are, each of which brings its own clips to a step.
+    """
+
+    nodes: Positive = Field(1, description="Nodes; only methods of distillation can use several.")
+    gpus: int = Field(0, ge=0, description="GPUs per node; methods start one process for each, others use one.")
+    cpus: Positive = Field(2, description="CPU cores per node; the stage clips takes clips.workers instead.")
+    memory_gb: Positive = Field(4, description="GB of memory per node.")
+    minutes: Positive = Field(
+        120, description="Time limit; training saves its state before it, queues again and goes on."
+    )
+
+
+class _ClusterBefore(Section):
+    clips: Needs = Field(Needs(minutes=60), description="Each job of the stage `clips`.")
+    teacher: Needs = Field(Needs(memory_gb=8, minutes=480), description="The job of the stage `teacher`.")
+    latents: Needs = Field(Needs(minutes=60), description="Each job of the stage `latents`.")
+
+
+_needs = {name: (Needs, Field(Needs(), description=f"The job of the method {name}.")) for name in METHODS}
+_ClusterMethods = create_model("_ClusterMethods", __base__=_ClusterBefore, **_needs)
+
+
+class Cluster(_ClusterMethods):
+    """What each stage asks a cluster for; names of accounts and partitions stand in profiles/slurm."""
+
+    samples: Needs = Field(Needs(), description="Each job of the stage `samples`.")
+    evaluation: Needs = Field(Needs(minutes=60), description="Each job of the stage `evaluation`, VBench's too.")
+    report: Needs = Field(Needs(cpus=1, minutes=15), description="The job of the stage `report`.")
+
+    @model_validator(mode="after")
+    def _only_methods_are_spread(self) -> "Cluster":
+        for name in type(self).model_fields:
+            needs: Needs = getattr(self, name)
+            if name not in METHODS and (needs.nodes > 1 or needs.gpus > 1):
+                raise ValueError(
+                    f"{name} asks for {needs.nodes} nodes and {needs.gpus} GPUs on each, but only the methods "
+                    f"({', '.join(METHODS)}) run in several processes; the others may have one node and one GPU a job"
+                )
+        return self
 
 
 class _Before(BaseSettings):
@@ -76,7 +119,7 @@ class _Before(BaseSettings):
         "teacher, each other one from the one before it.",
     )
     students: Annotated[
-        dict[str, str], BeforeValidator(_without_nulls, json_schema_input_type=dict[str, str | None])
+        dict[str, str], BeforeValidator(without_nulls, json_schema_input_type=dict[str, str | None])
     ] = Field(
         {},
         description="Students that were trained before, for `samples.rows.ROW.model`: a name -> the finished folder of "

@@ -21,6 +21,13 @@ class Section(BaseModel):
         return fill_defaults(cls, values)
 
 
+def without_nulls(given: Any) -> Any:
+    """A mapping without what an overlay takes away of its base by setting it to null, which the environment spells."""
+    if not isinstance(given, dict):
+        return given
+    return {name: value for name, value in given.items() if value not in (None, "null")}
+
+
 def fill_defaults(model: type[BaseModel], values: Any) -> Any:
     """Complete the given parts of a section from the defaults of that section, not from those of its class."""
     if not isinstance(values, dict):
