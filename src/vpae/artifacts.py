@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -152,8 +152,37 @@ def building(
     Raises:
         ArtifactError: another process is building the same folder.
     """
+    began = time.time() if began is None else began
     with locked(folder):
-        yield from _build(folder, settings, inputs, time.time() if began is None else began)
+        temporary, old = _beside(folder)
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        counts: dict = {}
+        start = time.monotonic()
+        yield temporary, counts
+        provenance = {
+            "settings": settings,
+            "inputs": inputs,
+            "outputs": file_hashes(temporary),
+            "counts": counts,
+            "code": code_version(),
+            "packages": package_versions(),
+            "python": platform.python_version(),
+            "command": " ".join(["vpae", *sys.argv[1:]]),
+            "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
+            "began": datetime.fromtimestamp(began, UTC).isoformat(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - start, 3),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        flush(temporary)
+        write_json(temporary / PROVENANCE, provenance)  # last and durably: who finds it may rely on all the rest
+        _remove(old)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        flush_entry(folder.parent)
+        _remove(old)
         for path in spent:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -179,38 +208,6 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
         yield
 
 
-def _build(folder: Path, settings: dict, inputs: dict[str, str], began: float) -> Iterator[tuple[Path, dict]]:
-    temporary, old = _successor(folder), _predecessor(folder)
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    counts: dict = {}
-    start = time.monotonic()
-    yield temporary, counts
-    provenance = {
-        "settings": settings,
-        "inputs": inputs,
-        "outputs": file_hashes(temporary),
-        "counts": counts,
-        "code": code_version(),
-        "packages": package_versions(),
-        "python": platform.python_version(),
-        "command": " ".join(["vpae", *sys.argv[1:]]),
-        "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
-        "began": datetime.fromtimestamp(began, UTC).isoformat(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - start, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    flush(temporary)
-    write_json(temporary / PROVENANCE, provenance)  # last and durably: who finds it may rely on all the rest
-    _remove(old)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    flush_entry(folder.parent)
-    _remove(old)
-
-
 def _remove(folder: Path) -> None:
     """Remove a folder, or the link to one that somebody has moved elsewhere; what it leads to is theirs."""
     if folder.is_symlink():
@@ -225,7 +222,7 @@ def recover(folder: Path) -> None:
     Raises:
         ArtifactError: another process holds the folder for seconds.
     """
-    temporary, old = _successor(folder), _predecessor(folder)
+    temporary, old = _beside(folder)
     for last in [False] * 50 + [True]:
         if folder.exists() or not ((temporary / PROVENANCE).is_file() or old.is_dir()):
             return
@@ -239,12 +236,9 @@ def recover(folder: Path) -> None:
             time.sleep(0.1)
 
 
-def _successor(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.tmp")
-
-
-def _predecessor(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a folder's successor and its predecessor stand while they change places."""
+    return folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
 
 
 def flush(folder: Path) -> None:
@@ -292,15 +286,11 @@ def damaged(folder: Path, unread: tuple[str, ...] = ()) -> list[str]:
 
 def package_versions() -> dict[str, str]:
     """Versions of the libraries on which results depend, of those that are installed; decord is not everywhere."""
-    found = {name: _version(name) for name in PACKAGES}
-    return {name: version for name, version in found.items() if version}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def code_version() -> dict:

@@ -30,8 +30,6 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
     with path.open("a+") as file:  # NFS shares a lock only if it may read, too
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
