@@ -27,8 +27,7 @@ from vpae.artifacts import PROVENANCE, ArtifactError, read_provenance
 from vpae.experiment import load
 from vpae.graph import owner, stage_folder, upstream
 from vpae.versioning import record
-from vpae.versioning.pipeline import pipeline
-from vpae.versioning.tables import write_metrics
+from vpae.versioning.pipeline import pipeline, write_metrics
 
 ROOT = Path(__file__).parents[1]
 TOY = f"""#!{sys.executable}

@@ -41,14 +41,6 @@ SMALLER = {
 BULK = (".tar", ".mp4")
 
 
-def state_folder(folder: Path, settings: dict, inputs: dict[str, str]) -> Path:
-    """Where a stage keeps what it needs to resume: outside its output, which a workflow may delete.
-
-    The name holds a digest of settings and inputs, so that a state is never taken up under other ones.
-    """
-    return folder.parent / ".state" / f"{folder.name}-{digest([settings, inputs])[:12]}"
-
-
 # Settings of a training that change no run: how it is shared out, watched and saved, and when it ends.
 SHARES = ("accumulate", "sharding", "stop_after_skipped", "monitor", "checkpoint_every", "log_every")
 
@@ -67,7 +59,12 @@ class _Task:
 
     @property
     def state(self) -> Path:
-        return state_folder(self.folder, without(self.settings, SHARES), self.digests)
+        """Where it keeps what it needs to resume: outside its output, which a workflow may delete.
+
+        The name holds a digest of settings and inputs, so that a state is never taken up under other ones.
+        """
+        key = digest([without(self.settings, SHARES), self.digests])[:12]
+        return self.folder.parent / ".state" / f"{self.folder.name}-{key}"
 
     def is_done(self) -> bool:
         """Whether the result stands already, undamaged; dates and whoever asks for it do not count."""
@@ -214,14 +211,10 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         return task.folder
     task.require_whole_inputs()
     # An unfinished training may hold weeks of GPUs, which are nobody's but the user's to throw away.
-    others = sorted(task.state.parent.glob(f"{stage}-*"))
+    others = sorted(set(task.state.parent.glob(f"{stage}-*")) - {task.state})
     spent = [task.state] if stage in METHODS else [task.state, *others]
-    for other in filter(Path.is_dir, others):
-        if stage in METHODS and other != task.state:
-            print(
-                f"vpae: {other}: an unfinished run under other settings; delete it once it is of no use",
-                file=sys.stderr,
-            )
+    for other in filter(Path.is_dir, others if stage in METHODS else ()):
+        print(f"vpae: {other}: an unfinished run under other settings; delete it once it is of no use", file=sys.stderr)
     built = building(task.folder, task.settings, task.digests, spent=spent, began=task.began)
     with _with_advice(source, stage), built as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})

@@ -4,32 +4,37 @@ import argparse
 from pathlib import Path
 
 from vpae.arguments import TINY
+from vpae.artifacts import written
+from vpae.experiment import ConfigError
 from vpae.graph import RESULTS, STAGES, stages_of
+from vpae.versioning.pipeline import metrics_folder, pipeline, settings_file, write_metrics, write_settings
+from vpae.versioning.record import record, restore
+from vpae.versioning.verify import committed, require_true
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add them to `vpae`."""
-    verify = _command(commands, "verify", "check finished results against configuration, inputs and hashes", _verify)
-    verify.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
-    verify.add_argument("--results", type=Path, default=RESULTS, help="folder of all results")
+    command = _command(commands, "verify", "check finished results against configuration, inputs and hashes", _verify)
+    command.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
+    command.add_argument("--results", type=Path, default=RESULTS, help="folder of all results")
 
-    record = _command(commands, "record", "commit what Snakemake made to DVC, if all of it is up to date", _record)
-    record.add_argument(
+    command = _command(commands, "record", "commit what Snakemake made to DVC, if all of it is up to date", _record)
+    command.add_argument(
         "--stages", nargs="+", choices=tuple(STAGES), default=(), help="commit only these; all are checked"
     )
 
-    restore = _command(commands, "restore", "pull recorded results, check them, make them known to Snakemake", _restore)
-    restore.add_argument("--remote", help="a remote of DVC's; default: its default")
-    restore.add_argument("--no-pull", action="store_true", help="check and make known what is here")
+    command = _command(commands, "restore", "pull recorded results, check them, make them known to Snakemake", _restore)
+    command.add_argument("--remote", help="a remote of DVC's; default: its default")
+    command.add_argument("--no-pull", action="store_true", help="check and make known what is here")
 
-    settings = _command(commands, "settings", "write the settings on which each stage depends", _settings)
-    settings.add_argument("--out", type=Path, help="default: results/EXPERIMENT/settings.json")
-    dvc = commands.add_parser("dvc", help="print dvc.yaml for the experiments to be versioned")
-    dvc.add_argument("names", nargs="+", metavar="EXPERIMENT", help="of configs/EXPERIMENT.yaml")
-    dvc.add_argument("--out", type=Path, help="write it there, whole or not at all; default: print it")
-    dvc.set_defaults(run=_dvc)
-    metrics = _command(commands, "metrics", "write scores and losses as small tables", _metrics)
-    metrics.add_argument("--out", type=Path, help="default: the folder metrics/EXPERIMENT")
+    command = _command(commands, "settings", "write the settings on which each stage depends", _settings)
+    command.add_argument("--out", type=Path, help="default: results/EXPERIMENT/settings.json")
+    command = commands.add_parser("dvc", help="print dvc.yaml for the experiments to be versioned")
+    command.add_argument("names", nargs="+", metavar="EXPERIMENT", help="of configs/EXPERIMENT.yaml")
+    command.add_argument("--out", type=Path, help="write it there, whole or not at all; default: print it")
+    command.set_defaults(run=_dvc)
+    command = _command(commands, "metrics", "write scores and losses as small tables", _metrics)
+    command.add_argument("--out", type=Path, help="default: the folder metrics/EXPERIMENT")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run) -> argparse.ArgumentParser:
@@ -40,9 +45,6 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str, run) ->
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from vpae.experiment import ConfigError
-    from vpae.versioning.verify import committed, require_true
-
     source = committed(arguments.config)
     known = stages_of(source.settings)
     if unknown := [stage for stage in arguments.stages if stage not in known]:
@@ -51,9 +53,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _record(arguments: argparse.Namespace) -> None:
-    from vpae.versioning.record import record
-    from vpae.versioning.verify import committed
-
     source = committed(arguments.config)
     print("\n".join(record(source, arguments.stages)))
     files = " ".join(str(one.path) for one in (*source.ancestors(), source))
@@ -61,34 +60,20 @@ def _record(arguments: argparse.Namespace) -> None:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
-    from vpae.versioning.record import restore
-    from vpae.versioning.verify import committed
-
     print("\n".join(restore(committed(arguments.config), not arguments.no_pull, arguments.remote)))
 
 
 def _settings(arguments: argparse.Namespace) -> None:
-    from vpae.versioning.tables import settings_file, write_settings
-    from vpae.versioning.verify import committed
-
     source = committed(arguments.config)
     print(write_settings(source, arguments.out or settings_file(source)))
 
 
 def _metrics(arguments: argparse.Namespace) -> None:
-    from vpae.versioning.tables import metrics_folder, write_metrics
-    from vpae.versioning.verify import committed
-
     source = committed(arguments.config)
     print(write_metrics(source, arguments.out or metrics_folder(source)))
 
 
 def _dvc(arguments: argparse.Namespace) -> None:
-    from vpae.artifacts import written
-    from vpae.experiment import ConfigError
-    from vpae.versioning.pipeline import pipeline
-    from vpae.versioning.verify import committed
-
     for name in arguments.names:
         base, at, seed = name.partition("@")
         if at:

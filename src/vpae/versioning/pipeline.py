@@ -1,18 +1,20 @@
-"""dvc.yaml, written from the experiments that are versioned: their stages, methods included, and what each reads.
+"""dvc.yaml, written from the experiments that are versioned, and the small files of which it speaks.
 
 DVC can loop over experiments but not over the folders that a stage reads. So each stage's list has as many as the
 longest of its experiments needs; the others name their last one again, which DVC takes for one.
 """
 
+import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from vpae.artifacts import write_json, written
 from vpae.config.teacher import file_and_strength
 from vpae.experiment import Source
-from vpae.graph import STAGES, owner, stage_folder, stages_of, upstream
-from vpae.versioning.tables import metrics_folder
+from vpae.graph import RESULTS, STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 
 HEAD = """\
 # Which results are versioned, with what they come from; written by `vpae dvc {names} --out dvc.yaml`.
@@ -29,18 +31,18 @@ HEAD = """\
 
 def pipeline(sources: Sequence[Source]) -> str:
     """The text of dvc.yaml for these experiments and those that they extend where a result stands there."""
-    owners = {source.name: source for shown in sources for source in (shown, *_owners(shown))}
+    shown = {name: one for source in sources for name, one in owners(source).items()}
     tree = {
         "stages": {
             "settings": _loop(
-                {name: _files(source) for name, source in owners.items()},
+                {name: _files(source) for name, source in shown.items()},
                 {
                     "cmd": "vpae settings --config configs/${key}.yaml --out results/${key}/settings.json",
                     "params": "configs",
                     "outs": ["results/${key}/settings.json"],
                 },
             ),
-            **{stage: block for stage in STAGES if (block := _stage(stage, list(owners.values())))},
+            **{stage: block for stage in STAGES if (block := _stage(stage, list(shown.values())))},
             "metrics": _loop(
                 {source.name: [*_losses(source), str(stage_folder(source, "evaluation"))] for source in sources},
                 {
@@ -64,8 +66,10 @@ def _recorded_by_hand(sources: Sequence[Source]) -> list[str]:
     return [path.as_posix() for path in sorted(Path("metrics").glob("*/scores.json")) if path.parent.name not in names]
 
 
-def _owners(source: Source) -> list[Source]:
-    return [owner(source, stage) for stage in stages_of(source.settings)]
+def owners(source: Source) -> dict[str, Source]:
+    """Name -> the experiment itself, and those of its bases in whose folders its results stand."""
+    found = [source, *(owner(source, stage) for stage in stages_of(source.settings))]
+    return {one.name: one for one in found}
 
 
 def _files(source: Source) -> list[str]:
@@ -128,3 +132,45 @@ def _plots(source: Source) -> list[dict | str]:
     samples = stage_folder(source, "samples")
     rows = ("real", *source.settings.samples.rows)
     return [*curves, *(str(Path(samples) / f"{row}.png") for row in rows)]
+
+
+def settings_file(source: Source) -> Path:
+    """Where `write_settings` writes."""
+    return RESULTS / source.name / "settings.json"
+
+
+def write_settings(source: Source, path: Path) -> Path:
+    """Stage -> the resolved settings it depends on: defaults and bases included, all that changes nothing left out.
+
+    DVC's stages depend on this file, so that it takes for a change just what Snakemake and the stages take for one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {stage: stage_settings(source.settings, stage) for stage in stages_of(source.settings)})
+    return path
+
+
+def metrics_folder(source: Source) -> Path:
+    """Where `write_metrics` writes; git holds it, so that a fresh clone has the figures before any data."""
+    return Path("metrics") / source.name
+
+
+def write_metrics(source: Source, folder: Path, results: Path = RESULTS) -> Path:
+    """`scores.json`: row -> metric -> mean. `losses/METHOD.csv`: what each method logged, a line a step."""
+    (folder / "losses").mkdir(parents=True, exist_ok=True)
+    for file in (folder / "losses").iterdir():
+        if file.stem not in source.settings.methods:
+            file.unlink()
+    if not source.settings.methods:
+        (folder / "losses" / ".gitkeep").touch()  # git holds no empty folder, and DVC would find it deleted
+    scores = json.loads((stage_folder(source, "evaluation", results) / "scores.json").read_text())["rows"]
+    means = {row: {metric: value["mean"] for metric, value in found.items()} for row, found in scores.items()}
+    write_json(folder / "scores.json", means)
+    for method in source.settings.methods:
+        logged = (stage_folder(source, method, results) / "metrics.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in logged]
+        columns = list(dict.fromkeys(key for line in lines for key in line))  # a warm-up logs less
+        with written(folder / "losses" / f"{method}.csv") as temporary, temporary.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns, lineterminator="\n")
+            table.writeheader()
+            table.writerows(lines)
+    return folder
