@@ -33,13 +33,6 @@ PAPER = "https://arxiv.org/abs/2508.21019"
 STATED = ("code", "inputs", "packages")  # of a provenance; the rest is about the machine it was made on
 TRAINED_AS = ("seed", "geometry", *METHODS)  # of the settings
 RELEASED = {"frames": 81, "height": 480, "width": 832, "fps": 16}  # what Wan2.1-I2V-14B-480P was made for
-RELATIONS = {
-    "diffusers": "finetune",
-    "vllm-omni": "finetune",
-    "wan": "finetune",
-    "lora": "adapter",
-    "lora-wan": "adapter",
-}
 
 
 def stage_provenance(inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -69,7 +62,7 @@ def write_card(
         provenance: `code`, `inputs` and `packages`, as `stage_provenance` or a provenance.json gives them.
         settings: resolved sections of the experiment, as plain values.
         scores: content of the evaluation stage's scores.json.
-        form: one of `RELATIONS`: which kind of files the folder holds.
+        form: which kind of files the folder holds, one of those of `vpae export --format`.
         licence: front matter (`license`, ...); found out from folder and settings if not given.
     """
     licence = dict(licence or licence_of(folder, settings))
@@ -87,7 +80,7 @@ def write_card(
         geometry={**RELEASED, **_geometry(folder, settings)},
         known_geometry=bool(_geometry(folder, settings)),
         shift=_shift(settings),
-        trained=_trained(settings),
+        trained=yaml.safe_dump(settings, sort_keys=False) if METHODS.keys() & settings.keys() else "",
         methods=[METHODS[name].described(settings[name]) for name in settings if name in METHODS],
         table=_table(scores),
         weights=weights,
@@ -108,7 +101,11 @@ def read_facts(model: Path) -> dict[str, Any]:
     if (model / FACTS).is_file():
         with reading(model / FACTS, "copy the model again, or delete this file"):
             facts = json.loads((model / FACTS).read_text())
-            return {**facts, "provenance": {**facts["provenance"]}, "settings": {**facts["settings"]}}
+            return {
+                **facts,
+                "provenance": {**facts["provenance"]},
+                "settings": {**facts["settings"]},
+            }
     for folder in (model, model.parent):
         if (folder / PROVENANCE).is_file():
             known = read_provenance(folder)
@@ -181,13 +178,13 @@ def _template() -> jinja2.Template:
 
 
 def _front(settings: Mapping[str, Any], form: str, licence: Mapping[str, str]) -> dict[str, Any]:
-    base = base_model(settings)
+    base, is_lora = base_model(settings), "lora" in form
     return {
         **licence,
-        **({"base_model": base, "base_model_relation": RELATIONS[form]} if base else {}),
+        **({"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"} if base else {}),
         "pipeline_tag": "image-to-video",
         "library_name": "diffusers",
-        "tags": ["v-pae", "one-step", "distillation", "wan2.1", *(["lora"] if "lora" in form else [])],
+        "tags": ["v-pae", "one-step", "distillation", "wan2.1", *(["lora"] if is_lora else [])],
     }
 
 
@@ -210,10 +207,6 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     names = ("source", "path", "revision", "shift") if teacher.get("source") == "hub" else ("source", "shift")
     kept = {name: value for name, value in settings.items() if name in TRAINED_AS}
     return {"teacher": {name: teacher[name] for name in names if name in teacher}, **kept}
-
-
-def _trained(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False) if METHODS.keys() & set(settings) else ""
 
 
 def _table(scores: Mapping[str, Any] | None) -> str:

@@ -18,20 +18,7 @@ from vpae.models.sizes import stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.teacher.folder import faults, require_whole
 
-FORMS = {
-    "diffusers": "a pipeline folder",
-    "vllm-omni": "a pipeline folder that vLLM-Omni serves, always with the same number of steps",
-    "wan": "the transformer under the key names of Wan's own repository",
-    "lora": "the adapter of a student trained as a LoRA, for diffusers",
-    "lora-wan": "the same for ComfyUI and LightX2V",
-}
-FOLDERS = ("diffusers", "vllm-omni")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FILES = {
-    "wan": "diffusion_pytorch_model.safetensors",
-    "lora": "pytorch_lora_weights.safetensors",
-    "lora-wan": "pytorch_lora_weights.safetensors",
-}
+FOLDERS = ("diffusers", "vllm-omni")  # the forms that are whole pipelines; the others are one file of weights
 ADAPTER = "student_lora.safetensors"  # in a stage's folder, or in the student's
 
 
@@ -48,9 +35,9 @@ def export(
 
     Args:
         model: the student's pipeline folder.
-        form: one of `FORMS`.
+        form: one of those of `vpae export --format`.
         out: a folder to make, or, where the form is no pipeline folder, a .safetensors file to make without a card.
-        dtype: number format of the trained weights, one of `DTYPES`; as they are stored if not given.
+        dtype: number format of the trained weights, as torch calls it; as they are stored if not given.
         scores: a scores.json of the evaluation stage, for the card.
         adapter: the adapter's weights; found beside the student if not given.
         steps: network steps of each video, for "vllm-omni".
@@ -72,32 +59,27 @@ def export(
     source = adapter or find_adapter(model) if form.startswith("lora") else model
     if source != model:
         require_whole(source)
-    number_format = DTYPES[dtype] if dtype else None
+    number_format = getattr(torch, dtype) if dtype else None
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:
         if form in FOLDERS:
             write_pipeline(model, place, number_format)
             if form == "vllm-omni":
                 write_served_index(place, steps)
-        elif out.suffix == ".safetensors":
-            _write_file(form, source, model, place, number_format, facts)
         else:
-            place.mkdir()
-            _write_file(form, source, model, place / FILES[form], number_format, facts)
+            file = place
+            if out.suffix != ".safetensors":
+                place.mkdir()
+                file = place / f"{'diffusion_pytorch_model' if form == 'wan' else 'pytorch_lora_weights'}.safetensors"
             if form == "wan":
+                write_original(model, file, number_format, facts)
+            else:
+                write_lora(source, model, file, form, number_format, facts)
+            if form == "wan" and file != place:
                 write_original_config(model, place / "config.json")
         if place.is_dir():
             write_card(place, facts["provenance"], facts["settings"], facts["scores"], form, facts["licence"])
     return out
-
-
-def _write_file(
-    form: str, source: Path, model: Path, out: Path, dtype: torch.dtype | None, facts: dict[str, Any]
-) -> None:
-    if form == "wan":
-        write_original(model, out, dtype, facts)
-    else:
-        write_lora(source, model, out, form, dtype, facts)
 
 
 def find_adapter(model: Path) -> Path:
@@ -209,7 +191,5 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
         ArtifactError: naming the folder and the space.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed_bytes:
+    if (free := shutil.disk_usage(folder).free) < needed_bytes:
         raise ArtifactError(f"{folder}: needs {needed_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from vpae.artifacts import PROVENANCE, write_json
 from vpae.export.card import CARD, FACTS
 from vpae.export.keys import to_original
-from vpae.export.lora import named_for, read_adapter
+from vpae.export.lora import PREFIXES, read_adapter
 from vpae.flow import schedule
 from vpae.models.loras import require_fit
 from vpae.models.sizes import stored_dtype, stored_weights
@@ -85,11 +85,17 @@ def write_original_config(model: Path, out: Path) -> None:
 def write_lora(
     adapter: Path, model: Path, out: Path, form: str, dtype: torch.dtype | None, facts: Mapping[str, Any]
 ) -> None:
-    """Write a model's adapter under the names that a form's readers expect, its scale multiplied in."""
+    """Write a model's adapter, its scale multiplied in, under the names that the readers of a form expect.
+
+    "lora": diffusers (`pipeline.load_lora_weights`); "lora-wan": ComfyUI and LightX2V, and diffusers as well.
+    """
     factors = read_adapter(adapter)
     require_fit(adapter, model, factors)
-    tensors = named_for(form, factors)
-    save_file({key: tensor.to(dtype) if dtype else tensor for key, tensor in tensors.items()}, out, _metadata(facts))
+    tensors = {
+        PREFIXES[form] + (to_original(key) if form == "lora-wan" else key): tensor.to(dtype)
+        for key, tensor in factors.items()
+    }
+    save_file(tensors, out, _metadata(facts))
 
 
 def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpae.artifacts import ArtifactError, reading
-from vpae.export.keys import from_underscores, to_diffusers, to_original
+from vpae.export.keys import from_underscores, to_diffusers
 from vpae.teacher.folder import header
 
 ALPHA = "lora_alpha"  # in the metadata of an adapter's file: alpha of the scale alpha / rank
@@ -65,7 +65,7 @@ def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
 def _scale_is_one(key: str) -> bool:
     """Whether who writes such keys means scale 1 where the file says nothing, and reads no file beside it."""
     match = FACTOR.fullmatch(key)
-    return "lora_down" in key or bool(match and (match["prefix"] or "").endswith(tuple(PREFIXES.values())))
+    return "lora_down" in key or bool(match and match["prefix"].endswith(tuple(PREFIXES.values())))
 
 
 def _settings(path: Path, metadata: Mapping[str, str], beside: bool) -> dict:
@@ -158,14 +158,3 @@ def _alpha_of(module: str, settings: Mapping, otherwise: float | None) -> float 
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return float(alpha)
     return float(settings[ALPHA]) if ALPHA in settings else otherwise
-
-
-def named_for(form: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The factors under the names that a form's readers expect.
-
-    Args:
-        form: "lora" (diffusers: `pipeline.load_lora_weights`) or "lora-wan" (ComfyUI, LightX2V; diffusers as well).
-        factors: from `read_adapter`.
-    """
-    rename = to_original if form == "lora-wan" else lambda key: key
-    return {PREFIXES[form] + rename(key): tensor for key, tensor in factors.items()}
