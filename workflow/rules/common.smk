@@ -70,15 +70,16 @@ def all_folders(wildcards):
     return sorted({str(stage_folder(source, stage)) for source, stage in wanted})
 
 
-def folders_read_by(stage):
+def of_stage(function):
+    """Make of function(stage, name) what the rules' loops need: of a stage, a function of the wildcards."""
+    return lambda stage: lambda wildcards: function(stage, wildcards.experiment)
+
+
+@of_stage
+def folders_read_by(stage, name):
     """Input function: the results that a stage reads."""
-
-    def folders(wildcards):
-        name = wildcards.experiment
-        read = undated(upstream_folders(name, stage), name, stage)
-        return read if stands(name).get(stage, True) else [*read, NOW]
-
-    return folders
+    read = undated(upstream_folders(name, stage), name, stage)
+    return read if stands(name).get(stage, True) else [*read, NOW]
 
 
 @cache
@@ -106,38 +107,33 @@ def upstream_folders(name, stage):
     return [str(stage_folder(source, above)) for above in upstream(source.settings, stage)]
 
 
-def parts_of(stage):
+@of_stage
+def parts_of(stage, name):
     """Input function: the marks of the jobs that share a stage's work; none where its own job does it all."""
-
-    def marks(wildcards):
-        if stage not in DIVISIBLE:
-            return []
-        jobs = getattr(experiment(wildcards.experiment).settings.jobs, stage)
-        folder = f"results/{wildcards.experiment}/.parts/{stage}"
-        return [f"{folder}/{number}-of-{jobs}" for number in range(1, jobs + 1)] if jobs > 1 else []
-
-    return marks
+    jobs = getattr(experiment(name).settings.jobs, stage) if stage in DIVISIBLE else 1
+    return [f"results/{name}/.parts/{stage}/{number}-of-{jobs}" for number in range(1, jobs + 1)] if jobs > 1 else []
 
 
-def files_read_by(stage):
+@of_stage
+def files_read_by(stage, name):
     """Input function: what a stage reads beside the results of others."""
-    return FILES_READ.get(stage, lambda wildcards: [])
+    return FILES_READ[stage](name) if stage in FILES_READ else []
 
 
-def videos(wildcards):
-    """Input function: the folder or table of videos; nothing for the procedural world."""
-    source = experiment(wildcards.experiment)
+def videos(name):
+    """The folder or table of videos; nothing for the procedural world."""
+    source = experiment(name)
     clips = source.settings.clips
     if clips.source == "world":
         return []
-    if not Path(clips.path).exists() and stands(wildcards.experiment).get("clips"):
+    if not Path(clips.path).exists() and stands(name).get("clips"):
         return []  # as after a restore: nothing reads them again
-    return undated([existing(clips.path, source, "clips.path")], wildcards.experiment, "clips")
+    return undated([existing(clips.path, source, "clips.path")], name, "clips")
 
 
-def teacher_files(wildcards):
-    """Input function: index and weights of a teacher taken from a folder, and the LoRAs merged into one."""
-    source = experiment(wildcards.experiment)
+def teacher_files(name):
+    """Index and weights of a teacher taken from a folder, and the LoRAs merged into one."""
+    source = experiment(name)
     teacher = source.settings.teacher
     if teacher.source == "folder":
         index = existing(Path(teacher.path) / "model_index.json", source, "teacher.path")
@@ -146,14 +142,17 @@ def teacher_files(wildcards):
     files = [str(file_and_strength(named)[0]) for named in teacher.loras]
     if teacher.source == "folder":
         files += [index, *map(str, sorted(Path(teacher.path).glob("*/*.safetensors")))]
-    return undated(files, wildcards.experiment, "teacher")
+    return undated(files, name, "teacher")
 
 
-def decoder_file(wildcards):
-    """Input function: the file of a small decoder, if one is named."""
-    source = experiment(wildcards.experiment)
+def decoder_file(name):
+    """The file of a small decoder, if one is named."""
+    source = experiment(name)
     file = source.settings.samples.decoder
-    return undated([existing(file, source, "samples.decoder")] if file else [], wildcards.experiment, "samples")
+    return undated([existing(file, source, "samples.decoder")] if file else [], name, "samples")
+
+
+FILES_READ = {"clips": videos, "teacher": teacher_files, "samples": decoder_file}
 
 
 def existing(path, source, key):
@@ -163,24 +162,20 @@ def existing(path, source, key):
     return str(path)
 
 
-def settings_of(stage):
+@of_stage
+def settings_of(stage, name):
     """Params function: just the settings a stage depends on, so that a change re-runs what it concerns and no more.
 
     What it reads stands among them, because the default profile tells Snakemake not to compare sets of input files: the
     marks of a stage's parts would count, and another number of jobs would run it again.
     As text with sorted keys, because Snakemake, unlike vpae, would take another order for another value.
     """
-
-    def settings(wildcards):
-        found = dependencies(wildcards.experiment, stage)
-        if stage == "samples" or stage not in FILES_READ:  # a decoder stands among the settings already
-            return found
-        if stage == "clips":  # whether the videos are there or not
-            clips = experiment(wildcards.experiment).settings.clips
-            return f"{found} {[] if clips.source == 'world' else [clips.path]}"
-        return f"{found} {FILES_READ[stage](wildcards)}"
-
-    return settings
+    found = dependencies(name, stage)
+    if stage == "clips":  # whether the videos are there or not
+        clips = experiment(name).settings.clips
+        return f"{found} {[] if clips.source == 'world' else [clips.path]}"
+    # A decoder stands among the settings of `samples` already.
+    return f"{found} {teacher_files(name)}" if stage == "teacher" else found
 
 
 @cache
@@ -188,10 +183,6 @@ def dependencies(name, stage):
     """The settings and folders on which a stage of the experiment NAME depends, as text."""
     reads = upstream_folders(name, stage)
     return json.dumps(stage_settings(experiment(name).settings, stage) | {"reads": reads}, sort_keys=True)
-
-
-# What stages read beside the results of others.
-FILES_READ = {"clips": videos, "teacher": teacher_files, "samples": decoder_file}
 
 
 def needs(stage):
@@ -222,18 +213,14 @@ def needs(stage):
     }
 
 
-def cpus(stage):
-    """Threads function: the CPUs that a stage's jobs ask for."""
-    return needs(stage)["cpus_per_task"]
-
-
 def compared(kind):
     """Input function: evaluations of the experiment and of what it is compared with, over all seeds."""
+    return lambda wildcards: [str(stage_folder(experiment(name), "evaluation")) for name in names_compared(kind)]
 
-    def folders(wildcards):
-        return [str(stage_folder(experiment(name), "evaluation")) for name in names_compared(kind)]
 
-    return folders
+def words_compared(kind):
+    """Params function: the names of these experiments, in one line."""
+    return lambda wildcards: " ".join(names_compared(kind))
 
 
 @cache

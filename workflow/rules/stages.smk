@@ -16,7 +16,7 @@ for stage in STAGES:
             f"results/{{experiment}}/logs/{stage}.benchmark.tsv"
         conda:
             "../../environment.yml"
-        threads: cpus(stage)
+        threads: needs(stage)["cpus_per_task"]
         resources:
             **needs(stage),
         params:
@@ -44,7 +44,7 @@ for stage in DIVISIBLE:
             f"results/{{experiment}}/logs/{stage}/{{part}}-of-{{parts}}.benchmark.tsv"
         conda:
             "../../environment.yml"
-        threads: cpus(stage)
+        threads: needs(stage)["cpus_per_task"]
         resources:
             **needs(stage),
         params:
