@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("path", nargs="?", type=Path, metavar="FILE", help="the same as --config FILE")
     show.set_defaults(run=_config_show)
     describe = config_commands.add_parser("schema", help="print the JSON schema")
-    describe.set_defaults(run=_config_schema)
+    describe.set_defaults(run=lambda _: print(json.dumps(schema(), indent=2)))
     return parser
 
 
@@ -253,10 +253,6 @@ def _config_show(arguments: argparse.Namespace) -> None:
 
     source = load(arguments.path or arguments.config, arguments.set)
     print(yaml.safe_dump(source.settings.model_dump(mode="json"), sort_keys=False), end="")
-
-
-def _config_schema(_arguments: argparse.Namespace) -> None:
-    print(json.dumps(schema(), indent=2))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from vpae.distill.method import TEACHER
 from vpae.experiment import Source
 
 RESULTS = Path("results")
+# Settings by which a training is only watched and saved: its student is the same.
+WATCHES = ("checkpoint_every", "stop_after_skipped", "log_every", "monitor")
 # Keys that change nothing where they are empty or off: results from before there were these keys stay what they are.
 NEWER = {
     "loras",
@@ -141,8 +143,8 @@ def stage_settings(settings: Experiment, stage: str) -> dict:
 
 
 def that_matter(settings: dict) -> dict:
-    """A stage's settings without those by which a training is only watched and saved: its student is the same."""
-    return without(settings, ("checkpoint_every", "stop_after_skipped", "log_every", "monitor"))
+    """A stage's settings without `WATCHES`."""
+    return without(settings, WATCHES)
 
 
 def without(settings: dict, keys: Sequence[str]) -> dict:

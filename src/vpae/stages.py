@@ -27,7 +27,7 @@ from vpae.config import Experiment
 from vpae.distill import METHODS
 from vpae.distill.method import TEACHER
 from vpae.experiment import ConfigError, Source
-from vpae.graph import RESULTS, STAGES, stage_folder, stage_settings, stages_of, that_matter, upstream, without
+from vpae.graph import RESULTS, STAGES, WATCHES, stage_folder, stage_settings, stages_of, that_matter, upstream, without
 from vpae.parts import Part
 from vpae.standing import departures, made_from
 
@@ -42,7 +42,7 @@ BULK = (".tar", ".mp4")
 
 
 # Settings of a training that change no run: how it is shared out, watched and saved, and when it ends.
-SHARES = ("accumulate", "sharding", "stop_after_skipped", "monitor", "checkpoint_every", "log_every")
+SHARES = ("accumulate", "sharding", *WATCHES)
 
 
 @dataclass(frozen=True)

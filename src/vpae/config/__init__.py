@@ -10,9 +10,8 @@ for every row of `distill.METHODS`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vpae.config.clips import Clips
+from vpae.config.clips import PATCH, VAE_STRIDE, Clips, Geometry
 from vpae.config.discriminator import R1, Head
-from vpae.config.geometry import PATCH, VAE_STRIDE, Geometry
 from vpae.config.section import Section
 from vpae.config.stages import Evaluation, Latents, Report, Sampler, Samples, VBench, VBenchFolder, VBenchRows
 from vpae.config.teacher import Teacher, TinyEncoders, TinyTransformer, TinyVae

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from vpae.config.clips import Clips
-from vpae.config.geometry import Geometry
+from vpae.config.clips import Clips, Geometry
 from vpae.config.section import Positive, Section, fill_defaults, without_nulls
 from vpae.config.stages import Evaluation, Latents, Report, Sampler, Samples
 from vpae.config.teacher import Teacher

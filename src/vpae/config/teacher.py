@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vpae.config.geometry import VAE_STRIDE
+from vpae.config.clips import VAE_STRIDE
 from vpae.config.section import NonNegative, Positive, Section, Share
 from vpae.config.training import Optimizer, Times, Training
 

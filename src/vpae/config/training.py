@@ -98,16 +98,12 @@ class Training(Section):
     sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")
 
     @model_validator(mode="after")
-    def _rate_falls_to_the_end(self) -> "Training":
+    def _possible(self) -> "Training":
         if 0 < self.schedule_steps < self.steps:
             raise ValueError(
                 f"schedule_steps = {self.schedule_steps} end before steps = {self.steps}, so that a falling learning "
                 "rate would rise again; raise it, or set it to 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _attention_is_seen(self) -> "Training":
         if self.compile and self.sharding.activation_checkpointing == "attention":
             raise ValueError(
                 "compile = true hides a block's attention from sharding.activation_checkpointing = attention; set one "
