@@ -6,7 +6,7 @@ longest of its experiments needs; the others name their last one again, which DV
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -36,18 +36,18 @@ def pipeline(sources: Sequence[Source]) -> str:
         "stages": {
             "settings": _loop(
                 {name: _files(source) for name, source in shown.items()},
-                {
+                lambda files: {
                     "cmd": "vpae settings --config configs/${key}.yaml --out results/${key}/settings.json",
-                    "params": "configs",
+                    "params": [{file: None} for file in files],
                     "outs": ["results/${key}/settings.json"],
                 },
             ),
             **{stage: block for stage in STAGES if (block := _stage(stage, list(shown.values())))},
             "metrics": _loop(
-                {source.name: [*_losses(source), str(stage_folder(source, "evaluation"))] for source in sources},
-                {
+                {source.name: _measured(source) for source in sources},
+                lambda folders: {
                     "cmd": "vpae metrics --config configs/${key}.yaml --out metrics/${key}",
-                    "deps": "folders",
+                    "deps": folders,
                     "metrics": [{"metrics/${key}/scores.json": {"cache": False}}],
                     "outs": [{"metrics/${key}/losses": {"cache": False}}],
                 },
@@ -77,8 +77,8 @@ def _files(source: Source) -> list[str]:
     return list(dict.fromkeys(str(one.path) for one in (*source.ancestors(), source)))
 
 
-def _losses(source: Source) -> list[str]:
-    return [str(stage_folder(source, method)) for method in source.settings.methods]
+def _measured(source: Source) -> list[str]:
+    return [str(stage_folder(source, stage)) for stage in (*source.settings.methods, "evaluation")]
 
 
 def _stage(stage: str, sources: list[Source]) -> dict | None:
@@ -86,13 +86,15 @@ def _stage(stage: str, sources: list[Source]) -> dict | None:
     own = [s for s in sources if stage in stages_of(s.settings) and owner(s, stage) is s]
     if not own:
         return None
-    body = {
-        "cmd": f"workflow/stage.sh {stage} ${{key}}",
-        "deps": "folders",
-        "params": [{"results/${key}/settings.json": [stage]}],
-        "outs": [{f"results/${{key}}/{stage}": {"persist": True}}],
-    }
-    return _loop({source.name: _read(source, stage) for source in own}, body)
+    return _loop(
+        {source.name: _read(source, stage) for source in own},
+        lambda folders: {
+            "cmd": f"workflow/stage.sh {stage} ${{key}}",
+            "deps": folders,
+            "params": [{"results/${key}/settings.json": [stage]}],
+            "outs": [{f"results/${{key}}/{stage}": {"persist": True}}],
+        },
+    )
 
 
 def _read(source: Source, stage: str) -> list[str]:
@@ -105,21 +107,14 @@ def _read(source: Source, stage: str) -> list[str]:
     return [*(str(stage_folder(source, above)) for above in upstream(source.settings, stage)), *given]
 
 
-def _loop(items: dict[str, list[str]], body: dict) -> dict:
-    """A block for all experiments; where `body` has a word, one entry for each item of the lists takes its place."""
+def _loop(items: dict[str, list[str]], body: Callable[[list[str]], dict]) -> dict:
+    """A block for all experiments; `body` is given what stands for the items of their lists. Empty values go."""
     if any(items.values()):  # DVC has no lists of another length: who reads nothing, for one a teacher from the hub,
         items = {name: found or [f"configs/{name}.yaml"] for name, found in items.items()}  # depends on its own file
     longest = max(len(found) for found in items.values())
     padded = {name: [*found, *found[-1:] * (longest - len(found))] for name, found in items.items()}
     entries = [f"${{item[{number}]}}" for number in range(longest)]
-    for key, value in list(body.items()):
-        if value == "configs":
-            body[key] = [{entry: None} for entry in entries]
-        elif value == "folders":
-            body[key] = entries
-        if not body[key]:
-            del body[key]
-    return {"foreach": padded, "do": body}
+    return {"foreach": padded, "do": {key: value for key, value in body(entries).items() if value}}
 
 
 def _plots(source: Source) -> list[dict | str]:

@@ -45,8 +45,8 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         return
     found = list(departures(source, stage, results))
     yield from found
-    if not found and standing(source, results).get(stage) is False and _reads_elsewhere(source, stage):
-        yield f"{folder}: {_reads_elsewhere(source, stage)}"
+    if not found and standing(source, results).get(stage) is False and (other := _reads_elsewhere(source, stage)):
+        yield f"{folder}: {other}"
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:
             yield f"{folder}: made from {above}, which is missing or unfinished"
