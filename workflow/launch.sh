@@ -36,10 +36,6 @@ torchrun_here() { # RENDEZVOUS... COMMAND...
     torchrun --signals-to-handle=SIGINT --nproc-per-node="$processes" --max-restarts=0 --no-python "$@"
 }
 
-train_here() {
-    torchrun_here --standalone "${marked[@]}"
-}
-
 train_on_nodes() {
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
         echo "launch.sh: this stage asks for $nodes nodes; run it with \`snakemake --profile slurm\`, or set its nodes" \
@@ -96,7 +92,7 @@ else
     # shellcheck disable=SC2016 # for the inner shell
     marked=(bash -c 'trap : TERM USR1; mark=$0; "$@"; code=$?; if ((code == 3)); then touch "$mark"; fi; exit "$code"'
         "$mark" "$@")
-    if ((nodes == 1)); then (train_here); else train_on_nodes; fi
+    if ((nodes == 1)); then (torchrun_here --standalone "${marked[@]}"); else train_on_nodes; fi
     code=$?
     [[ ! -e $mark ]] || code=$saved
     rm -f "$mark"
