@@ -29,8 +29,7 @@ from vpae.data.video import VideoError, probe, read_clip, read_frames, resample_
 from vpae.data.world import render
 from vpae.experiment import ConfigError, Source, load
 from vpae.stages import run_stage
-from vpae.standing import standing
-from vpae.versioning.verify import problems
+from vpae.standing import problems, standing
 
 REAL = Path(__file__).parents[2] / "shared" / "clips"
 REAL_CLIPS = {  # width, height, fps and frames of the first video stream

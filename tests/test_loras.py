@@ -24,8 +24,7 @@ from vpae.models.loras import merge_loras, read_loras, require_fit
 from vpae.models.wan import load_pipeline, load_sampler, load_transformer
 from vpae.planning.presence import missing_teacher
 from vpae.stages import run_stage
-from vpae.standing import standing
-from vpae.versioning.verify import problems
+from vpae.standing import problems, standing
 
 MODULE, WAN = "blocks.1.attn1.to_q", "blocks.1.self_attn.q"
 RANK, ALPHA, STRENGTH = 4, 3.0, 0.7

@@ -1,11 +1,12 @@
 """Whether a finished result is what its experiment would make now: settings and hashes count, never dates or notes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
-from vbench_i2v.files import tree
-from vpae.artifacts import PROVENANCE, identity, read_provenance, recover
+from vbench_i2v.files import sha256, tree
+from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, identity, read_provenance, recover
 from vpae.config import Experiment
 from vpae.distill.method import TEACHER
 from vpae.experiment import Source
@@ -13,7 +14,7 @@ from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, that_ma
 from vpae.teacher.folder import decoder_inputs, external_inputs
 
 NOTED_WITHIN = 120.0  # seconds after its end Snakemake has noted the end of a job
-SHOWN = 3  # of many keys that differ
+SHOWN = 3  # of many keys or files that differ: one damaged file says as much as a thousand
 _ABSENT = object()
 
 
@@ -94,11 +95,71 @@ def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
     return any(p.exists() and p.stat().st_mtime > seen for p in [path, *(tree(path) if path.is_dir() else ())])
 
 
+def require_true(source: Source, stages: Sequence[str] = (), results: Path = RESULTS) -> None:
+    """Refuse results of these stages, or else of all, that are missing, stale or damaged.
+
+    Raises:
+        ArtifactError: naming every such folder, what is wrong with it, and the remedy.
+    """
+    wanted = [stage for stage in stages_of(source.settings) if stage in stages or not stages]
+    found = [problem for stage in wanted for problem in problems(source, stage, results)]
+    if found:
+        remedy = f"run `snakemake all --config experiment={source.name}`; if it sees nothing to do, force these stages:"
+        force = f"`snakemake --forcerun STAGE -- results/{source.name}/STAGE`"
+        raise ArtifactError("\n  ".join(["these results are not to be relied on:", *found, f"{remedy} {force}"]))
+
+
+def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[str]:
+    """What is wrong with the result of one stage; nothing if it is complete, current and undamaged.
+
+    A teacher that was taken from a folder is compared with that folder, if it is here. Videos are not read again: of
+    them, the dates count.
+    """
+    folder = stage_folder(source, stage, results)
+    provenance = read_provenance(folder)
+    if provenance is None:
+        yield f"{folder}: missing or unfinished"
+        return
+    found = list(departures(source, stage, results))
+    yield from found
+    if not found and standing(source, results).get(stage) is False and (other := _reads_elsewhere(source, stage)):
+        yield f"{folder}: {other}"
+    for name in upstream(source.settings, stage):
+        if read_provenance(above := stage_folder(source, name, results)) is None:
+            yield f"{folder}: made from {above}, which is missing or unfinished"
+    recorded, present = provenance["outputs"], file_hashes(folder)
+    for name in _few(lambda n: recorded.get(n) != present.get(n), sorted(recorded.keys() | present.keys())):
+        what = "missing" if name not in present else "not of this result" if name not in recorded else "damaged"
+        yield f"{folder / name}: {what}"
+    if stage == "teacher" and source.settings.teacher.source == "folder":
+        origin = Path(source.settings.teacher.path)
+        merged = bool(source.settings.teacher.loras)  # then the transformer is not the origin's
+        taken = [name for name in recorded if not (merged and name.startswith("transformer/"))]
+        for name in _few(lambda n: _is_other(origin / n, recorded[n]), taken):
+            yield f"{folder}: made from another {origin / name} than the present one"
+
+
+def _reads_elsewhere(source: Source, stage: str) -> str:
+    """What is wrong where settings and other stages' results are not: something that a stage reads beside them."""
+    settings = source.settings
+    return {
+        "clips": f"videos or captions of {settings.clips.path} are newer",
+        "teacher": settings.teacher.loras
+        and f"made with other teacher.loras than the present {', '.join(settings.teacher.loras)}",
+        "samples": f"made with another samples.decoder than the present {settings.samples.decoder}",
+        "evaluation": "VBench's weights or packages have changed",
+    }.get(stage, "")
+
+
+def _is_other(path: Path, recorded: str) -> bool:
+    # The geometry is the experiment's own.
+    return path.name != "geometry.json" and path.is_file() and sha256(path) != recorded
+
+
 def _differences(was: dict, wanted: dict) -> Iterator[tuple[str, tuple]]:
     """Dotted key -> the two values, for the first few keys that differ."""
     old, new = _flat(that_matter(was)), _flat(that_matter(wanted))
-    differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-    for key in differ[:SHOWN]:
+    for key in _few(lambda k: old.get(k, _ABSENT) != new.get(k, _ABSENT), sorted(old.keys() | new.keys())):
         yield key, (old.get(key, "nothing"), new.get(key, "nothing"))
 
 
@@ -108,3 +169,8 @@ def _flat(values: dict, prefix: str = "") -> dict:
         name = f"{prefix}{key}"
         found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return found
+
+
+def _few(is_wrong: Callable[[str], bool], names: Iterable[str]) -> Iterator[str]:
+    """The first few of the wrong ones."""
+    return islice(filter(is_wrong, names), SHOWN)

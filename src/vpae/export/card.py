@@ -14,7 +14,6 @@ import yaml
 import vpae
 from vpae.artifacts import (
     PROVENANCE,
-    ArtifactError,
     identity,
     package_versions,
     read_provenance,
@@ -127,13 +126,10 @@ def read_scores(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `vpae evaluation` writes it to results/EXPERIMENT/evaluation/")
-    try:
-        scores = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); name a scores.json of the evaluation stage") from error
-    if not isinstance(scores, dict) or not isinstance(scores.get("rows"), dict):
-        raise ArtifactError(f'{path} has no "rows"; name a scores.json of the evaluation stage')
     with reading(path, "it is no scores.json of the evaluation stage: name one"):
+        scores = json.loads(path.read_text())
+        if not isinstance(scores, dict) or not isinstance(scores.get("rows"), dict):
+            raise ValueError('it has no "rows"')
         _table(scores)
     return scores
 

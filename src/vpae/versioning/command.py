@@ -5,11 +5,11 @@ from pathlib import Path
 
 from vpae.arguments import TINY
 from vpae.artifacts import written
-from vpae.experiment import ConfigError
+from vpae.experiment import ConfigError, Source, load
 from vpae.graph import RESULTS, STAGES, stages_of
+from vpae.standing import require_true
 from vpae.versioning.pipeline import metrics_folder, pipeline, settings_file, write_metrics, write_settings
 from vpae.versioning.record import record, restore
-from vpae.versioning.verify import committed, require_true
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -40,36 +40,37 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.add_argument("--config", type=Path, default=TINY, help="an experiment's YAML file")
-    command.set_defaults(run=run)
+    command.set_defaults(run=lambda arguments: run(arguments, _committed(arguments.config)))
     return command
 
 
-def _verify(arguments: argparse.Namespace) -> None:
-    source = committed(arguments.config)
+def _committed(path: Path) -> Source:
+    """The experiment as its file alone says: what is versioned must not hang on somebody's environment."""
+    return load(path, environment=False)
+
+
+def _verify(arguments: argparse.Namespace, source: Source) -> None:
     known = stages_of(source.settings)
     if unknown := [stage for stage in arguments.stages if stage not in known]:
         raise ConfigError(f"verify: {', '.join(unknown)}: no stage; stages are {', '.join(known)}")
     require_true(source, arguments.stages, arguments.results)
 
 
-def _record(arguments: argparse.Namespace) -> None:
-    source = committed(arguments.config)
+def _record(arguments: argparse.Namespace, source: Source) -> None:
     print("\n".join(record(source, arguments.stages)))
     files = " ".join(str(one.path) for one in (*source.ancestors(), source))
     print(f"Recorded. To keep it: `git add {files} dvc.yaml dvc.lock metrics`, `git commit`, `dvc push`.")
 
 
-def _restore(arguments: argparse.Namespace) -> None:
-    print("\n".join(restore(committed(arguments.config), not arguments.no_pull, arguments.remote)))
+def _restore(arguments: argparse.Namespace, source: Source) -> None:
+    print("\n".join(restore(source, not arguments.no_pull, arguments.remote)))
 
 
-def _settings(arguments: argparse.Namespace) -> None:
-    source = committed(arguments.config)
+def _settings(arguments: argparse.Namespace, source: Source) -> None:
     print(write_settings(source, arguments.out or settings_file(source)))
 
 
-def _metrics(arguments: argparse.Namespace) -> None:
-    source = committed(arguments.config)
+def _metrics(arguments: argparse.Namespace, source: Source) -> None:
     print(write_metrics(source, arguments.out or metrics_folder(source)))
 
 
@@ -81,7 +82,7 @@ def _dvc(arguments: argparse.Namespace) -> None:
                 f"vpae dvc {name}: DVC versions experiments with a file of their own; write configs/{base}-{seed}.yaml "
                 f"with the lines `extends: {base}` and `seed: {seed}`, and name {base}-{seed}"
             )
-    text = pipeline([committed(Path("configs") / f"{name}.yaml") for name in arguments.names])
+    text = pipeline([_committed(Path("configs") / f"{name}.yaml") for name in arguments.names])
     if arguments.out is None:
         print(text, end="")
         return

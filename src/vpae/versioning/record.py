@@ -13,8 +13,8 @@ import yaml
 from vpae.artifacts import ArtifactError, reading
 from vpae.experiment import Source
 from vpae.graph import owner, stage_folder, stages_of
+from vpae.standing import require_true
 from vpae.versioning.pipeline import metrics_folder, owners, settings_file, write_metrics, write_settings
-from vpae.versioning.verify import require_true
 
 
 def record(source: Source, stages: Sequence[str] = ()) -> list[str]:
