@@ -41,7 +41,7 @@ class Stage:
         module: has `run(settings, inputs, out, state)`; that of the methods has the method's name before these.
         reads: the stages whose folders it reads, in an experiment.
         sections: the settings that determine its result, beside the seed.
-        unused: keys of these sections that change no result.
+        unused: keys of these sections that change no result, as pydantic's `exclude` has them.
         shift: whether the teacher's timestep shift counts.
         divisible: its work can be cut into parts; its module has `part`.
     """
@@ -50,7 +50,7 @@ class Stage:
     module: str
     reads: Callable[[Experiment], tuple[str, ...]]
     sections: tuple[str, ...]
-    unused: tuple[str, ...] = ()
+    unused: dict | None = None
     shift: bool = False
     divisible: bool = False
 
@@ -72,7 +72,7 @@ STAGES: dict[str, Stage] = {
         "vpae.data.catalog",
         lambda s: (),
         ("geometry", "clips"),
-        unused=("clips.workers",),
+        unused={"clips": {"workers"}},
         divisible=True,
     ),
     "teacher": Stage(
@@ -80,7 +80,7 @@ STAGES: dict[str, Stage] = {
         "vpae.teacher.stage",
         lambda s: ("clips",) if s.teacher.source == "train" else (),
         ("geometry", "teacher"),
-        unused=("teacher.architecture",),  # for planning only
+        unused={"teacher": {"architecture"}},  # for planning only
     ),
     "latents": Stage(
         "encode clips, first frames and captions",
@@ -103,7 +103,7 @@ STAGES: dict[str, Stage] = {
         "vpae.evaluation.stage",
         lambda s: ("clips", "latents", *_models(s), "samples"),
         ("evaluation",),
-        unused=("evaluation.vbench.weights",),
+        unused={"evaluation": {"vbench": {"weights"}}},
         shift=True,
         divisible=True,
     ),
@@ -125,18 +125,12 @@ def upstream(settings: Experiment, stage: str) -> tuple[str, ...]:
 
 def stage_settings(settings: Experiment, stage: str) -> dict:
     """Plain values of the sections a stage reads, and the seed."""
-    values = settings.model_dump(mode="json", include={"seed", *STAGES[stage].sections})
     unused = STAGES[stage].unused
     if stage == TEACHER and settings.teacher.source != "train":
         # The sizes of a network that is not trained here change nothing.
-        unused += ("teacher.vae", "teacher.encoders", "teacher.transformer")
-    for key in unused:
-        *sections, name = key.split(".")
-        place = values
-        for section in sections:
-            place = place[section]
-        del place[name]
-    values = _without_newer(values)
+        unused = {"teacher": {"architecture", "vae", "encoders", "transformer"}}
+    included = {"seed", *STAGES[stage].sections}
+    values = _without_newer(settings.model_dump(mode="json", include=included, exclude=unused))
     if STAGES[stage].shift:
         values["teacher"] = {"shift": settings.teacher.shift}
     return values
