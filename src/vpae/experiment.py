@@ -128,8 +128,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
         raise ConfigError(f"{path}: the file must hold sections (key: value), not a {type(tree).__name__}")
     found: dict[Path, dict] = {}
     for base in _bases(path, tree):
-        for file, layer in _read_chain(base, (*seen, path)).items():
-            found.setdefault(file, layer)
+        found |= _read_chain(base, (*seen, path))
     return found | {path: tree}
 
 
@@ -199,8 +198,7 @@ def _keys_at(location: Sequence) -> list[str]:
         if free:
             free = False
             continue
-        found = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if found is None:
+        if (found := model.model_fields.get(part)) is None:
             return []
         kinds = [found.annotation, *get_args(found.annotation)]
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
