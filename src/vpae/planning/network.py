@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vpae.config import Experiment, TinyEncoders
+from vpae.config import Experiment
 from vpae.experiment import ConfigError, Source
 from vpae.models.wan import SHORT_TEXT_TOKENS, TEXT_TOKENS
 
@@ -40,37 +40,27 @@ class Network:
     @classmethod
     def of_config(cls, config: Mapping) -> "Network":
         """The shape in a `WanTransformer3DModel`'s config.json."""
-        return cls(
-            layers=config["num_layers"],
-            heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            ffn=config["ffn_dim"],
-            in_channels=config["in_channels"],
-            out_channels=config["out_channels"],
-            text_dim=config["text_dim"],
-            image_dim=config["image_dim"],
-            freq_dim=config["freq_dim"],
-            patch=tuple(config["patch_size"]),
-        )
+        found = {field: config[key] for field, key in CONFIG_KEYS.items()}
+        return cls(**found | {"patch": tuple(found["patch"])})
 
     def build(self, device: torch.device | str = "meta") -> nn.Module:
         """The real `WanTransformer3DModel` of this shape; on the meta device it takes no memory."""
         from diffusers import WanTransformer3DModel
 
         with torch.device(device):
-            return WanTransformer3DModel(
-                patch_size=self.patch,
-                num_attention_heads=self.heads,
-                attention_head_dim=self.head_dim,
-                in_channels=self.in_channels,
-                out_channels=self.out_channels,
-                text_dim=self.text_dim,
-                freq_dim=self.freq_dim,
-                ffn_dim=self.ffn,
-                num_layers=self.layers,
-                image_dim=self.image_dim,
-                added_kv_proj_dim=self.width,
-            )
+            values = {key: getattr(self, field) for field, key in CONFIG_KEYS.items()}
+            return WanTransformer3DModel(**values, added_kv_proj_dim=self.width)
+
+
+# Field of a `Network` -> argument of `WanTransformer3DModel`.
+CONFIG_KEYS = {
+    "layers": "num_layers",
+    "heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
+    "ffn": "ffn_dim",
+    "patch": "patch_size",
+    **{name: name for name in ("in_channels", "out_channels", "text_dim", "image_dim", "freq_dim")},
+}
 
 
 @dataclass(frozen=True)
@@ -173,61 +163,36 @@ def _found(folder: Path) -> Pipeline:
         path = folder / part / "config.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def pick(part: str, like: Mapping) -> dict:
-        values = config(part)
-        values = values.get("vision_config", values)  # a whole CLIP's config holds its vision half's
-        return {key: values.get(key, default) for key, default in like.items()}
-
+    image = config("image_encoder")
     vae = {key: value for key, value in config("vae").items() if not key.startswith("_")}
     return Pipeline(
         Network.of_config(config("transformer")),
-        pick("text_encoder", UMT5_XXL),
-        pick("image_encoder", CLIP_VIT_H),
+        _picked(config("text_encoder"), UMT5_XXL),
+        _picked(image.get("vision_config", image), CLIP_VIT_H),  # a whole CLIP's config holds its vision half's
         vae,
     )
 
 
+def _picked(config: Mapping, like: Mapping) -> dict:
+    return {key: config.get(key, default) for key, default in like.items()}
+
+
 def _tiny(settings: Experiment) -> Pipeline:
     """The shapes that `vpae.teacher` trains."""
-    config, encoders, vae = settings.teacher.transformer, settings.teacher.encoders, settings.teacher.vae
-    width = config.heads * config.head_dim
+    from vpae.teacher.encoders import build_image_encoder, build_text_encoder
+    from vpae.teacher.flow_matching import build
+
+    teacher, geometry, encoders = settings.teacher, settings.geometry, settings.teacher.encoders
+    with torch.device("meta"):
+        transformer = build(teacher.transformer, encoders.text_dim, encoders.image_dim)
+        text_encoder = build_text_encoder(encoders, encoders.vocabulary)
+        image_encoder, _ = build_image_encoder(encoders, min(geometry.height, geometry.width))
     return Pipeline(
-        Network(
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.head_dim,
-            ffn=config.ffn_multiple * width,
-            text_dim=encoders.text_dim,
-            image_dim=encoders.image_dim,
-            freq_dim=config.freq_dim,
-        ),
-        _tiny_text(encoders),
-        _tiny_image(encoders, min(settings.geometry.height, settings.geometry.width)),
-        {"base_dim": vae.base_dim, "dim_mult": list(vae.dim_mult)},
+        Network.of_config(transformer.config),
+        _picked(text_encoder.config.to_dict(), UMT5_XXL),
+        _picked(image_encoder.config.to_dict(), CLIP_VIT_H),
+        {"base_dim": teacher.vae.base_dim, "dim_mult": list(teacher.vae.dim_mult)},
     )
-
-
-def _tiny_text(config: TinyEncoders) -> dict:
-    d = config.text_dim
-    return {
-        "vocab_size": config.vocabulary,
-        "d_model": d,
-        "d_kv": d // 4,
-        "d_ff": 2 * d,
-        "num_layers": config.text_layers,
-        "num_heads": 4,
-    }
-
-
-def _tiny_image(config: TinyEncoders, side: int) -> dict:
-    return {
-        "hidden_size": config.image_dim,
-        "intermediate_size": 2 * config.image_dim,
-        "num_hidden_layers": config.image_layers,
-        "num_attention_heads": 4,
-        "image_size": side,
-        "patch_size": config.image_patch,
-    }
 
 
 ENCODERS = ("vae", "text_encoder", "image_encoder")
