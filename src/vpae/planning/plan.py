@@ -42,9 +42,9 @@ class Cluster:
     utilisation: float = 0.4
     overhead: float = 4e9
 
-    def seconds(self, operations: float, float32: float = 0.0) -> float:
-        """Of one GPU, for operations of large networks and of float32 ones."""
-        return operations / (self.peak * self.utilisation) + float32 / (self.peak * FLOAT32_SHARE)
+    def seconds(self, operations: float, float32: bool) -> float:
+        """Of one GPU, for operations of a network that computes in bfloat16, or in float32."""
+        return operations / (self.peak * (FLOAT32_SHARE if float32 else self.utilisation))
 
 
 def make_plan(source: Source, cluster: Cluster) -> dict:
@@ -128,14 +128,17 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
     def traffic(received: float) -> float:
         return received / cluster.interconnect if cluster.interconnect else 0.0
 
-    def computing(operations: float) -> float:
-        return cluster.seconds(0, operations) if training.mixed_precision == "no" else cluster.seconds(operations)
-
-    seconds = per_step(lambda turn: max(computing(turn.executed), traffic(turn.received)))
+    float32 = training.mixed_precision == "no"
+    seconds = per_step(lambda turn: max(cluster.seconds(turn.executed, float32), traffic(turn.received)))
     return {
         "gpus": gpus,
         "parameters": found.parameters,
-        "bytes_per_gpu": _bytes_per_gpu(found, cluster.overhead),
+        "bytes_per_gpu": {
+            **found.held,
+            "step": found.peak - sum(found.held.values()),
+            "overhead": cluster.overhead,
+            "total": found.peak + cluster.overhead,
+        },
         "fits": found.peak <= room,
         "remedies": []
         if found.peak <= room
@@ -163,11 +166,6 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
     }
 
 
-def _bytes_per_gpu(found: Execution, overhead: float) -> dict[str, float]:
-    held = found.held
-    return {**held, "step": found.peak - sum(held.values()), "overhead": overhead, "total": found.peak + overhead}
-
-
 def _host_bytes(settings: Experiment, phase: str, found: Execution, gpus: int, whole: float) -> float:
     """Bytes of memory of a node at most.
 
@@ -191,7 +189,7 @@ def _latents(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> di
     """VAE and encoders are loaded together; each clip is encoded twice, with all its frames and with the first."""
     clips, batch = settings.clips.train + settings.clips.held_out, settings.latents.batch_size
     float32 = clips * sum(used[name].operations for name in ("encode", "condition", "image")) / batch
-    seconds = cluster.seconds(clips * used["text"].operations, float32)
+    seconds = cluster.seconds(clips * used["text"].operations, False) + cluster.seconds(float32, True)
     return _stage(settings, "latents", used, ("encode", "image", "text"), ("condition",), seconds, cluster)
 
 
@@ -201,16 +199,10 @@ def _samples(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> di
     evaluations = config.count * sum(row.nfe for row in config.rows.values())
     decoded = config.decode * (len(config.rows) + 1)  # and the clips themselves
     operations = evaluations * used["network"].operations / config.batch_size
-    decoding = decoded * used["decode"].operations
-    seconds = cluster.seconds(*_by_format(operations, used["network"]))
-    seconds += cluster.seconds(*_by_format(decoding, used["decode"]))
+    seconds = cluster.seconds(operations, used["network"].float32)
+    seconds += cluster.seconds(decoded * used["decode"].operations, used["decode"].float32)
     found = _stage(settings, "samples", used, ("network", "decode"), (), seconds, cluster)
     return {"network_evaluations": evaluations, **found}
-
-
-def _by_format(operations: float, of: Use) -> tuple[float, float]:
-    """The operations of a network as `Cluster.seconds` takes them: those of bfloat16, those of float32."""
-    return (0.0, operations) if of.float32 else (operations, 0.0)
 
 
 def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> dict:
@@ -223,10 +215,10 @@ def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) ->
         alone = config.latency_warmup + config.latency_repeats * (1 if row.nfe >= 50 else 5)
         around = used["condition_alone"].operations + used["image"].operations / settings.latents.batch_size
         seconds += LATENCY_PASSES * (
-            cluster.seconds(*_by_format((alone + whole) * row.nfe * used["network_alone"].operations, used["network"]))
-            + cluster.seconds(*_by_format(whole * 2 * used["text"].operations, used["text"]))
-            + cluster.seconds(*_by_format(whole * used["decode"].operations, used["decode"]))
-            + cluster.seconds(0, whole * around)
+            cluster.seconds((alone + whole) * row.nfe * used["network_alone"].operations, used["network"].float32)
+            + cluster.seconds(whole * 2 * used["text"].operations, used["text"].float32)
+            + cluster.seconds(whole * used["decode"].operations, used["decode"].float32)
+            + cluster.seconds(whole * around, True)
         )
     networks, others = ("network_alone", "decode", "text", "image"), ("condition_alone",)
     found = _stage(settings, "evaluation", used, networks, others, seconds, cluster)
@@ -235,7 +227,7 @@ def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) ->
     # Each row that is not too dear draws training clips anew, in batches; no other network is loaded then.
     rows = [row.nfe for row in settings.samples.rows.values() if row.nfe <= config.c2st.most_nfe]
     operations = min(config.c2st.clips, settings.clips.train) * sum(rows) * used["network"].operations
-    again = cluster.seconds(*_by_format(operations / settings.samples.batch_size, used["network"]))
+    again = cluster.seconds(operations / settings.samples.batch_size, used["network"].float32)
     drawn = _stage(settings, "evaluation", used, ("network",), (), seconds + again, cluster)
     dearer = max(found, drawn, key=lambda stage: stage["bytes_per_gpu"]["total"])
     host = max(found["host_bytes"], drawn["host_bytes"])
