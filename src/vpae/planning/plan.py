@@ -67,7 +67,8 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
             stages[name]["remedies"] = _switches_around(name, settings, pipeline, tokens, cluster)
     for name, stage in stages.items():
         stage["complaints"] = complaints(name, stage, getattr(settings.cluster, name))
-    binding = max(stages, key=lambda name: stages[name]["bytes_per_gpu"]["total"])
+    sizes = {"transformer": count(network.build())}
+    sizes |= {name: count(module) for name, module in build_encoders(pipeline).items()}
     return {
         "experiment": source.name,
         "cluster": {
@@ -81,16 +82,15 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
             "float32_share": FLOAT32_SHARE,
             "overhead_bytes": cluster.overhead,
         },
-        "parameters": {phase: stages[phase]["parameters"] for phase in methods}
-        | {"pipeline": {"transformer": count(network.build())} | _encoder_parameters(pipeline)},
+        "parameters": {**{phase: stages[phase]["parameters"] for phase in methods}, "pipeline": sizes},
         "tokens": tokens.video,
         "condition_tokens": {"text": tokens.text, "image": tokens.image},
         "flops_per_nfe": used["network_alone"].operations,
-        "binding_stage": binding,
+        "binding_stage": max(stages, key=lambda name: stages[name]["bytes_per_gpu"]["total"]),
         "fits": all(stage["fits"] for stage in stages.values()),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages.values()),
         "stages": stages,
-        "disk_bytes": disk(settings, pipeline, tokens, stages),
+        "disk_bytes": disk(settings, network, tokens, sizes, stages),
         "missing": missing(source),
     }
 
@@ -120,6 +120,8 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
     training, gpus = getattr(settings, phase).training, gpus_of(settings, phase, cluster)
     found = execute(settings, phase, network, tokens, gpus)
     room, steps = cluster.memory - cluster.overhead, training.steps
+    fits = found.peak <= room
+    advice = [] if fits else remedies(settings, phase, network, tokens, gpus, found.peak, room)
     groups = max(1, gpus // training.sharding.context_parallel)  # of GPUs that share a clip
 
     def per_step(value: Callable) -> float:
@@ -139,13 +141,8 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
             "overhead": cluster.overhead,
             "total": found.peak + cluster.overhead,
         },
-        "fits": found.peak <= room,
-        "remedies": []
-        if found.peak <= room
-        else [
-            {**remedy, "total": remedy["total"] + cluster.overhead}
-            for remedy in remedies(settings, phase, network, tokens, gpus, found.peak, room)
-        ],
+        "fits": fits,
+        "remedies": [{**remedy, "total": remedy["total"] + cluster.overhead} for remedy in advice],
         "host_bytes": _host_bytes(settings, phase, found, gpus, FP32 * count(network.build())),
         "turns": {
             name: {
@@ -235,11 +232,9 @@ def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) ->
 
 
 AROUND = {"latents": _latents, "samples": _samples, "evaluation": _evaluation}
-SWITCHES = {  # the gentlest first
-    "latents": {"latents.batch_size": 1},
-    "samples": {"samples.batch_size": 1, "samples.vae_tiles": True, "samples.vae_dtype": "bfloat16"},
-    "evaluation": {"samples.batch_size": 1, "samples.vae_tiles": True, "samples.vae_dtype": "bfloat16"},
-}
+_OF_SAMPLES = {"samples.batch_size": 1, "samples.vae_tiles": True, "samples.vae_dtype": "bfloat16"}
+# The gentlest first.
+SWITCHES = {"latents": {"latents.batch_size": 1}, "samples": _OF_SAMPLES, "evaluation": _OF_SAMPLES}
 
 
 def _switches_around(
@@ -295,17 +290,16 @@ def complaints(name: str, stage: dict, needs: Needs) -> list[str]:
     return [f"cluster.{name}.memory_gb = {needs.memory_gb}, but a node needs about {wanted / 1e9:.0f} GB; raise it"]
 
 
-def _encoder_parameters(pipeline: Pipeline) -> dict[str, int]:
-    return {name: count(module) for name, module in build_encoders(pipeline).items()}
+def disk(
+    settings: Experiment, network: Network, tokens: Sequence, sizes: dict[str, int], stages: dict[str, dict]
+) -> dict[str, float]:
+    """Bytes on disk: latents at most (captions of full length, first frames uncompressed), one teacher, the states.
 
-
-def disk(settings: Experiment, pipeline: Pipeline, tokens: Sequence, stages: dict[str, dict]) -> dict[str, float]:
-    """Bytes on disk: latents at most (captions of full length, first frames uncompressed), one teacher, the states."""
+    `sizes` are the parameters of the pipeline's networks.
+    """
     clips = settings.clips.train + settings.clips.held_out
-    network = pipeline.transformer
-    transformer = count(network.build())
     found = {"latents": clips * clip_bytes(settings.geometry, network, tokens, settings.latents.dtype)}
-    found["teacher"] = FP32 * (transformer + sum(_encoder_parameters(pipeline).values()))
+    found["teacher"] = FP32 * sum(sizes.values())
     for phase in settings.methods:
         held, gpus = stages[phase]["bytes_per_gpu"], stages[phase]["gpus"]
         shards = gpus if getattr(settings, phase).training.sharding.strategy == "full" else 1
@@ -316,7 +310,7 @@ def disk(settings: Experiment, pipeline: Pipeline, tokens: Sequence, stages: dic
         beside = sum(parameters.get(role, 0) for role in METHODS[phase].leaves)
         if getattr(settings, phase).student_lora is not None:
             beside += parameters["ema"]  # the adapter as it was trained, beside the merged weights
-        found[f"{phase}_student"] = FP32 * (transformer + beside)
+        found[f"{phase}_student"] = FP32 * (sizes["transformer"] + beside)
     return found
 
 
