@@ -12,8 +12,8 @@ import torch._inductor.exc
 
 from vpae import artifacts
 from vpae.bench import COMPARISONS, sampling, training
-from vpae.bench.live_bytes import LiveBytes
-from vpae.bench.measure import held_bytes, matmul_peak
+from vpae.bench.live_bytes import LiveBytes, stored_bytes
+from vpae.bench.measure import matmul_peak
 from vpae.bench.networks import Components, random_components, random_transformer
 from vpae.bench.run import Options
 from vpae.bench.training import Workbench, _too_large
@@ -303,14 +303,15 @@ def test_live_bytes_follows_storages_that_change_their_size() -> None:
     assert live.now == 12000
 
 
-def test_held_bytes_counts_shared_weights_once() -> None:
+def test_stored_bytes_counts_shared_weights_once() -> None:
     a, b = torch.nn.Linear(10, 10), torch.nn.Linear(10, 10)
     b.weight = a.weight
     optimizer = torch.optim.AdamW(a.parameters())
-    assert held_bytes([a, b]) == 4 * (100 + 10 + 10)
+    assert stored_bytes([*a.parameters(), *b.parameters()]) == 4 * (100 + 10 + 10)
     a(torch.randn(2, 10)).sum().backward()
     optimizer.step()
-    assert held_bytes([a], [optimizer]) == 4 * (3 * 110 + 2)  # Adam's averages, and a step count for each weight
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert stored_bytes(states) == 4 * (2 * 110 + 2)  # Adam's averages, and a step count for each weight
 
 
 def test_random_weights_keep_norms_and_time_in_float32() -> None:

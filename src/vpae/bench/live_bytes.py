@@ -5,7 +5,7 @@ run; it works on fake tensors too, so that the memory of a large model can be co
 """
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ class LiveBytes(TorchDispatchMode):
         label: what the work that runs now is called.
     """
 
-    def __init__(self, label: Hashable = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.now, self.label = 0, label
+        self.now = 0
+        self.label: Hashable = None
         self.peaks: dict[Hashable, int] = {}
         self._counted: dict[int, tuple[weakref.ref, int]] = {}
 
@@ -96,6 +97,12 @@ class LiveBytes(TorchDispatchMode):
 
         self._counted[key] = weakref.ref(storage, gone), size
         self.now += size
+
+
+def stored_bytes(values: Iterable[object]) -> int:
+    """Bytes of the tensors among some values, each storage once; of a sharded tensor, this process's shard."""
+    here = [t.to_local() if isinstance(t, DTensor) else t for t in values if isinstance(t, Tensor)]
+    return sum({id(s): s.nbytes() for s in _storages(here)}.values())
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:

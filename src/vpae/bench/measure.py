@@ -1,12 +1,10 @@
 """Seconds, peaks of memory, and the speed of matrix products, on a GPU or a CPU."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from vpae.bench.live_bytes import LiveBytes
 from vpae.out_of_memory import exhausted_memory
@@ -67,16 +65,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     products()
     return 2.0 * n**3 * inner / min(seconds_of(products, device) for _ in range(5))
-
-
-def held_bytes(modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer] = ()) -> int:
-    """Bytes of weights, buffers and optimiser states, each storage once."""
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    for optimizer in optimizers:
-        tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    here = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)  # of a sharded one, this process's shard
-    storages = {s.data_ptr() or id(s): s.nbytes() for s in (t.untyped_storage() for t in here)}
-    return sum(storages.values())
 
 
 def peak_of(work: Callable[[], object], device: torch.device, held: int) -> int:

@@ -10,11 +10,11 @@ from statistics import median
 import torch
 from pydantic import ValidationError
 
-from vpae.bench.measure import free_memory, held_bytes, if_it_fits, matmul_peak, peak_of, seconds_of
+from vpae.bench.measure import free_memory, if_it_fits, matmul_peak, peak_of, seconds_of
 from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.config import Experiment
 from vpae.planning.network import Network, Sequence
-from vpae.planning.phase import Execution, Process, execute
+from vpae.planning.phase import Execution, Process, execute, held
 from vpae.planning.remedies import with_switches
 from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
@@ -55,9 +55,7 @@ class Workbench:
 
 def held_by(phase: Phase) -> int:
     """Bytes of all networks and optimisers of a phase in this process."""
-    roles, ema = phase.roles.values(), [] if phase.ema is None else [phase.ema]
-    modules = [*ema, *phase.networks.values(), *(role.module for role in roles)]
-    return held_bytes(modules, [role.optimizer for role in roles])
+    return sum(held(phase).values())
 
 
 def measure_phase(

@@ -5,7 +5,6 @@ A multiply-add counts as two operations; norms, activations and softmax are not 
 """
 
 from collections import Counter
-from collections.abc import Hashable
 
 import torch
 import torch.distributed as dist
@@ -41,8 +40,8 @@ class Meter(LiveBytes):
     A condition on a tensor's value, which fake tensors do not have, is taken for true.
     """
 
-    def __init__(self, label: Hashable = None) -> None:
-        super().__init__(label)
+    def __init__(self) -> None:
+        super().__init__()
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

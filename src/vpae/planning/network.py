@@ -4,13 +4,14 @@ Shapes come from the teacher's own files where they are, else from `teacher.arch
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vpae.config import Experiment
 from vpae.experiment import ConfigError, Source
@@ -212,6 +213,25 @@ def build_encoders(
     }
     with torch.device(device):
         return {name: build[name]() for name in parts}
+
+
+def fill(networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Give weights and tables that stand on the meta device memory; of fake tensors, the semblance of it."""
+    new: dict[int, nn.Parameter] = {}
+    for module in nn.ModuleList(networks).modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                new.setdefault(id(p), nn.Parameter(_empty(p, device), requires_grad=p.requires_grad))
+                module._parameters[name] = new[id(p)]
+        for name, table in module._buffers.items():
+            if table is not None:
+                module._buffers[name] = _empty(table, device)
+
+
+def _empty(like: Tensor, device: torch.device) -> Tensor:
+    if isinstance(like, DTensor):
+        return DTensor(_empty(like._local_tensor, device), like._spec, requires_grad=False)
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 def count(module: nn.Module) -> int:

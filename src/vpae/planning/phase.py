@@ -7,9 +7,10 @@ are straight lines in the number of blocks before and after the last one whose f
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from vpae.bench.live_bytes import stored_bytes
 from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.config import Experiment, Section
 from vpae.models.heads import taps_of
 from vpae.planning.meter import Meter, in_backward
-from vpae.planning.network import Network, Sequence
+from vpae.planning.network import Network, Sequence, count, fill
 from vpae.training.loop import update
 from vpae.training.precision import autocast_caches
 from vpae.training.sharding import spread
@@ -178,19 +179,19 @@ def _figures(settings: Experiment, name: str, network: Network, tokens: Sequence
         warnings.simplefilter("ignore")  # of what one would do better with memory
         with torch.device("meta"):
             phase = build_phase(settings, name, network, torch.device("meta"))
-        found |= {("parameters", role): _count(module) for role, module in parts_of(phase).items()}
+        found |= {("parameters", role): count(module) for role, module in parts_of(phase).items()}
         spread(phase, training, accelerator, empty=True)
         with FakeTensorMode(), Meter() as meter:
-            fill(phase, lambda p: torch.empty(p.shape, dtype=p.dtype, device=accelerator.device))
+            _fill_phase(phase, accelerator.device)
             for role in phase.roles.values():
                 _make_state(role.optimizer, gpu)
-            found |= {("held", kind): size for kind, size in _held(phase).items()}
+            found |= {("held", kind): size for kind, size in held(phase).items()}
             condition = random_condition(settings, network, tokens, training.batch_size, accelerator.device)
             batch = random_latents(settings, training.batch_size, accelerator.device), condition
             _label_blocks(phase.networks, meter)
             steps = [Counter(phase.turns(step)) for step in range(training.steps)]
-            for turn, count in sum(steps, Counter()).items():
-                found |= {("count", turn): count} | _update_of(phase, turn, batch, training, accelerator, meter)
+            for turn, times in sum(steps, Counter()).items():
+                found |= {("count", turn): times} | _update_of(phase, turn, batch, training, accelerator, meter)
     return found
 
 
@@ -244,24 +245,9 @@ def parts_of(phase) -> dict[str, nn.Module]:
     return found | {name: network for name, network in phase.networks.items() if id(network) not in known}
 
 
-def fill(phase, make: Callable[[Tensor], Tensor]) -> None:
-    """Give the weights and tables of a phase on the meta device memory, or the semblance of it.
-
-    Args:
-        phase: just built, and spread over processes if it is to be.
-        make: a tensor without memory -> one like it.
-    """
-    with torch.no_grad():
-        whole = nn.ModuleList([*phase.networks.values(), *parts_of(phase).values()])
-        new: dict[int, nn.Parameter] = {}
-        for module in whole.modules():
-            for name, p in module._parameters.items():
-                if p is not None and p.is_meta:
-                    new.setdefault(id(p), _filled(p, make))
-                    module._parameters[name] = new[id(p)]
-            for name, table in module._buffers.items():
-                if table is not None:
-                    module._buffers[name] = make(table)
+def _fill_phase(phase, device: torch.device) -> None:
+    """`fill` a phase that was just built and spread over processes, and have FSDP and the optimisers take note."""
+    fill([*phase.networks.values(), *parts_of(phase).values()], device)
     for network in phase.networks.values():
         for module in network.modules():
             if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group):
@@ -271,14 +257,6 @@ def fill(phase, make: Callable[[Tensor], Tensor]) -> None:
             network._get_fsdp_state()._lazy_init()
     for role in phase.roles.values():
         role.reset_optimizer()
-
-
-def _filled(p: nn.Parameter, make: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    if isinstance(p, DTensor):
-        value: Tensor = DTensor(make(p._local_tensor), p._spec, requires_grad=False)
-    else:
-        value = make(p)
-    return nn.Parameter(value, requires_grad=p.requires_grad)
 
 
 def _make_state(optimizer: torch.optim.Optimizer, at_once: bool) -> None:
@@ -295,22 +273,13 @@ def _make_state(optimizer: torch.optim.Optimizer, at_once: bool) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _held(phase) -> dict[str, float]:
-    """Bytes that are always there: weights, averages of optimisers, EMA."""
-    ema = _bytes([] if phase.ema is None else phase.ema.parameters())
+def held(phase) -> dict[str, int]:
+    """Bytes in this process that are always there: weights, averages of optimisers, EMA."""
+    ema = stored_bytes([] if phase.ema is None else phase.ema.parameters())
     parts = [*phase.networks.values(), *parts_of(phase).values()]
     weights = [t for part in parts for t in (*part.parameters(), *part.buffers())]
     states = [v for role in phase.roles.values() for s in role.optimizer.state.values() for v in s.values()]
-    return {"weights": _bytes(weights) - ema, "optimizer": _bytes(states), "ema": ema}
-
-
-def _bytes(tensors) -> int:
-    here = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
-    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in here}.values())
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return {"weights": stored_bytes(weights) - ema, "optimizer": stored_bytes(states), "ema": ema}
 
 
 def _label_blocks(networks: dict[str, nn.Module], meter: Meter) -> None:
@@ -323,23 +292,17 @@ def _label_blocks(networks: dict[str, nn.Module], meter: Meter) -> None:
         blocks = list(network.blocks)
         for index, block in enumerate(blocks):
             where = "first" if index == 0 else "last" if index == len(blocks) - 1 else "between"
-            block.register_forward_pre_hook(_enter(meter, passes, name, where), prepend=True)
-            block.register_forward_hook(_leave(meter, passes, name, where))
+            block.register_forward_pre_hook(partial(_enter, meter, passes, name, where), prepend=True)
+            block.register_forward_hook(partial(_leave, meter, passes, name, where))
 
 
-def _enter(meter: Meter, passes: list[int], name: str, where: str):
-    def mark(*_) -> None:
-        if not in_backward():
-            passes[0] += where == "first"
-            meter.mark((name, passes[0], where))
-
-    return mark
+def _enter(meter: Meter, passes: list[int], name: str, where: str, *_) -> None:
+    if not in_backward():
+        passes[0] += where == "first"
+        meter.mark((name, passes[0], where))
 
 
-def _leave(meter: Meter, passes: list[int], name: str, where: str):
-    def mark(_module, _inputs, output: Tensor) -> None:
-        if not in_backward() and output.requires_grad:
-            label = (name, passes[0], where, "backward")
-            output.register_hook(lambda _gradient: meter.mark(label))
-
-    return mark
+def _leave(meter: Meter, passes: list[int], name: str, where: str, _module, _inputs, output: Tensor) -> None:
+    if not in_backward() and output.requires_grad:
+        label = (name, passes[0], where, "backward")
+        output.register_hook(lambda _gradient: meter.mark(label))
