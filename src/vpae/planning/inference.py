@@ -19,7 +19,7 @@ from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import DTYPES
 from vpae.planning.meter import Meter
-from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count
+from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count, fill
 
 CPU = torch.device("cpu")
 
@@ -46,13 +46,7 @@ def measure(module: nn.Module, work: Callable[[nn.Module], object]) -> Use:
     """Run a network that stands on the meta device on fake tensors."""
     with warnings.catch_warnings(), FakeTensorMode(), Meter() as meter:
         warnings.simplefilter("ignore")
-        for part in module.modules():
-            for name, p in part._parameters.items():
-                if p is not None:
-                    part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
-            for name, table in part._buffers.items():
-                if table is not None:
-                    part._buffers[name] = torch.empty(table.shape, dtype=table.dtype)
+        fill([module], CPU)
         weights = meter.now
         meter.peaks.clear()
         result = work(module.eval())  # noqa: F841, a result is alive as long as its work is looked at
@@ -71,35 +65,30 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
     def video(count: int, frames: int) -> Tensor:
         return torch.empty(count, 3, frames, g.height, g.width)
 
-    def decoding() -> Use:
-        dtype = DTYPES[settings.samples.vae_dtype]
-        if settings.samples.decoder:
-            with torch.device("meta"):
-                small = SmallDecoder()
-            return measure(small.to(dtype), lambda decoder: decode_latents(decoder, random_latents(settings, 1, CPU)))
-        vae = nn.Module.to(build_encoders(pipeline, parts=("vae",))["vae"], dtype)
-        return measure(vae, lambda vae: decode_latents(placed(vae), random_latents(settings, 1, CPU)))
+    def decoder() -> nn.Module:
+        with torch.device("meta"):
+            small = SmallDecoder() if settings.samples.decoder else build_encoders(pipeline, parts=("vae",))["vae"]
+        return nn.Module.to(small, DTYPES[settings.samples.vae_dtype])
 
-    def placed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-        if settings.samples.vae_tiles:
+    def placed(vae: nn.Module) -> nn.Module:
+        if settings.samples.vae_tiles and isinstance(vae, AutoencoderKLWan):
             vae.enable_tiling()
         return vae
 
     def ids() -> Tensor:
         return torch.ones(1, TEXT_TOKENS, dtype=torch.long)
 
-    def pixels() -> Tensor:
-        return torch.empty(batch, 3, side, side)
-
     return {
         "network": network_use(settings, pipeline.transformer, tokens, settings.samples.batch_size),
         "network_alone": network_use(settings, pipeline.transformer, tokens, 1),
         "text": encoder("text_encoder", lambda model: model(input_ids=ids(), attention_mask=ids())),
-        "image": encoder("image_encoder", lambda model: model(pixel_values=pixels(), output_hidden_states=True)),
+        "image": encoder(
+            "image_encoder", lambda model: model(torch.empty(batch, 3, side, side), output_hidden_states=True)
+        ),
         "encode": encoder("vae", lambda vae: encode_video(vae, video(batch, g.frames))),
         "condition": encoder("vae", lambda vae: encode_condition(vae, video(batch, 1)[:, :, 0], g.frames)),
         "condition_alone": encoder("vae", lambda vae: encode_condition(placed(vae), video(1, 1)[:, :, 0], g.frames)),
-        "decode": decoding(),
+        "decode": measure(decoder(), lambda vae: decode_latents(placed(vae), random_latents(settings, 1, CPU))),
     }
 
 
