@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from vpae.experiment import ConfigError
 from vpae.models.formats import RESIZABLE
 from vpae.models.sizes import Weight, stored_weights
-from vpae.placement import Placement
+from vpae.placement import BY_TORCHAO, DTYPES, Placement
 
 Made = TypeVar("Made")
 NETWORKS = ("transformer", "text_encoder", "image_encoder", "vae")
@@ -40,19 +40,13 @@ class Sizes:
         """Read a folder's headers."""
         return cls({name: stored_weights(model / name) for name in NETWORKS}, Placement().formats(model))
 
-    def resident_bytes(self, placement: Placement, offload: str | None = None) -> int:
-        """The most bytes of weights that are on the device at a time.
-
-        Args:
-            placement: number format, 8-bit weights, offloading.
-            offload: instead of the placement's.
-        """
+    def resident_bytes(self, placement: Placement) -> int:
+        """The most bytes of weights that are on the device at a time."""
         bytes_of = {network: self._bytes(network, placement) for network in self.networks}
         whole = {name: sum(weights.values()) for name, weights in bytes_of.items()}
-        kind = offload or placement.offload
-        if kind == "none":
+        if placement.offload == "none":
             return sum(whole.values())
-        if kind == "model":
+        if placement.offload == "model":
             return max(whole.values())
         blocks = _summed(bytes_of["transformer"], _block)
         outside = blocks.pop("", 0)  # stays for the whole pass
@@ -62,9 +56,11 @@ class Sizes:
 
     def _bytes(self, network: str, placement: Placement) -> dict[str, int]:
         """Name -> bytes of a network's weights once it is placed."""
-        weights = self.networks[network]
-        chosen = {"vae": placement.vae_dtype} | (dict.fromkeys(RESIZABLE, placement.dtype) if placement.dtype else {})
-        dtype = getattr(torch, chosen[network]) if network in chosen else self.formats[network]
+        weights, dtype = self.networks[network], self.formats[network]
+        if network == "vae":
+            dtype = DTYPES[placement.vae_dtype]
+        elif placement.dtype and network in RESIZABLE:
+            dtype = DTYPES[placement.dtype]
         found = {name: weight.values * dtype.itemsize for name, weight in weights.items()}
         if network == "transformer" and placement.quantize != "none":
             for name, weight in weights.items():
@@ -145,15 +141,17 @@ def exhausted_memory(error: BaseException) -> Literal["gpu", "machine"] | None:
 def advice(sizes: Sizes, placement: Placement, place: str, on_gpu: bool, frames: int, height: int, width: int) -> str:
     """The message: what was tried, and each switch with what it saves by itself."""
     lines = [f"out of memory on {place}, sampling {frames} frames of {width} x {height}"]
-    # The machine's own memory holds every network, and holds it whole before it is quantised.
-    held = None if on_gpu else "none"
-    now = sizes.resident_bytes(placement, held)
+
+    def held(placement: Placement) -> int:
+        return sizes.resident_bytes(placement if on_gpu else replace(placement, offload="none"))
+
+    now = held(placement)
     if now:
         lines[0] += f"; weights take {_gigabytes(now)} there"
     options = [
         (switch, f"saves {_gigabytes(now - after)} of weights")
         for switch, other in _switches(sizes, placement, on_gpu)
-        if (after := sizes.resident_bytes(other, held)) < now
+        if (after := held(other)) < now
     ]
     tried = placement.tile or (placement.tile is None and on_gpu)  # see `tiled_if_short`
     if not tried and max(height, width) > TILE:
@@ -170,24 +168,21 @@ def _switches(sizes: Sizes, placement: Placement, on_gpu: bool) -> list[tuple[st
     found = []
     if (placement.dtype or str(sizes.formats["transformer"]).removeprefix("torch.")) == "float32":
         found.append(("--dtype bfloat16", replace(placement, dtype="bfloat16")))
-    if on_gpu and placement.offload == "none":
+    if not on_gpu:  # the machine's own memory holds every network, and holds it whole before it is quantised
+        return found
+    if placement.offload == "none":
         found.append(("--offload model", replace(placement, offload="model")))
-    if on_gpu and placement.quantize == "none":
+    if placement.quantize == "none":
         eight_bits = "int8" if placement.compile else "fp8"
         found.append((f"--quantize {eight_bits}", replace(placement, quantize=eight_bits)))
-    if on_gpu and placement.offload in ("none", "model"):
-        found.append(_in_groups(placement))
+    if placement.offload != "group":  # which excludes compilation and torchao's weights
+        switch, quantize = "--offload group", placement.quantize
+        if placement.compile:
+            switch += " without --compile"
+        if quantize in BY_TORCHAO:
+            switch, quantize = f"{switch} without --quantize", "none"
+        found.append((switch, replace(placement, compile=False, offload="group", quantize=quantize)))
     return found
-
-
-def _in_groups(placement: Placement) -> tuple[str, Placement]:
-    """The switch to group offloading, which excludes compilation and int8 weights."""
-    switch, other = "--offload group", replace(placement, compile=False, offload="group", quantize="none")
-    if placement.compile:
-        switch += " without --compile"
-    if placement.quantize in ("int8", "fp8-compute"):
-        return f"{switch} without --quantize", other
-    return switch, replace(other, quantize=placement.quantize)
 
 
 def _gpu(device: str) -> str:

@@ -20,18 +20,7 @@ from vpae.models.loras import merge_loras, read_loras
 from vpae.models.wan import load_pipeline
 from vpae.teacher.folder import require_whole
 
-OFFLOADS = {
-    "none": "every network stays on the GPU",
-    "model": "one network at a time is there",
-    "group": "one transformer block at a time",
-}
-QUANTISED = {
-    "none": "weights as --dtype says",
-    "int8": "the transformer's blocks in int8, one scale a row (torchao)",
-    "fp8": "the transformer's blocks stored in float8 and computed in --dtype",
-    "fp8-compute": "the blocks' products in float8 too, a scale a row: Hopper and later, best compiled (torchao)",
-}
-_INSTALL = "`pip install -c constraints.txt -e '.[quantize]'`, or take --quantize fp8"
+BY_TORCHAO = ("int8", "fp8-compute")  # of `Placement.quantize`
 # Network evaluations from which on compiling pays: at 14B it takes some 15 s and saves half a second an evaluation.
 COMPILED_FROM = 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,8 +31,9 @@ class Placement:
     """How to bring a pipeline onto a device.
 
     Attributes:
-        offload: one of `OFFLOADS`.
-        quantize: one of `QUANTISED`.
+        offload: none; model: one network at a time is on the GPU; group: one transformer block at a time.
+        quantize: none; int8: the transformer's blocks, with a scale a row; fp8: stored in float8, computed in `dtype`;
+            fp8-compute: products in float8 too, with a scale a row (Hopper and later, best compiled).
         tile: encode and decode in overlapping tiles of 256 x 256 pixels; None: where memory does not suffice without.
         compile: compile the transformer's blocks with torch.compile; None: where it pays, see `compiling_pays`.
         vae_dtype: one of `DTYPES`, of the VAE.
@@ -63,7 +53,7 @@ class Placement:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.offload == "group" and self.quantize in ("int8", "fp8-compute"):
+        if self.offload == "group" and self.quantize in BY_TORCHAO:
             raise ConfigError(
                 f"--offload group with --quantize {self.quantize}: these weights cannot be moved block by block; "
                 "take --quantize fp8, or --offload model"
@@ -120,7 +110,7 @@ def load_placed(
     """
     device = torch.device(device)
     # Whether it can be done, before minutes of loading.
-    quantise = {"int8": _int8, "fp8-compute": fp8_products}.get(placement.quantize, lambda: None)()
+    quantise = by_torchao(placement.quantize) if placement.quantize in BY_TORCHAO else None
     require_whole(model)
     dtypes = placement.formats(model)
     factors = read_loras(loras, model)
@@ -154,31 +144,28 @@ def _offload(pipeline: WanImageToVideoPipeline, offload: str, device: torch.devi
         pipeline.to(device)
 
 
-def fp8_products() -> Callable[[nn.Module], None]:
-    """What has a module's matrices multiplied in float8, weights and activations with a scale a row.
+def by_torchao(quantize: str) -> Callable[[nn.Module], None]:
+    """What stores a module's matrices in int8, or has them and activations multiplied in float8, a scale a row.
 
     Raises:
-        ConfigError: torchao is not installed, or the GPU has no float8 products.
+        ConfigError: torchao is not installed, or not for this torch; or the GPU has no float8 products.
     """
     try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8WeightOnlyConfig,
+            PerRow,
+            quantize_,
+        )
     except ImportError as error:
-        raise ConfigError(f"--quantize fp8-compute needs torchao: {_INSTALL} ({error})") from error
+        raise ConfigError(
+            f"--quantize {quantize} needs torchao: `pip install -c constraints.txt -e '.[quantize]'`, or take "
+            f"--quantize fp8 ({error})"
+        ) from error
+    if quantize == "int8":
+        return partial(quantize_, config=Int8WeightOnlyConfig())
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError("--quantize fp8-compute needs a GPU of compute capability 8.9 or more; take --quantize fp8")
     # Inductor's settings stay as they are: torchao's take minutes, and round what else is computed in float32.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     return partial(quantize_, config=config)
-
-
-def _int8() -> Callable[[nn.Module], None]:
-    """What stores a module's matrices in int8.
-
-    Raises:
-        ConfigError: torchao is not installed, or not for this torch.
-    """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ConfigError(f"--quantize int8 needs torchao: {_INSTALL} ({error})") from error
-    return partial(quantize_, config=Int8WeightOnlyConfig())

@@ -27,7 +27,7 @@ from vpae.experiment import Source, load
 from vpae.models.layout import channels_last
 from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
-from vpae.placement import fp8_products
+from vpae.placement import by_torchao
 from vpae.planning.inference import by_size, network_use
 from vpae.planning.network import Network, build_encoders, pipeline_of, tokens_of
 from vpae.planning.phase import execute
@@ -146,7 +146,7 @@ def sampling(rows: Rows, source: Source, network: Network, backend: str) -> None
     model.compile_repeated_blocks(backend=backend)
     rows.time("compiled", partial(evaluate, "compiled"), 2, flops)
     try:
-        fp8_products()(model.blocks)
+        by_torchao("fp8-compute")(model.blocks)
     except Exception as error:  # whatever torchao says of this device
         rows.add("fp8 compiled", skipped=f"{type(error).__name__}: {first_line(error)}"[:300])
         return
