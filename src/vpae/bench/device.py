@@ -11,17 +11,18 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 
 from vpae.bench import training
-from vpae.bench.frames import realistic
 from vpae.bench.measure import first_line, free_memory, matmul_peak, seconds_of, synchronise
-from vpae.bench.networks import by_default, random_condition, random_transformer
+from vpae.bench.networks import random_condition, random_encoders, random_transformer
+from vpae.config import Experiment
 from vpae.data.video import write_video
+from vpae.data.world import draw_truth, render
 from vpae.distill import CHAIN
 from vpae.experiment import Source, load
 from vpae.models.layout import channels_last
@@ -29,10 +30,11 @@ from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import by_torchao
 from vpae.planning.inference import by_size, network_use
-from vpae.planning.network import Network, build_encoders, pipeline_of, tokens_of
+from vpae.planning.network import Network, pipeline_of, tokens_of
 from vpae.planning.phase import execute
 
 PARTS = ("video", "sampling", *(method.name for method in CHAIN))
+GRAIN = 1.3  # of `realistic`: standard deviation, of 255; files are then about as large as of camera clips
 
 
 class Rows:
@@ -50,46 +52,48 @@ class Rows:
 
     def time(self, name: str, work: Callable[[], object], repeats: int = 2, flops: float = 0, **values) -> None:
         """Time some work after a first run, which counts only if it is the only one; an error becomes `skipped`."""
+        on_gpu = self.device.type == "cuda"
         try:
-            self._reset_peak()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
             first = seconds_of(work, self.device)
             runs = [seconds_of(work, self.device) for _ in range(repeats)]
         except (AssertionError, ImportError, MemoryError, RuntimeError, ValueError) as error:
-            self.add(name, skipped=f"{type(error).__name__}: {first_line(error)}"[:300], **values)
+            self.skip(name, error, **values)
             free_memory(self.device)
             return
         seconds = min(runs, default=first)
         share = {"share_of_peak": flops / seconds / self.peak} if flops else {}
-        self.add(name, seconds=seconds, runs=runs, first=first, **share, **self._peak_memory(), **values)
+        memory = {"peak_gb": torch.cuda.max_memory_allocated(self.device) / 1e9} if on_gpu else {}
+        self.add(name, seconds=seconds, runs=runs, first=first, **share, **memory, **values)
+
+    def skip(self, name: str, error: Exception, **values: object) -> None:
+        """Write why there is no measurement."""
+        self.add(name, skipped=f"{type(error).__name__}: {first_line(error)}"[:300], **values)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which large networks compute here."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @cached_property
     def peak(self) -> float:
         """Operations per second of large matrix products, measured once."""
-        if not hasattr(self, "_peak"):
-            self._peak = matmul_peak(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        return self._peak
-
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def _peak_memory(self) -> dict[str, float]:
-        if self.device.type != "cuda":
-            return {}
-        return {"peak_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
+        return matmul_peak(self.device, self.dtype)
 
 
 @torch.no_grad()
 def video(rows: Rows, source: Source, work: Path) -> None:
     """All that is between an image and an mp4 but the transformer."""
     geometry, device = source.settings.geometry, rows.device
-    vae, text_encoder, image_encoder = _encoders(source, device)
+    pipeline = pipeline_of(source)
+    encoders = random_encoders(pipeline, device, rows.dtype)
+    vae, text_encoder, image_encoder = (encoders[name] for name in ("vae", "text_encoder", "image_encoder"))
     size = (1, 3, geometry.height, geometry.width)
     first = torch.rand(size, device=device) * 2 - 1
     whole = torch.cat([first[:, :, None], torch.zeros(1, 3, geometry.frames - 1, *size[2:], device=device)], dim=2)
     latents = torch.randn(1, 16, *geometry.latent_shape, device=device)
-    tokens = tokens_of(source.settings, pipeline_of(source))
-    ids = torch.ones(1, tokens.text, dtype=torch.long, device=device)
+    ids = torch.ones(1, tokens_of(source.settings, pipeline).text, dtype=torch.long, device=device)
     side = image_encoder.config.image_size
     pixels = torch.rand(1, 3, side, side, device=device)
     rows.time("condition", lambda: encode_condition(vae, first, geometry.frames))
@@ -116,13 +120,13 @@ def video(rows: Rows, source: Source, work: Path) -> None:
     rows.add("mp4 bytes", size=(work / "clip.mp4").stat().st_size)
 
 
-def _encoders(source: Source, device: torch.device) -> tuple[AutoencoderKLWan, torch.nn.Module, torch.nn.Module]:
-    """VAE and image encoder in float32, the text encoder in the format that it is sampled in."""
-    pipeline, large = pipeline_of(source), torch.bfloat16 if device.type == "cuda" else torch.float32
-    with by_default(large):
-        text = build_encoders(pipeline, device, ("text_encoder",))["text_encoder"]
-    others = build_encoders(pipeline, device, ("vae", "image_encoder"))
-    return tuple(module.requires_grad_(False).eval() for module in (others["vae"], text, others["image_encoder"]))
+def realistic(settings: Experiment) -> np.ndarray:
+    """uint8 frames (T, H, W, 3) like a camera's: of the procedural world, with a sensor's grain on them."""
+    g = settings.geometry
+    rng = np.random.default_rng(settings.seed)
+    clean = render(draw_truth((settings.seed, 0), g.frames, g.width / g.height, 0.0, 0.0), g.height, g.width)
+    grain = rng.normal(0, GRAIN, (4, *clean.shape[1:]))  # four of them in turn: drawing one for each takes longer
+    return np.stack([np.clip(frame + grain[i % 4], 0, 255) for i, frame in enumerate(clean)]).astype(np.uint8)
 
 
 @torch.no_grad()
@@ -148,7 +152,7 @@ def sampling(rows: Rows, source: Source, network: Network, backend: str) -> None
     try:
         by_torchao("fp8-compute")(model.blocks)
     except Exception as error:  # whatever torchao says of this device
-        rows.add("fp8 compiled", skipped=f"{type(error).__name__}: {first_line(error)}"[:300])
+        rows.skip("fp8 compiled", error)
         return
     torch._dynamo.reset()
     rows.time("fp8 compiled", partial(evaluate, "fp8"), 2, flops)

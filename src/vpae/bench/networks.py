@@ -5,7 +5,7 @@ How long a network takes does not depend on its weights' values.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -63,12 +63,17 @@ def random_transformer(network: Network, device: torch.device, dtype: torch.dtyp
 
 
 def random_components(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) -> Components:
-    """All networks of a pipeline with random weights; VAE and image encoder in float32, as for sampling."""
+    """All networks of a pipeline with random weights, in the formats of sampling."""
+    encoders = random_encoders(pipeline, device, dtype)
+    return Components(_at_rest(random_transformer(pipeline.transformer, device, dtype)), **encoders)
+
+
+def random_encoders(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The text encoder in one format, VAE and image encoder in float32, by their names in `Components`."""
     with by_default(dtype):
-        text_encoder = build_encoders(pipeline, device, ("text_encoder",))["text_encoder"]
-    others = build_encoders(pipeline, device, ("vae", "image_encoder"))
-    transformer = random_transformer(pipeline.transformer, device, dtype)
-    return _at_rest(Components(transformer, others["vae"], text_encoder, others["image_encoder"]))
+        found = build_encoders(pipeline, device, ("text_encoder",))
+    found |= build_encoders(pipeline, device, ("vae", "image_encoder"))
+    return {name: _at_rest(module) for name, module in found.items()}
 
 
 def found_components(source: Source, results: Path, device: torch.device, dtype: torch.dtype) -> Components:
@@ -83,13 +88,11 @@ def found_components(source: Source, results: Path, device: torch.device, dtype:
             f"{folder} holds no pipeline: run `vpae teacher --config {source.path}`, or measure with --random-weights"
         )
     pipeline = load_pipeline(folder, formats(folder, dtype)).to(device)
-    return _at_rest(Components(pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder))
+    return Components(**{part.name: _at_rest(getattr(pipeline, part.name)) for part in fields(Components)})
 
 
-def _at_rest(parts: Components) -> Components:
-    for module in (parts.transformer, parts.vae, parts.text_encoder, parts.image_encoder):
-        module.requires_grad_(False).eval()
-    return parts
+def _at_rest(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False).eval()
 
 
 def random_condition(

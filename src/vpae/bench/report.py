@@ -5,6 +5,7 @@ import platform
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 
@@ -47,22 +48,21 @@ def as_text(found: dict) -> str:
         f"{network['tokens']:,} tokens, {network['dtype'].removeprefix('torch.')}",
         f"matrix products: {found['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s",
     ]
-    if "sampling" in found:
-        lines += ["", *_sampling(found["sampling"])]
-    if "vae" in found:
-        lines += ["", *_vae(found["vae"])]
-    for name in METHODS:
+    tables = {
+        "sampling": _sampling,
+        "vae": _vae,
+        **{name: partial(_phase, name) for name in METHODS},
+        **dict.fromkeys(COMPARISONS, _comparison),
+        "data": _data,
+    }
+    for name, table in tables.items():
         if name in found:
-            lines += ["", *_phase(name, found[name])]
-    for name in COMPARISONS:
-        if name in found:
-            lines += ["", *_comparison(found[name])]
-    if "data" in found:
-        lines += ["", *_data(**found["data"])]
+            lines += ["", *table(found[name])]
     return "\n".join(lines)
 
 
-def _data(encoding: dict, training: dict) -> list[str]:
+def _data(data: dict) -> list[str]:
+    encoding, training = data["encoding"], data["training"]
     stage, bare = encoding["stage_clips_per_second"], encoding["encoders_clips_per_second"]
     return [
         f"encoding of {encoding['clips']} clips: {stage:.4g} a second, the encoders alone {bare:.4g}; "

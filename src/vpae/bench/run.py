@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vpae.bench import COMPARISONS, encoding, sampling, training
+from vpae.bench import COMPARISONS, sampling, training
 from vpae.bench.data import measure_data
 from vpae.bench.measure import free_memory, if_it_fits, matmul_peak
 from vpae.bench.networks import found_components, random_components
@@ -84,7 +84,7 @@ def run(source: Source, options: Options, keep: Callable[[dict], None] = lambda 
             done("sampling")
             del bench
         if "vae" in options.parts:
-            measure = partial(encoding.measure_vae, settings, parts, device, options.batch_sizes[0], options.repeats)
+            measure = partial(sampling.measure_vae, settings, parts, device, options.batch_sizes[0], options.repeats)
             found["vae"] = if_it_fits(measure, device)
             done("vae")
             del measure

@@ -1,22 +1,23 @@
-"""How long a video takes: the network steps, and all from image and prompt to an mp4, part by part."""
+"""How long a video takes: the network steps, all from image and prompt to an mp4 by parts, and the VAE both ways."""
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from vpae.bench.measure import first_line, if_it_fits, matmul_peak, seconds_of, timed
 from vpae.bench.networks import Components, random_condition
 from vpae.config import Experiment
 from vpae.data.video import write_video
-from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, predict_x0, take_any_inputs
+from vpae.models.small_decoder import SmallDecoder
+from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.planning.inference import network_use
 from vpae.planning.network import Network, Sequence
 from vpae.sampling import euler
@@ -26,32 +27,21 @@ NO_KERNEL = "No available kernel"  # what torch says of a native backend that is
 LONG_SECONDS = 60.0  # a row that takes longer is timed once: a hundred evaluations are their own average
 
 
+@dataclass
 class Bench:
-    """Times one pipeline's networks at an experiment's geometry.
+    """Times the networks of a pipeline on a device at an experiment's geometry; the median of the repeats counts."""
 
-    Args:
-        settings: the experiment.
-        parts: the networks, on the device.
-        network, tokens: their shape, and a clip's tokens.
-        device: where they are.
-        repeats: timed runs; the median counts.
-    """
+    settings: Experiment
+    parts: Components
+    network: Network
+    tokens: Sequence
+    device: torch.device
+    repeats: int
 
-    def __init__(
-        self,
-        settings: Experiment,
-        parts: Components,
-        network: Network,
-        tokens: Sequence,
-        device: torch.device,
-        repeats: int,
-    ):
-        self.settings, self.parts, self.network, self.tokens = settings, parts, network, tokens
-        self.device, self.repeats = device, repeats
-        self.dtype = parts.transformer.dtype
-        self.flops = network_use(settings, network, tokens, 1).operations
-        self.peak = matmul_peak(device, self.dtype)
-        take_any_inputs(parts.transformer)
+    def __post_init__(self) -> None:
+        self.flops = network_use(self.settings, self.network, self.tokens, 1).operations
+        self.peak = matmul_peak(self.device, self.parts.transformer.dtype)
+        take_any_inputs(self.parts.transformer)
 
     @torch.no_grad()
     def evaluations(self, batch_sizes: tuple[int, ...], attention: tuple[str, ...], compiled: bool) -> Iterator[dict]:
@@ -134,7 +124,8 @@ class Bench:
         first_B3HW = torch.rand(1, 3, geometry.height, geometry.width, device=device) * 2 - 1
         # Prompt and negative prompt, padded as a pipeline pads them, whether there is guidance or not.
         ids = torch.ones(2, TEXT_TOKENS, dtype=torch.long, device=device)
-        pixels = torch.rand(1, 3, *_image_size(parts.image_encoder), device=device)
+        side = parts.image_encoder.config.image_size
+        pixels = torch.rand(1, 3, side, side, device=device)
         tokens = replace(self.tokens, text=TEXT_TOKENS)
         condition = random_condition(self.settings, self.network, tokens, 1, device)
         noise = torch.randn(1, 16, *geometry.latent_shape, device=device)
@@ -165,6 +156,31 @@ class Bench:
         return {name: seconds_of(run, device) for name, run in work.items()}
 
 
+@torch.no_grad()
+def measure_vae(settings: Experiment, parts: Components, device: torch.device, batch: int, repeats: int) -> dict:
+    """Encoding of videos and of their conditions, and decoding, in frames per second.
+
+    Conditions also as diffusers encodes them; `condition_error` is the largest difference between the two.
+    """
+    g = settings.geometry
+    video_B3THW = torch.rand(batch, 3, g.frames, g.height, g.width, device=device) * 2 - 1
+    first_then_grey = torch.cat([video_B3THW[:, :, :1], torch.zeros_like(video_B3THW[:, :, 1:])], dim=2)
+    latents = encode_video(parts.vae, video_B3THW)
+    small = SmallDecoder().to(device, parts.vae.dtype)  # of any weights: they change no time
+    work = {
+        "encode": lambda: encode_video(parts.vae, video_B3THW),
+        "condition": lambda: encode_condition(parts.vae, video_B3THW[:, :, 0], g.frames),
+        "condition, frame by frame": lambda: encode_video(parts.vae, first_then_grey),
+        "decode": lambda: decode_latents(parts.vae, latents),
+        "decode, small decoder": lambda: decode_latents(small, latents),
+    }
+    found = {name: timed(run, device, repeats) for name, run in work.items()}
+    for row in found.values():
+        row["frames_per_second"] = batch * g.frames / row["seconds"]
+    ours, theirs = work["condition"](), work["condition, frame by frame"]()
+    return {"batch": batch, "condition_error": (ours - theirs).abs().max().item(), **found}
+
+
 def fastest(evaluations: list[dict]) -> tuple[str, str]:
     """Mode and attention backend of the fastest row that was measured; of single videos, if there are such rows."""
     measured = [row for row in evaluations if "skipped" not in row]
@@ -186,8 +202,3 @@ def ratios(videos: list[dict]) -> dict[str, float]:
         "diffusion": many["seconds"]["diffusion"] / few["seconds"]["diffusion"],
         "end_to_end": many["total_seconds"] / few["total_seconds"],
     }
-
-
-def _image_size(encoder: nn.Module) -> tuple[int, int]:
-    side = encoder.config.image_size
-    return side, side
