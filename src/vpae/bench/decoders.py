@@ -49,14 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decoder", choices=DECODERS, help="only this one, as one line of JSON")
     arguments = parser.parse_args(argv)
     if arguments.decoder:
-        print(
-            json.dumps(
-                _measure(
-                    arguments.decoder,
-                    [path for path in sorted(arguments.folder.glob("*.mp4")) if probe(path).streams == 1],
-                )
-            )
-        )
+        paths = [path for path in sorted(arguments.folder.glob("*.mp4")) if probe(path).streams == 1]
+        print(json.dumps(_measure(arguments.decoder, paths)))
         return 0
     print("| decoder | frames / CPU-s | peak MiB | difference | damaged: refused | other frames, no word |")
     print("|---|---|---|---|---|---|")

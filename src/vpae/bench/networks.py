@@ -20,7 +20,7 @@ from vpae.graph import stage_folder
 from vpae.models.adapters import STUDENT
 from vpae.models.formats import formats
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline
-from vpae.planning.network import Network, Pipeline, Sequence, build_encoders
+from vpae.planning.network import Network, Pipeline, Sequence, build_encoder
 
 
 @dataclass
@@ -71,8 +71,8 @@ def random_components(pipeline: Pipeline, device: torch.device, dtype: torch.dty
 def random_encoders(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The text encoder in one format, VAE and image encoder in float32, by their names in `Components`."""
     with by_default(dtype):
-        found = build_encoders(pipeline, device, ("text_encoder",))
-    found |= build_encoders(pipeline, device, ("vae", "image_encoder"))
+        found = {"text_encoder": build_encoder(pipeline, "text_encoder", device)}
+    found |= {name: build_encoder(pipeline, name, device) for name in ("vae", "image_encoder")}
     return {name: _at_rest(module) for name, module in found.items()}
 
 

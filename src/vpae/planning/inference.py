@@ -19,7 +19,7 @@ from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import DTYPES
 from vpae.planning.meter import Meter
-from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count, fill
+from vpae.planning.network import Network, Pipeline, Sequence, build_encoder, count, fill
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
     g, batch, side = settings.geometry, settings.latents.batch_size, pipeline.image_encoder["image_size"]
 
     def encoder(name: str, work: Callable[[nn.Module], object]) -> Use:
-        module = build_encoders(pipeline, parts=(name,))[name]
+        module = build_encoder(pipeline, name)
         return measure(module.to(by_size(module)) if name in RESIZABLE else module, work)
 
     def video(count: int, frames: int) -> Tensor:
@@ -67,7 +67,7 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
 
     def decoder() -> nn.Module:
         with torch.device("meta"):
-            small = SmallDecoder() if settings.samples.decoder else build_encoders(pipeline, parts=("vae",))["vae"]
+            small = SmallDecoder() if settings.samples.decoder else build_encoder(pipeline, "vae")
         return nn.Module.to(small, DTYPES[settings.samples.vae_dtype])
 
     def placed(vae: nn.Module) -> nn.Module:

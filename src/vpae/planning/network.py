@@ -196,23 +196,23 @@ def _tiny(settings: Experiment) -> Pipeline:
     )
 
 
-ENCODERS = ("vae", "text_encoder", "image_encoder")
-
-
-def build_encoders(
-    pipeline: Pipeline, device: torch.device | str = "meta", parts: tuple[str, ...] = ENCODERS
-) -> dict[str, nn.Module]:
-    """VAE, text encoder and image encoder of a pipeline's shapes; on the meta device without weights."""
+def build_encoder(pipeline: Pipeline, name: str, device: torch.device | str = "meta") -> nn.Module:
+    """The `vae`, `text_encoder` or `image_encoder` of a pipeline's shapes; on the meta device without weights."""
     from diffusers import AutoencoderKLWan
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-    build = {
-        "vae": lambda: AutoencoderKLWan(**pipeline.vae),
-        "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**pipeline.text_encoder)),
-        "image_encoder": lambda: CLIPVisionModel(CLIPVisionConfig(**pipeline.image_encoder)),
-    }
     with torch.device(device):
-        return {name: build[name]() for name in parts}
+        if name == "vae":
+            return AutoencoderKLWan(**pipeline.vae)
+        if name == "text_encoder":
+            return UMT5EncoderModel(UMT5Config(**pipeline.text_encoder))
+        return CLIPVisionModel(CLIPVisionConfig(**pipeline.image_encoder))
+
+
+def parameters_of(pipeline: Pipeline) -> dict[str, int]:
+    """Parameters of each of a pipeline's networks."""
+    encoders = {name: count(build_encoder(pipeline, name)) for name in ("vae", "text_encoder", "image_encoder")}
+    return {"transformer": count(pipeline.transformer.build()), **encoders}
 
 
 def fill(networks: Iterable[nn.Module], device: torch.device) -> None:

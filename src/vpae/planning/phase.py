@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -137,23 +136,14 @@ def _along(found: Figures, start: Figures, next_: Figures, blocks: int) -> Figur
 
 
 def _taps(section: Section, layers: int) -> tuple[int, ...]:
-    """The blocks whose features a phase takes, wherever in its settings they stand; none if it takes none."""
-    for name, value in section:
-        if name == "taps":
-            return taps_of(tuple(value), layers)
-        if isinstance(value, Section) and (found := _taps(value, layers)):
-            return found
-    return ()
+    """The blocks whose features a phase's head takes; none if it has no head."""
+    head = getattr(section, "head", None)
+    return () if head is None else taps_of(head.taps, layers)
 
 
 def _with_taps(section: Section, taps: tuple[int, ...]) -> Section:
-    changed: dict[str, Any] = {}
-    for name, value in section:
-        if name == "taps":
-            changed[name] = taps
-        elif isinstance(value, Section):
-            changed[name] = _with_taps(value, taps)
-    return section.model_copy(update=changed)
+    head = getattr(section, "head", None)
+    return section if head is None else section.model_copy(update={"head": head.model_copy(update={"taps": taps})})
 
 
 def _gather(found: Figures, accumulate: int) -> Execution:

@@ -10,7 +10,7 @@ from vpae.config import Experiment, Geometry, Needs
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, Source
 from vpae.planning.inference import Use, uses
-from vpae.planning.network import Network, Pipeline, Sequence, build_encoders, count, pipeline_of, tokens_of
+from vpae.planning.network import Network, Pipeline, Sequence, count, parameters_of, pipeline_of, tokens_of
 from vpae.planning.phase import Execution, execute
 from vpae.planning.presence import missing
 from vpae.planning.remedies import remedies
@@ -67,8 +67,7 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
             stages[name]["remedies"] = _switches_around(name, settings, pipeline, tokens, cluster)
     for name, stage in stages.items():
         stage["complaints"] = complaints(name, stage, getattr(settings.cluster, name))
-    sizes = {"transformer": count(network.build())}
-    sizes |= {name: count(module) for name, module in build_encoders(pipeline).items()}
+    sizes = parameters_of(pipeline)
     return {
         "experiment": source.name,
         "cluster": {

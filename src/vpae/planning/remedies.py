@@ -39,22 +39,18 @@ def switches(settings: Experiment, phase: str, network: Network, tokens: Sequenc
     """What could be switched on for a phase, the gentlest first."""
     config = getattr(settings, phase)
     training, sharding = config.training, config.training.sharding
-    found: list[dict] = []
-    if sharding.strategy == "none" and gpus > 1:
-        found.append({"strategy": "full"})
-    if sharding.activation_checkpointing is not True:
-        found.append({"activation_checkpointing": True})
-    if training.accumulate > 1 and not sharding.reduce_every_micro_batch and gpus > 1:
-        found.append({"reduce_every_micro_batch": True})
-    if training.batch_size > 1:
-        found.append({"batch_size": 1})
-    for size in (2, 4, 8):
-        divides = gpus % size == network.heads % size == tokens.video % size == 0
-        if size > sharding.context_parallel and divides:
-            found.append({"context_parallel": size})
-    if config.student_lora is None:
-        found.append({"student_lora": Lora()})
-    return [values for values in found if _is_allowed(settings, phase, values)]
+    reduces = training.accumulate > 1 and not sharding.reduce_every_micro_batch and gpus > 1
+    larger = [size for size in (2, 4, 8) if size > sharding.context_parallel]
+    dividing = [size for size in larger if gpus % size == network.heads % size == tokens.video % size == 0]
+    found = [
+        (sharding.strategy == "none" and gpus > 1, {"strategy": "full"}),
+        (sharding.activation_checkpointing is not True, {"activation_checkpointing": True}),
+        (reduces, {"reduce_every_micro_batch": True}),
+        (training.batch_size > 1, {"batch_size": 1}),
+        *((True, {"context_parallel": size}) for size in dividing),
+        (config.student_lora is None, {"student_lora": Lora()}),
+    ]
+    return [values for useful, values in found if useful and _is_allowed(settings, phase, values)]
 
 
 def _is_allowed(settings: Experiment, phase: str, values: dict) -> bool:
