@@ -12,13 +12,13 @@ import torch._inductor.exc
 
 from vpae import artifacts
 from vpae.bench import COMPARISONS, sampling, training
-from vpae.bench.live_bytes import LiveBytes, stored_bytes
 from vpae.bench.measure import matmul_peak
 from vpae.bench.networks import Components, random_components, random_transformer
 from vpae.bench.run import Options
 from vpae.bench.training import Workbench, _too_large
 from vpae.cli import INTERRUPTED, main
 from vpae.experiment import load
+from vpae.planning.meter import LiveBytes, stored_bytes
 from vpae.planning.network import Network, Sequence, pipeline_of, tokens_of
 from vpae.planning.phase import Execution, Turn
 from vpae.training import loop

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from planned import ROOT, SMALL, TOKENS, at_tiny_size, on_larger_clips, variant
 from test_workflow import Clone
-from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.networks import random_condition, random_latents
 from vpae.bench.training import Workbench, held_by
 from vpae.cli import main
@@ -29,7 +28,7 @@ from vpae.planning import plan as plan_module
 from vpae.planning import remedies as remedies_module
 from vpae.planning.command import as_text, parse_bytes
 from vpae.planning.inference import network_use
-from vpae.planning.meter import Meter
+from vpae.planning.meter import LiveBytes, Meter
 from vpae.planning.network import Network, Sequence, count, pipeline_of, tokens_of
 from vpae.planning.phase import Execution
 from vpae.planning.plan import Cluster, _phase, make_plan

@@ -73,11 +73,6 @@ class Placement:
         """Network -> number format in which it computes."""
         return formats(model, DTYPES[self.dtype] if self.dtype else None, DTYPES[self.vae_dtype])
 
-    @property
-    def can_compile(self) -> bool:
-        """Whether the other switches leave blocks that can be compiled."""
-        return self.offload != "group" and self.quantize != "fp8"
-
 
 def compiling_pays(transformer: nn.Module, device: torch.device | str, evaluations: int) -> bool:
     """Whether so many evaluations of a network are worth compiling its blocks: on a GPU, of a large one."""
@@ -96,9 +91,7 @@ def load_placed(
     """Load a pipeline folder and bring it onto a device.
 
     Args:
-        model: the folder.
-        placement: how.
-        device: where the networks compute.
+        model, placement, device: which folder is brought onto which device, and how.
         backend: of torch.compile.
         evaluations: how often the transformer will be run.
         loras: each FILE or FILE:STRENGTH, to be merged into the transformer.
@@ -125,8 +118,10 @@ def load_placed(
         pipeline.vae.enable_tiling()
     if placement.channels_last:
         channels_last(pipeline.vae)
-    pays = placement.compile is None and placement.can_compile and compiling_pays(transformer, device, evaluations)
-    if placement.compile or pays:
+    compiles = placement.compile
+    if compiles is None and placement.offload != "group" and placement.quantize != "fp8":
+        compiles = compiling_pays(transformer, device, evaluations)
+    if compiles:
         transformer.compile_repeated_blocks(backend=backend)
     _offload(pipeline, placement.offload, device)
     return pipeline

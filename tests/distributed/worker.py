@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import SHIFT, build_batch, build_transformer
 from distributed.cases import CASES, EXPORTED, Case, accelerator_for, build, fit, result
 from planned import SEVERAL, TOKENS, several
-from vpae.bench.live_bytes import LiveBytes
 from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.bench.training import held_by
 from vpae.distill import run
 from vpae.distill.student import save_ema
 from vpae.models.wan import velocity
+from vpae.planning.meter import LiveBytes
 from vpae.training import loop
 from vpae.training.ema import update_ema
 from vpae.training.precision import INPUTS

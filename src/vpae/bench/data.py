@@ -6,6 +6,7 @@ Both are measured on what the experiment's finished stages hold, by the function
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -62,19 +63,17 @@ def _encoding(settings: Experiment, inputs: dict[str, Path], device: torch.devic
 
         stage(shards[0][: config.batch_size])  # warms up
         for shard in shards:
-            found["stage"].append(_spent(lambda shard=shard: stage(shard), device))
+            found["stage"].append(_spent(partial(stage, shard), device))
             batches = [shard[n : n + config.batch_size] for n in range(0, len(shard), config.batch_size)]
             decoded = [np.stack([c.frames(settings.geometry, inputs["clips"]) for c in batch]) for batch in batches]
             captions = [[clip.caption for clip in batch] for batch in batches]
             bare = [*zip(decoded, captions, strict=True)]
             found["encoders"].append(_spent(lambda bare=bare: [encoders.clips(*one) for one in bare], device))
     pairs = [*zip(found["encoders"], found["stage"], strict=True)]
+    count = sum(map(len, shards))
     return {
-        "clips": sum(map(len, shards)),
-        **{
-            f"{name}_clips_per_second": sum(map(len, shards)) / sum(seconds for seconds, _ in spent)
-            for name, spent in found.items()
-        },
+        "clips": count,
+        **{f"{name}_clips_per_second": count / sum(seconds for seconds, _ in spent) for name, spent in found.items()},
         "share": median(bare / all_ for (bare, _), (all_, _) in pairs),
         "cpu_share": median(bare / all_ for (_, bare), (_, all_) in pairs),
     }

@@ -1,13 +1,14 @@
 """Seconds, peaks of memory, and the speed of matrix products, on a GPU or a CPU."""
 
+import gc
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 
-from vpae.bench.live_bytes import LiveBytes
 from vpae.out_of_memory import exhausted_memory
+from vpae.planning.meter import LiveBytes
 
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices whose product is timed
 
@@ -88,8 +89,6 @@ def peak_of(work: Callable[[], object], device: torch.device, held: int) -> int:
 
 def free_memory(device: torch.device) -> None:
     """Give back what is no longer used, before the next networks are made."""
-    import gc
-
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

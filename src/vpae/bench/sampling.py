@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -46,10 +47,9 @@ class Bench:
     @torch.no_grad()
     def evaluations(self, batch_sizes: tuple[int, ...], attention: tuple[str, ...], compiled: bool) -> Iterator[dict]:
         """One network evaluation for each attention backend and batch size, eager and, if wanted, compiled."""
-        for mode in (EAGER, COMPILED) if compiled else (EAGER,):
-            for backend in attention:
-                for batch in batch_sizes:
-                    yield {"attention": backend, "mode": mode, "batch": batch} | self._evaluation(mode, backend, batch)
+        modes = (EAGER, COMPILED) if compiled else (EAGER,)
+        for mode, backend, batch in product(modes, attention, batch_sizes):
+            yield {"attention": backend, "mode": mode, "batch": batch} | self._evaluation(mode, backend, batch)
 
     def _evaluation(self, mode: str, backend: str, batch: int) -> dict:
         """The time of a row, or why there is none: what this machine lacks ends no measurement, other errors do."""

@@ -1,21 +1,127 @@
 """Counts what work does while it runs: bytes alive, operations of matrix products, bytes received from other processes.
 
-It sees every operation that torch dispatches, of real tensors and of fake ones, which have shapes but no memory.
+It sees every operation that torch dispatches, of real tensors and of fake ones, which have shapes but no memory: so the
+memory of a large model can be counted without having it. On a CPU there is no allocator to ask, and the process's size
+says little; these counts are exact and the same on every run.
 A multiply-add counts as two operations; norms, activations and softmax are not counted, as is usual for "model FLOPs".
 """
 
+import weakref
 from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
-from vpae.bench.live_bytes import LiveBytes
-
 aten = torch.ops.aten
+WRAPPERS = (DTensor, AsyncCollectiveTensor)  # tensors that have no memory of their own
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages made while it is on; one at a time may be.
+
+    Attributes:
+        now: bytes of those that are still alive.
+        peaks: the most there were at once while each label was set.
+        label: what the work that runs now is called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.label: Hashable = None
+        self.peaks: dict[Hashable, int] = {}
+        self._counted: dict[int, tuple[weakref.ref, int]] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes there were at once."""
+        return max(self.peaks.values(), default=0)
+
+    def mark(self, label: Hashable) -> None:
+        """What runs from here on has this label."""
+        self.label = label
+        self._note()
+
+    def __enter__(self) -> "LiveBytes":
+        # FSDP takes and gives back the memory of gathered weights through their storages, which is no operation.
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = resize(storage, size)
+            self._recount(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = counted
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "prim":
+            return func(*args)  # questions about a tensor, of which there are very many
+        if any(issubclass(kind, WRAPPERS) for kind in types):
+            return NotImplemented  # what they do with the tensor inside comes by here again
+        result = func(*args, **(kwargs or {}))
+        new = [storage for storage in _storages(result) if id(storage) not in self._counted]
+        if new:
+            # A view of, or an operation in place on, what was there before makes no new memory.
+            given = {id(s) for s in _storages((args, kwargs))}
+            for storage in new:
+                if id(storage) not in given and id(storage) not in self._counted:
+                    self._count(storage)
+        self._note()
+        return result
+
+    def _note(self) -> None:
+        if self.now > self.peaks.get(self.label, -1):
+            self.peaks[self.label] = self.now
+
+    def _recount(self, storage: torch.UntypedStorage) -> None:
+        """Take note of another size; a storage that was there before is counted from its first growth on."""
+        key = id(storage)
+        if key not in self._counted:
+            self._count(storage)
+        else:
+            reference, before = self._counted[key]
+            self._counted[key] = reference, storage.nbytes()
+            self.now += storage.nbytes() - before
+        self._note()
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def gone(_reference: weakref.ref) -> None:
+            self.now -= self._counted.pop(key)[1]
+
+        self._counted[key] = weakref.ref(storage, gone), size
+        self.now += size
+
+
+def stored_bytes(values: Iterable[object]) -> int:
+    """Bytes of the tensors among some values, each storage once; of a sharded tensor, this process's shard."""
+    here = [t.to_local() if isinstance(t, DTensor) else t for t in values if isinstance(t, Tensor)]
+    return sum({id(s): s.nbytes() for s in _storages(here)}.values())
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    if isinstance(tree, Tensor):
+        yield tree.untyped_storage()
+    elif isinstance(tree, (list, tuple)):
+        for branch in tree:
+            yield from _storages(branch)
+    elif isinstance(tree, dict):
+        yield from _storages(list(tree.values()))
 
 
 def _attention_backward(gradient, query, key, value, *rest, **options) -> int:
@@ -79,7 +185,7 @@ def in_backward() -> bool:
 def received(func: torch._ops.OpOverload, args: tuple) -> float:
     """Bytes that each of n processes receives: all but its own share of what is exchanged, as rings do it."""
     name = func.name().partition("::")[2]
-    sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+    sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
     if "wait" in name or not sizes:
         return 0.0
     n = _processes(args)

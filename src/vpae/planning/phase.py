@@ -20,11 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from vpae.bench.live_bytes import stored_bytes
 from vpae.bench.networks import build_phase, random_condition, random_latents
 from vpae.config import Experiment, Section
 from vpae.models.heads import taps_of
-from vpae.planning.meter import Meter, in_backward
+from vpae.planning.meter import Meter, in_backward, stored_bytes
 from vpae.planning.network import Network, Sequence, count, fill
 from vpae.training.loop import update
 from vpae.training.precision import autocast_caches
