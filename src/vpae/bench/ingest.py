@@ -35,14 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         table, plan = Path(folder) / f"table.{arguments.format}", Path(folder) / CANDIDATES
         _write(table, arguments.rows)
-        clips = Clips.model_validate(
-            {
-                "source": "table",
-                "path": str(table),
-                "columns": {"path": "{video}"},
-                "filters": {"at_least": {"aesthetic score": 4.5}},
-            }
-        )
+        columns, filters = {"path": "{video}"}, {"at_least": {"aesthetic score": 4.5}}
+        section = {"source": "table", "path": str(table), "columns": columns, "filters": filters}
+        clips = Clips.model_validate(section)
         total = _timed(f"digest {arguments.rows} rows and their files", lambda: corpus.identity(clips))
         total += _timed("plan the candidates", lambda: corpus.write_candidates(plan, clips))
         total += _timed(f"share them among {JOBS} jobs and read one share", lambda: _read_share(plan))

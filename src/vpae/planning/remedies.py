@@ -23,15 +23,13 @@ def remedies(
     found = []
     if enough := _enough(switches(settings, phase, network, tokens, gpus), peak, room):
         values, total = enough
-        words = [text for key, value in values.items() for text in _words(settings, phase, key, value)]
-        found.append({"set": words, "total": total})
+        found.append({"set": _words(settings, phase, values), "total": total})
     sharding = getattr(settings, phase).training.sharding
     shards = {} if sharding.strategy == "full" else {"strategy": "full"}
     if shards and gpus > 1:
         needed = peak(shards)  # already shared among these
     if more := _more_gpus(lambda number: peak(shards, number), gpus, sharding.context_parallel, needed, room):
-        words = [text for key, value in shards.items() for text in _words(settings, phase, key, value)]
-        found.append({"set": words, "gpus": more[0], "total": more[1]})
+        found.append({"set": _words(settings, phase, shards), "gpus": more[0], "total": more[1]})
     return found
 
 
@@ -109,10 +107,14 @@ def _more_gpus(
     return (enough, total) if total <= room else None
 
 
-def _words(settings: Experiment, phase: str, key: str, value: object) -> list[str]:
+def _words(settings: Experiment, phase: str, values: dict) -> list[str]:
     """What to give `--set`; an adapter is the same in all methods, of which one starts from the other."""
-    if isinstance(value, Lora):
-        text = f"student_lora={{rank: {value.rank}, alpha: {value.alpha:g}}}"
-        return [f"{method}.{text}" for method in settings.methods]
-    place = "training" if key == "batch_size" else "training.sharding"
-    return [f"{phase}.{place}.{key}={str(value).lower()}"]
+    found = []
+    for key, value in values.items():
+        if isinstance(value, Lora):
+            text = f"student_lora={{rank: {value.rank}, alpha: {value.alpha:g}}}"
+            found += [f"{method}.{text}" for method in settings.methods]
+        else:
+            place = "training" if key == "batch_size" else "training.sharding"
+            found.append(f"{phase}.{place}.{key}={str(value).lower()}")
+    return found
