@@ -122,7 +122,7 @@ class Dmd2(score.ScoreDistillation):
             return super().fake_loss(clips)
         with torch.no_grad():
             xh = self.generate(clips)
-        xh_t, t, noise = self.noised_again(xh, clips)
+        xh_t, t, noise = clips.noised(xh, self.config.score_times)
         v, fake = self.judge(xh_t, t, clips.c)
         _, real = self.judge(flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
         matching, told_apart = vsd.flow_matching_loss(v, xh, noise), gan.discriminator_loss(real, fake)
@@ -133,8 +133,7 @@ class Dmd2(score.ScoreDistillation):
     def generator_loss(self, clips: Clips) -> Loss:
         """L_VSD - weight E log sigmoid(D(xh_t')); one pass of the fake model gives its score and the features."""
         config, c, xh = self.config, clips.c, self.generate(clips)
-        t, noise = clips.times(config.score_times), clips.noise()
-        xh_t = flow.add_noise(xh, noise, t)
+        xh_t, t, noise = clips.noised(xh, config.score_times)
         if config.adversarial_weight:
             v, logits = self.judge(xh_t, t, c)
         else:

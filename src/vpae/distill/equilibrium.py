@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from vpae.config.discriminator import R1, Head
 from vpae.config.section import NonNegative, Positive, Section
 from vpae.config.training import Lora, Optimizer, Times, Training
+from vpae.distill import score
 from vpae.distill.method import MOTION, TEACHER, Clips, Loss, Method, MethodSettings, Panel, judged, motion_monitors
 from vpae.lazy import lazy
 from vpae.training.phase import Role
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from vpae.config import Experiment
     from vpae.distill.networks import Networks
-    from vpae.models.adapters import SharedBase
     from vpae.models.wan import Condition
 else:
     torch = lazy("torch")
@@ -196,13 +196,16 @@ class Equilibrium(Method):
         """The generator where its start left it (its EMA weights), the teacher, and an untrained head."""
         config = getattr(settings, cls.name)
         teacher = networks.transformer(TEACHER, trained=False)
-        kept = config.score.weight > 0
-        shared = adapters.SharedBase(teacher) if kept or config.student_lora is not None else None
+        lora, fake = cls.fake_left(settings), None  # of the score loss, if it is kept on
+        shared = adapters.SharedBase(teacher) if lora or config.student_lora is not None else None
         with cls.seeded(settings, "student"):
             generator = cls.generator_at_start(settings, networks, shared)
         with cls.seeded(settings, "head"):
             head, taps = heads.head_on(generator, config.head)
-        fake = cls._fake_at_start(settings, networks, shared) if kept else None
+        if lora:
+            with cls.seeded(settings, "fake"):
+                fake = shared.add(adapters.FAKE, lora)
+            cls.take_over(fake, lora, settings, networks)
         teacher = teacher if shared is None else shared.network(None)
         backbone = networks.transformer(TEACHER, trained=True) if config.backbone == "copy" else None
         return cls(config, settings.teacher.shift, generator, teacher, head.to(networks.device), taps, fake, backbone)
@@ -228,22 +231,10 @@ class Equilibrium(Method):
         return min(terms) > 0 and cls.start_of(settings) != TEACHER
 
     @classmethod
-    def _fake_at_start(cls, settings: Experiment, networks: Networks, shared: SharedBase) -> nn.Module:
-        """The fake model that the start has trained; one that is the teacher, where the start leaves none."""
-        left = cls.fake_at_start(settings)
-        with cls.seeded(settings, "fake"):
-            fake = shared.add(adapters.FAKE, left or getattr(settings, cls.name).score.fake_lora)
-        if left is not None:
-            fake.start_from(networks.adapter(cls.start_of(settings), adapters.FAKE))
-        else:
-            cls.say_what_is_lost(settings)
-        return fake
-
-    @classmethod
     def fake_left(cls, settings: Experiment) -> Lora | None:
         """As `Method`."""
-        score = getattr(settings, cls.name).score
-        return (cls.fake_at_start(settings) or score.fake_lora) if score.weight > 0 else None
+        kept = getattr(settings, cls.name).score
+        return (cls.fake_at_start(settings) or kept.fake_lora) if kept.weight > 0 else None
 
     def turns(self, step: int) -> list[str]:
         """The head learns first, then the fake model, if there is one; then the generator moves once."""
@@ -263,11 +254,6 @@ class Equilibrium(Method):
             t = clips.sometimes_later(t, few.share, few.steps)
         return wan.predict_x0(self.generator, flow.add_noise(x, clips.noise(), t), t, clips.c)
 
-    def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
-        """Step 2: xh_t', the t' at which the discriminator looks, and the noise."""
-        t, noise = clips.times(self.config.discriminator_times), clips.noise()
-        return flow.add_noise(xh, noise, t), t, noise
-
     def logits(self, xt_BCFHW: Tensor, t_B: Tensor, c: Condition) -> Tensor:
         """Steps 2 and 3: D(x_t), (B,).
 
@@ -286,7 +272,7 @@ class Equilibrium(Method):
         """Steps 4 and 5: loss of clips and videos noised at the same t', and the probes of the regularisation."""
         with torch.no_grad():
             xh = self.generate(clips)
-        xh_t, t, noise = self.noised_again(xh, clips)
+        xh_t, t, noise = clips.noised(xh, self.config.discriminator_times)
         x_t = flow.add_noise(clips.x, noise if self.config.same_noise else clips.noise(), t)
         c, settings = clips.c, self.config.r1
         # The penalty is to measure the probes and not the rounding of the backbone's activations.
@@ -323,19 +309,17 @@ class Equilibrium(Method):
         return getattr(probing, f"{probe}_perturbation")(clips.x, self.sigma(probe), clips.rng)
 
     def fake_loss(self, clips: Clips) -> Loss:
-        """The fake model follows the one-step videos by flow matching, as in phase I."""
+        """The fake model follows the one-step videos, as in phase I."""
         with torch.no_grad():
             xh = self.generate(clips)
-        t, noise = clips.times(self.config.score.times), clips.noise()
-        xh_t = flow.add_noise(xh, noise, t)
-        return vsd.flow_matching_loss(wan.velocity(self.fake, xh_t, t, clips.c), xh, noise), {}
+        return score.following(self.fake, xh, clips, self.config.score.times), {}
 
     def generator_loss(self, clips: Clips) -> Loss:
         """Steps 4 and 6: L_G = -E D(xh_t') + lambda L_CSDS, and the score loss where it is kept on."""
         config, xh, logs = self.config, self.generate(clips), {}
         loss = xh.new_zeros(())
         if config.adversarial_weight > 0:
-            xh_t, t, noise = self.noised_again(self.pulled(xh, "adversarial", logs), clips)
+            xh_t, t, noise = clips.noised(self.pulled(xh, "adversarial", logs), config.discriminator_times)
             fake = self.logits(xh_t, t, clips.c)
             if config.relativistic:
                 with torch.no_grad():
@@ -356,19 +340,16 @@ class Equilibrium(Method):
 
     def score_loss(self, xh: Tensor, clips: Clips) -> Tensor:
         """Phase I's steps 3 to 5 on the videos of this phase."""
-        score, t = self.config.score, clips.times(self.config.score.times)
-        with torch.no_grad():
-            xh_t = flow.add_noise(xh.detach(), clips.noise(), t)
-            mu_real = wan.predict_x0(self.teacher, xh_t, t, clips.c, score.guidance_scale)
-            mu_fake = wan.predict_x0(self.fake, xh_t, t, clips.c)
-        return vsd.vsd_loss(xh, vsd.vsd_direction(xh, mu_real, mu_fake))
+        config = self.config.score
+        return vsd.vsd_loss(
+            xh, score.direction(xh, clips, config.times, self.teacher, config.guidance_scale, self.fake)
+        )
 
     def teacher_s_prediction(self, xh: Tensor, clips: Clips) -> Tensor:
         """Step 6: f_teacher(sg(xh_t''), t'', c), at a time of its own."""
-        t = clips.times(self.config.csds_times)
         with torch.no_grad():
-            noised = flow.add_noise(xh.detach(), clips.noise(), t)
-            return wan.predict_x0(self.teacher, noised, t, clips.c, self.config.csds_guidance_scale)
+            xh_t, t, _ = clips.noised(xh, self.config.csds_times)
+            return wan.predict_x0(self.teacher, xh_t, t, clips.c, self.config.csds_guidance_scale)
 
     def save(self, out: Path) -> None:
         """The discriminator's head, and the fake model as it is after the last step."""

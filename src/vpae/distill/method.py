@@ -111,6 +111,11 @@ class Clips:
         """t = 1 (B,), pure noise."""
         return torch.ones(len(self.x), device=self.x.device)
 
+    def noised(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t at a drawn time, the time t (B,), and the noise, which is drawn after it."""
+        t, noise = self.times(times), self.noise()
+        return flow.add_noise(x, noise, t), t, noise
+
 
 Loss = tuple["Tensor", dict[str, "Tensor"]]  # of one micro-batch, and named values to log
 
@@ -214,18 +219,27 @@ class Method(Phase):
 
     @classmethod
     def fake_at_start(cls, settings: Experiment) -> Lora | None:
-        """The adapter of the fake model that the method it starts from leaves: it knows the student already."""
+        """The adapter of the fake model that the method it starts from leaves."""
         from vpae.distill import METHODS
 
         start = cls.start_of(settings)
         return METHODS[start].fake_left(settings) if start in METHODS else None
 
     @classmethod
-    def say_what_is_lost(cls, settings: Experiment) -> None:
-        """Say that the fake model which the start leaves is not taken over, where it leaves one."""
-        start = cls.start_of(settings)
+    def take_over(cls, fake: nn.Module, lora: Lora | None, settings: Experiment, networks: Networks) -> None:
+        """Let a fake model go on from that of the start, which knows the student already; or say that it cannot.
+
+        Args:
+            fake: the fake model as it begins.
+            lora: its adapter; none of a whole copy.
+            settings: the experiment.
+            networks: has the adapter that the start leaves.
+        """
+        start, left = cls.start_of(settings), cls.fake_at_start(settings)
         copied = getattr(getattr(settings, start, None), "fake_form", "") == "copy"
-        if copied or cls.fake_at_start(settings) is not None:
+        if lora is not None and lora == left:
+            fake.start_from(networks.adapter(start, adapters.FAKE))
+        elif copied or left is not None:
             whole = f"it is a whole copy; set {start}.fake_form=lora"
             why = whole if copied else "only adapters of equal fake_lora are"
             print(

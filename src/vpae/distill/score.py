@@ -100,11 +100,7 @@ class ScoreDistillation(Method):
             else:
                 fake = copy.deepcopy(shared.transformer).float().requires_grad_(True)
             generator = cls.generator_at_start(settings, networks, shared)
-        start, left = cls.start_of(settings), cls.fake_at_start(settings)
-        if config.fake_form == "lora" and left == config.fake_lora:
-            fake.start_from(networks.adapter(start, adapters.FAKE))  # it knows the student that it is to follow
-        else:
-            cls.say_what_is_lost(settings)
+        cls.take_over(fake, cls.fake_left(settings), settings, networks)
         return generator, cls.teacher_on(shared, config), fake
 
     @classmethod
@@ -128,26 +124,16 @@ class ScoreDistillation(Method):
         t = clips.sometimes_later(t, self.config.few_step_share, self.config.few_steps)
         return wan.predict_x0(self.generator, flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
 
-    def noised_again(self, xh: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
-        """Step 3: xh_t', t' and the noise eps'."""
-        t, noise = clips.times(self.config.score_times), clips.noise()
-        return flow.add_noise(xh.detach(), noise, t), t, noise
-
     def fake_loss(self, clips: Clips) -> Loss:
-        """Step 6: the fake model learns the distribution of sg(xh) by flow matching."""
+        """Step 6, see `following`."""
         with torch.no_grad():
             xh = self.generate(clips)
-        xh_t, t, noise = self.noised_again(xh, clips)
-        return vsd.flow_matching_loss(wan.velocity(self.fake, xh_t, t, clips.c), xh, noise), {}
+        return following(self.fake, xh, clips, self.config.score_times), {}
 
     def generator_loss(self, clips: Clips) -> Loss:
-        """Steps 4 and 5: along the difference of the two scores, the teacher's with guidance, the fake's without."""
-        xh = self.generate(clips)
-        xh_t, t, _ = self.noised_again(xh, clips)
-        with torch.no_grad():
-            mu_real = wan.predict_x0(self.teacher, xh_t, t, clips.c, self.config.guidance_scale)
-            mu_fake = wan.predict_x0(self.fake, xh_t, t, clips.c)
-        g = vsd.vsd_direction(xh, mu_real, mu_fake)
+        """Steps 3 to 5, see `direction`."""
+        config, xh = self.config, self.generate(clips)
+        g = direction(xh, clips, config.score_times, self.teacher, config.guidance_scale, self.fake)
         return vsd.vsd_loss(xh, g), {"vsd_direction": g.abs().mean(), **motion_monitors(xh, clips.x)}
 
     def save(self, out: Path) -> None:
@@ -155,3 +141,18 @@ class ScoreDistillation(Method):
         student.save_weights(self.generator, out / "generator.safetensors")
         form = "fake_lora" if self.config.fake_form == "lora" else "fake"
         student.save_weights(self.fake, out / f"{form}.safetensors")
+
+
+def following(fake: nn.Module, xh: Tensor, clips: Clips, times: Times) -> Tensor:
+    """Step 6: the loss by which the fake model learns the distribution of sg(xh), by flow matching."""
+    xh_t, t, noise = clips.noised(xh, times)
+    return vsd.flow_matching_loss(wan.velocity(fake, xh_t, t, clips.c), xh, noise)
+
+
+def direction(xh: Tensor, clips: Clips, times: Times, teacher: nn.Module, w: float, fake: nn.Module) -> Tensor:
+    """Steps 3 to 5: the difference of two scores of xh_t', the teacher's with guidance w, the fake model's without."""
+    with torch.no_grad():
+        xh_t, t, _ = clips.noised(xh, times)
+        mu_real = wan.predict_x0(teacher, xh_t, t, clips.c, w)
+        mu_fake = wan.predict_x0(fake, xh_t, t, clips.c)
+    return vsd.vsd_direction(xh, mu_real, mu_fake)
