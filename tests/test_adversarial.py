@@ -13,10 +13,10 @@ from vpae.distill.losses.adversarial import (
     generator_relativistic,
 )
 from vpae.distill.losses.csds import csds_loss
-from vpae.distill.losses.probes import probe_penalty, spatial_perturbation, temporal_perturbation
+from vpae.distill.losses.probes import perturbation, probe_penalty
 
 SHAPE = (4096, 2, 3, 4, 5)  # B C F H W
-PROBES = {"spatial": (spatial_perturbation, (2,)), "temporal": (temporal_perturbation, (3, 4))}
+PROBES = {"spatial": (2,), "temporal": (3, 4)}  # axes on which each is constant
 probes = pytest.mark.parametrize("name", PROBES)
 
 
@@ -83,14 +83,14 @@ def test_the_penalty_is_the_sum_of_both_mean_squares():
 
 @probes
 def test_a_linear_discriminator_is_penalised_as_the_closed_form_says(name):
-    probe, constant_axes = PROBES[name]
+    constant_axes = PROBES[name]
     w = torch.randn(SHAPE[1:], generator=rng(1), dtype=torch.float64)
     x = torch.randn(SHAPE, generator=rng(2), dtype=torch.float64)
 
     def d(x: Tensor) -> Tensor:
         return (w * x).sum(dim=(1, 2, 3, 4))
 
-    logits, probed = d(x), d(x + probe(x, 0.1, rng()))
+    logits, probed = d(x), d(x + perturbation(name, x, 0.1, rng()))
     probed = (probed, logits) if name == "spatial" else (logits, probed)
     # sigma^2 times the sum of squares of w, added up over the axes on which the probe is constant.
     expected = 0.1**2 * w.sum(dim=[axis - 1 for axis in constant_axes]).square().sum()
@@ -104,8 +104,8 @@ def test_a_discriminator_of_movement_alone_feels_only_the_temporal_probe():
         return x.diff(dim=2).square().mean(dim=(1, 2, 3, 4))
 
     logits = movement(x)
-    torch.testing.assert_close(movement(x + spatial_perturbation(x, 0.1, rng())), logits, atol=1e-6, rtol=0)
-    assert (movement(x + temporal_perturbation(x, 0.1, rng())) - logits).abs().min() > 1e-4
+    torch.testing.assert_close(movement(x + perturbation("spatial", x, 0.1, rng())), logits, atol=1e-6, rtol=0)
+    assert (movement(x + perturbation("temporal", x, 0.1, rng())) - logits).abs().min() > 1e-4
 
 
 def test_a_discriminator_of_spatial_structure_alone_feels_only_the_spatial_probe():
@@ -115,21 +115,21 @@ def test_a_discriminator_of_spatial_structure_alone_feels_only_the_spatial_probe
         return (x.diff(dim=3).square().mean(dim=(1, 2, 3, 4)) + x.diff(dim=4).square().mean(dim=(1, 2, 3, 4))).sqrt()
 
     logits = structure(x)
-    torch.testing.assert_close(structure(x + temporal_perturbation(x, 0.1, rng())), logits, atol=1e-6, rtol=0)
-    assert (structure(x + spatial_perturbation(x, 0.1, rng())) - logits).abs().min() > 1e-4
+    torch.testing.assert_close(structure(x + perturbation("temporal", x, 0.1, rng())), logits, atol=1e-6, rtol=0)
+    assert (structure(x + perturbation("spatial", x, 0.1, rng())) - logits).abs().min() > 1e-4
 
 
 def test_a_discriminator_that_reads_one_frame_feels_the_spatial_probe():
     x = torch.randn(8, 16, 3, 4, 4, generator=rng())
-    assert (x + spatial_perturbation(x, 0.01, rng()) - x)[:, :, 1].abs().mean() > 0.005
+    assert (x + perturbation("spatial", x, 0.01, rng()) - x)[:, :, 1].abs().mean() > 0.005
 
 
 @probes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_probe_is_float32_noise_of_the_promised_width_that_is_constant_on_the_other_axis(name, dtype):
-    probe, constant_axes = PROBES[name]
+    constant_axes = PROBES[name]
     x = torch.randn(64, 16, 3, 4, 5, generator=rng(1)).to(dtype)
-    d = probe(x, 0.01, rng())
+    d = perturbation(name, x, 0.01, rng())
     assert d.shape == x.shape and d.dtype == (x + d).dtype == torch.float32
     for axis in range(5):
         values = d.diff(dim=axis)

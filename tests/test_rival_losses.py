@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vpae.distill.losses.consistency import consistency_loss, neighbouring_times, ode_step
 from vpae.distill.losses.non_saturating import discriminator_loss, generator_loss
-from vpae.distill.losses.probes import plain_perturbation, probe_penalty
+from vpae.distill.losses.probes import perturbation, probe_penalty
 from vpae.flow import add_noise, expand, schedule, x0_from_velocity
 
 SHAPE = (512, 2, 2, 3, 3)  # B C F H W
@@ -130,12 +130,12 @@ def test_the_penalty_of_a_linear_discriminator_is_sigma_squared_times_its_square
     def d(x: Tensor) -> Tensor:
         return (w * x).sum(dim=(1, 2, 3, 4))
 
-    penalty = probe_penalty(d(x), d(x + plain_perturbation(x, sigma, rng())))
+    penalty = probe_penalty(d(x), d(x + perturbation("plain", x, sigma, rng())))
     torch.testing.assert_close(penalty, sigma**2 * w.square().sum(), rtol=0.09, atol=0)  # four standard errors
 
 
 def test_the_perturbation_is_independent_float32_noise_of_the_promised_width():
-    d = plain_perturbation(torch.randn(SHAPE, dtype=torch.bfloat16), 0.1, rng())
+    d = perturbation("plain", torch.randn(SHAPE, dtype=torch.bfloat16), 0.1, rng())
     assert d.shape == SHAPE and d.dtype == torch.float32
     assert d.std().item() == pytest.approx(0.1, rel=0.05) and abs(d.mean().item()) < 0.005
     assert all((d.diff(dim=axis) != 0).float().mean() > 0.99 for axis in range(5))

@@ -16,7 +16,7 @@ from vpae.config import Experiment
 from vpae.distill import METHODS
 from vpae.distill.budget import network_evaluations
 from vpae.distill.dmd2 import Settings as Dmd2Settings
-from vpae.distill.losses.probes import plain_perturbation
+from vpae.distill.losses.probes import perturbation
 from vpae.distill.losses.vsd import flow_matching_loss
 from vpae.experiment import load
 from vpae.flow import add_noise, schedule, x0_from_velocity
@@ -370,7 +370,7 @@ def test_without_weight_the_regularisation_of_apt_is_not_computed():
     with logits_of(phase) as asked:
         _, logs = phase.loss("discriminator", build_batch(2), rng(), 0)
     assert len(asked) == 2 and "r1" not in logs
-    assert plain_perturbation(torch.zeros(2, 3), 0.1, rng()).abs().max() > 0
+    assert perturbation("plain", torch.zeros(2, 1, 1, 1, 3), 0.1, rng()).abs().max() > 0
 
 
 # Where they start.

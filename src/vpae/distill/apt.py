@@ -139,7 +139,7 @@ class Apt(Method):
         loss = told_apart = gan.discriminator_loss(real, fake)
         logs = {"told_apart": told_apart, "logit_real": real.mean(), "logit_fake": fake.mean()}
         if config.r1_weight:
-            perturbed = self.logits(x + probes.plain_perturbation(x, config.r1_sigma, clips.rng), times, c)
+            perturbed = self.logits(x + probes.perturbation("plain", x, config.r1_sigma, clips.rng), times, c)
             logs["r1"] = probes.probe_penalty(real, perturbed)
             loss = loss + config.r1_weight * logs["r1"]
         return loss, logs

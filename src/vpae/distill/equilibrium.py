@@ -306,7 +306,7 @@ class Equilibrium(Method):
 
     def perturbation(self, probe: str, clips: Clips) -> Tensor:
         """Step 5: d_s, d_t or their plain form."""
-        return getattr(probing, f"{probe}_perturbation")(clips.x, self.sigma(probe), clips.rng)
+        return probing.perturbation(probe, clips.x, self.sigma(probe), clips.rng)
 
     def fake_loss(self, clips: Clips) -> Loss:
         """The fake model follows the one-step videos, as in phase I."""

@@ -12,25 +12,19 @@ import torch
 from torch import Tensor
 
 
-def _noise(like: Tensor, shape: tuple[int, ...], sigma: float, rng: torch.Generator) -> Tensor:
-    return (sigma * torch.randn(shape, generator=rng, device=like.device)).expand(like.shape)
+def perturbation(probe: str, x_BCFHW: Tensor, sigma: float, rng: torch.Generator) -> Tensor:
+    """Gaussian noise of deviation sigma, in the shape of x.
 
-
-def plain_perturbation(x_BCFHW: Tensor, sigma: float, rng: torch.Generator) -> Tensor:
-    """Independent noise on every value."""
-    return _noise(x_BCFHW, x_BCFHW.shape, sigma, rng)
-
-
-def spatial_perturbation(x_BCFHW: Tensor, sigma: float, rng: torch.Generator) -> Tensor:
-    """d_s: noise that varies over space and is the same in every frame."""
-    b, c, _, h, w = x_BCFHW.shape
-    return _noise(x_BCFHW, (b, c, 1, h, w), sigma, rng)
-
-
-def temporal_perturbation(x_BCFHW: Tensor, sigma: float, rng: torch.Generator) -> Tensor:
-    """d_t: noise that varies over frames and is the same over space."""
-    b, c, f, _, _ = x_BCFHW.shape
-    return _noise(x_BCFHW, (b, c, f, 1, 1), sigma, rng)
+    Args:
+        probe: "plain", independent noise on every value; "spatial", d_s, which varies over space and is the same in
+            every frame; or "temporal", d_t, which varies over frames and is the same over space.
+        x_BCFHW: what it will be added to.
+        sigma: its deviation.
+        rng: source of randomness.
+    """
+    b, c, f, h, w = x_BCFHW.shape
+    shape = {"plain": (b, c, f, h, w), "spatial": (b, c, 1, h, w), "temporal": (b, c, f, 1, 1)}[probe]
+    return (sigma * torch.randn(shape, generator=rng, device=x_BCFHW.device)).expand(x_BCFHW.shape)
 
 
 def probe_penalty(logits_B: Tensor, *perturbed_logits_B: Tensor) -> Tensor:
