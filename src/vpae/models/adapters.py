@@ -142,10 +142,10 @@ class Adapted(nn.Module):
         with self._shared[0].acting_as(self.name or "teacher", self.name, self.share):
             return self.base(*args, **kwargs)
 
-    def follower(self, name: str = EMA) -> "Adapted":
+    def follower(self) -> "Adapted":
         """A frozen network with an adapter of its own that starts as a copy of this one, on the same base."""
         config = self.base.peft_config[self.name]
-        twin = self._shared[0].add(name, Lora(rank=config.r, alpha=config.lora_alpha)).requires_grad_(False)
+        twin = self._shared[0].add(EMA, Lora(rank=config.r, alpha=config.lora_alpha)).requires_grad_(False)
         if not any(p.is_meta for p in self.parameters()):
             twin.load_state_dict(self.state_dict())
         return twin
@@ -183,10 +183,14 @@ def _own_name(name: str) -> str:
 @torch.no_grad()
 def merge(base: WanTransformer3DModel, lora: dict[str, Tensor], alpha: float) -> WanTransformer3DModel:
     """One network with whole weights from the base's and an adapter's file; the base given is changed."""
-    weights = dict(base.named_parameters())
+    for layer, up, down in products(lora):
+        base.get_parameter(f"{layer}.weight").add_(up @ down, alpha=alpha / len(down))
+    return base
+
+
+def products(lora: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Layer, B (out, rank) and A (rank, in) of each product in an adapter's file."""
     for name, down in lora.items():
         layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
         if factor == "A":
-            up = lora[f"{layer}.lora_B.weight"]
-            weights[f"{layer}.weight"].add_(up @ down, alpha=alpha / len(down))
-    return base
+            yield layer, lora[f"{layer}.lora_B.weight"], down

@@ -14,6 +14,11 @@ from vpae.experiment import ConfigError
 from vpae.models.wan import Condition, default_taps
 
 
+def _projection(width: int, d: int) -> nn.Module:
+    """Wan's residual stream has a few very large channels; without a norm they would be all the head sees."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
+
+
 class SemanticHead(nn.Module):
     """Learnable queries, informed by image and text, that look at each tapped layer.
 
@@ -29,14 +34,10 @@ class SemanticHead(nn.Module):
         d = config.dim
         self.semantics = config.semantics
         self.queries_QD = nn.Parameter(torch.randn(config.queries, d) * d**-0.5)
-        self.text_in = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, d))
-        self.image_in = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, d))
+        self.text_in, self.image_in = _projection(text_dim, d), _projection(image_dim, d)
         self.self_norm = nn.LayerNorm(d)
         self.self_attention = nn.MultiheadAttention(d, config.heads, batch_first=True)
-        # Wan's residual stream has a few very large channels; without a norm they would be all the head sees.
-        self.layer_in = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, d)) for _ in range(taps)
-        )
+        self.layer_in = nn.ModuleList(_projection(feature_dim, d) for _ in range(taps))
         self.query_norm = nn.LayerNorm(d)
         self.cross_attention = nn.ModuleList(
             nn.MultiheadAttention(d, config.heads, batch_first=True) for _ in range(taps)
@@ -80,9 +81,7 @@ class ConvolutionHead(nn.Module):
     def __init__(self, config: Head, feature_dim: int, taps: int, patch: tuple[int, int, int]):
         super().__init__()
         d, self.patch = config.dim, patch
-        self.layer_in = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, d)) for _ in range(taps)
-        )
+        self.layer_in = nn.ModuleList(_projection(feature_dim, d) for _ in range(taps))
         self.near = nn.Conv3d(taps * d, d, 3, padding=1)
         self.far = nn.Conv3d(d, 2 * d, 3, padding=1, stride=(1, 2, 2))
         self.to_logit = nn.Linear(4 * d, 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vpae.artifacts import ArtifactError, reading
 from vpae.config.teacher import file_and_strength
 from vpae.export.lora import ALPHA, read_adapter, unscaled
+from vpae.models.adapters import products
 from vpae.teacher.folder import header, headers
 
 SHOWN = 3  # layers that an error names
@@ -32,7 +33,7 @@ def require_fit(file: Path, model: Path, factors: dict[str, Tensor] | None = Non
             empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         factors = unscaled(empty, {ALPHA: 1}, str(file))
     there, wrong = headers(model / "transformer"), []
-    for layer, up, down in _products(factors):
+    for layer, up, down in products(factors):
         made, wanted = (len(up), down.shape[1]), there.get(f"{layer}.weight")
         if wanted is None:
             wrong.append(f"{layer}, which the model does not have")
@@ -55,28 +56,21 @@ def read_loras(named: Iterable[str], model: Path) -> Loras:
     asked = [file_and_strength(name) for name in named]
     for file, _ in asked:
         require_fit(file, model)
-    found = [(read_adapter(file, torch.float32), strength) for file, strength in asked]
-    for (file, _), (factors, _) in zip(asked, found, strict=True):
+    found = []
+    for file, strength in asked:
+        factors = read_adapter(file, torch.float32)
         if bad := next((name for name, factor in factors.items() if not factor.isfinite().all()), ""):
             raise ArtifactError(f"{file}: {bad}, at its scale, holds values that are not finite; download it again")
+        found.append((factors, strength))
     return found
 
 
 @torch.no_grad()
 def merge_loras(transformer: nn.Module, loras: Loras) -> None:
     """Add strength x alpha / rank x B A, in float32, to each weight that a LoRA changes, in place."""
-    weights = dict(transformer.named_parameters())
     for factors, strength in loras:
         if strength == 0:  # not even the sign of a zero changes
             continue
-        for layer, up, down in _products(factors):
-            weight = weights[f"{layer}.weight"]
+        for layer, up, down in products(factors):
+            weight = transformer.get_parameter(f"{layer}.weight")
             weight.copy_(weight.float() + strength * (up @ down))
-
-
-def _products(factors: dict[str, Tensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """Layer, B (out, rank) and A (rank, in) of each product."""
-    for name, down in factors.items():
-        layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
-        if factor == "A":
-            yield layer, factors[f"{layer}.lora_B.weight"], down

@@ -6,6 +6,7 @@ Axes: B batch, C channels, t frames of one latent frame, F latent frames, T fram
 """
 
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from einops import rearrange
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from vpae.artifacts import ArtifactError
 from vpae.config import VAE_STRIDE
 
-PREFIX = "decoder."
+MOST_SAID = 600  # characters of torch's list of weights that are missing, too many, or of another shape
 SUFFIXES = (".safetensors", ".pth")
 WIDTHS = (256, 128, 64)
 REPEATS = (1, 2, 2)  # frames that each level makes of one
@@ -95,7 +96,7 @@ def load_small_decoder(file: Path | str, dtype: torch.dtype = torch.float32) -> 
     """The decoder in a file.
 
     Raises:
-        ArtifactError: there is no such file, or it is not of this network; what is missing and too many is named.
+        ArtifactError: there is no such file, or it is not of this network; torch's own message names the weights.
     """
     file = Path(file)
     with torch.device("meta"):
@@ -105,12 +106,13 @@ def load_small_decoder(file: Path | str, dtype: torch.dtype = torch.float32) -> 
     for name, value in found.items():
         if name in wanted and name.endswith(".conv.weight") and value.ndim == 4 and len(value) > len(wanted[name]):
             found[name] = value[-len(wanted[name]) :]  # of several frames that it could make, the last ones
-    if faults := _differences(wanted, found):
+    try:
+        decoder.load_state_dict(found, assign=True)
+    except RuntimeError as error:
         raise ArtifactError(
-            f"{file}: these are not the weights of taew2.1: {faults}; take taew2_1.safetensors or taew2_1.pth of "
-            "github.com/madebyollin/taehv (those of other models have other names)"
-        )
-    decoder.load_state_dict(found, assign=True)
+            f"{file}: these are not the weights of taew2.1; take taew2_1.safetensors or taew2_1.pth of "
+            f"github.com/madebyollin/taehv (those of other models have other names). {shorten(str(error), MOST_SAID)}"
+        ) from error
     return decoder.to(dtype).eval().requires_grad_(False)
 
 
@@ -125,16 +127,3 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch.load names no error of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"{file}: damaged, or no file of weights ({first[:120]}); download it again") from error
-
-
-def _differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """Which weights are missing, which are too many, and which have another shape; at most three of each."""
-    missing, surplus = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    other = [name for name in wanted.keys() & found.keys() if found[name].shape != wanted[name].shape]
-    shaped = [f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}" for name in sorted(other)]
-    kinds = {"missing": sorted(missing), "too many": sorted(surplus), "of another shape": shaped}
-    return "; ".join(
-        f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for kind, names in kinds.items()
-        if names
-    )

@@ -133,14 +133,10 @@ def default_taps(layers: int) -> tuple[int, ...]:
 def tapped_blocks(model: WanTransformer3DModel, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs (B, N, D) of the named transformer blocks of every forward pass inside the block."""
     found: dict[int, Tensor] = {}
-
-    def keep(index: int):
-        def hook(_module, _inputs, output: Tensor) -> None:
-            found[index] = output
-
-        return hook
-
-    handles = [model.blocks[i].register_forward_hook(keep(i)) for i in taps]
+    handles = [
+        model.blocks[i].register_forward_hook(lambda _block, _inputs, output, i=i: found.update({i: output}))
+        for i in taps
+    ]
     try:
         yield found
     finally:
@@ -177,9 +173,7 @@ def first_frame_mask(batch: int, frames: int, height: int, width: int) -> Tensor
 
 
 def _latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=like.device, dtype=like.dtype).view(shape)
-    std = torch.tensor(vae.config.latents_std, device=like.device, dtype=like.dtype).view(shape)
+    mean, std = (like.new_tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     return mean, std
 
 
