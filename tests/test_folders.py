@@ -17,7 +17,7 @@ from vpae.cli import main
 from vpae.distill.student import save_student
 from vpae.experiment import ConfigError, load
 from vpae.export.command import export
-from vpae.models.sizes import stored_dtype, stored_weights
+from vpae.models.formats import stored_dtype, stored_weights
 from vpae.models.wan import load_pipeline, load_sampler, load_transformer
 from vpae.teacher import stage
 from vpae.teacher.folder import checked, faults, header, require_whole, variant_of

@@ -32,8 +32,7 @@ from transformers import (
 from test_workflow import Clone
 from vpae.data.video import write_video
 from vpae.data.world import draw_truth, render
-from vpae.models.formats import LARGE
-from vpae.models.sizes import stored_weights
+from vpae.models.formats import LARGE, stored_weights
 from vpae.planning.network import CLIP_VIT_H, UMT5_XXL, Network
 from vpae.teacher.encoders import build_tokenizer
 

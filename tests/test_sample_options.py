@@ -19,7 +19,7 @@ from vpae.config import Samples
 from vpae.distill.student import save_student
 from vpae.experiment import ConfigError
 from vpae.models import formats as formats_module
-from vpae.models.sizes import Weight
+from vpae.models.formats import Weight
 from vpae.models.wan import GEOMETRY, decode_latents, load_pipeline
 from vpae.out_of_memory import Sizes, advice, exhausted_memory
 from vpae.placement import Placement, load_placed

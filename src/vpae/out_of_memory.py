@@ -11,8 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from vpae.experiment import ConfigError
-from vpae.models.formats import RESIZABLE
-from vpae.models.sizes import Weight, stored_weights
+from vpae.models.formats import RESIZABLE, Weight, stored_weights
 from vpae.placement import BY_TORCHAO, DTYPES, Placement
 
 Made = TypeVar("Made")

@@ -14,8 +14,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from vpae.experiment import ConfigError
-from vpae.models.formats import LARGE, formats
-from vpae.models.layout import channels_last
+from vpae.models.formats import LARGE, channels_last, formats
 from vpae.models.loras import merge_loras, read_loras
 from vpae.models.wan import load_pipeline
 from vpae.teacher.folder import require_whole

@@ -25,7 +25,7 @@ from vpae.data.video import write_video
 from vpae.data.world import draw_truth, render
 from vpae.distill import CHAIN
 from vpae.experiment import Source, load
-from vpae.models.layout import channels_last
+from vpae.models.formats import channels_last
 from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import by_torchao

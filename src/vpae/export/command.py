@@ -14,7 +14,7 @@ from vpae.artifacts import ArtifactError, identity, read_provenance
 from vpae.data.names import NAME_BYTES
 from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline, write_served_index
-from vpae.models.sizes import stored_weights
+from vpae.models.formats import stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.teacher.folder import faults, require_whole
 

@@ -15,8 +15,8 @@ from vpae.export.card import CARD, FACTS
 from vpae.export.keys import to_original
 from vpae.export.lora import PREFIXES, read_adapter
 from vpae.flow import schedule
+from vpae.models.formats import stored_dtype, stored_weights
 from vpae.models.loras import require_fit
-from vpae.models.sizes import stored_dtype, stored_weights
 from vpae.models.wan import TEXT_TOKENS, load_transformer
 
 WRITTEN_ANEW = ("transformer", CARD, FACTS, PROVENANCE)

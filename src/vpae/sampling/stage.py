@@ -19,8 +19,7 @@ from vpae.config import Experiment, Samples
 from vpae.data.latents import LatentDataset
 from vpae.data.names import file_names
 from vpae.data.video import write_video
-from vpae.models.formats import formats
-from vpae.models.layout import channels_last
+from vpae.models.formats import channels_last, formats
 from vpae.models.small_decoder import SmallDecoder, load_small_decoder
 from vpae.models.wan import decode_latents, load_pipeline, load_sampler
 from vpae.parts import Part

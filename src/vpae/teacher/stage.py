@@ -20,8 +20,8 @@ from vpae.config import Experiment, Teacher, Training
 from vpae.data.encoding import Encoders, pad_text, to_signed
 from vpae.data.manifest import Clip, read_manifest
 from vpae.experiment import ConfigError
+from vpae.models.formats import stored_dtype, stored_weights
 from vpae.models.loras import merge_loras, read_loras
-from vpae.models.sizes import stored_dtype, stored_weights
 from vpae.models.wan import (
     GEOMETRY,
     TEXT_TOKENS,
