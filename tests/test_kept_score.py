@@ -20,6 +20,7 @@ from vpae.flow import add_noise
 from vpae.models.adapters import FAKE, STUDENT
 from vpae.models.heads import ConvolutionHead, head_on
 from vpae.models.wan import predict_x0
+from vpae.training.ema import make_ema
 from vpae.training.loop import train
 
 KEPT = {"score": Score(weight=1.0, guidance_scale=1.0), "adversarial_weight": 0.0, "csds_weight": 0.0}
@@ -227,7 +228,7 @@ def test_a_pattern_on_all_videos_is_found_before_any_generator_is_trained(form, 
     phase.generate = lambda clips: clips.x + pattern
     phase.turns = lambda step: ["head"] * 250
     phase.main = "head"
-    phase.ema = None
+    phase.ema = make_ema(phase.roles["head"].module)
     training = base.config.training.model_copy(update={"steps": 1})
     train(phase, lambda drawn: still(8, drawn), training, 0, tmp_path, accelerator)
     _, logs = phase.loss("head", still(64, 10**6), rng(), 0)

@@ -124,7 +124,7 @@ def watched(folder: Path, accelerator, monitor: Monitor, dies_at: int = 0, seed:
     training = Training(steps=4, batch_size=2, ema_decay=0.5, checkpoint_every=3, monitor=monitor)
     phase = build_priming(seed, training=training)
     draw = Fixed(phase, dies_at)
-    watch = Watch(monitor, draw, draw.x)
+    watch = Watch(monitor, draw, draw.x) if monitor.every else None
     train(phase, lambda drawn: build_batch(2, seed=drawn), training, 0, folder, accelerator, watch)
     return draw
 

@@ -22,10 +22,9 @@ from vpae.distill.run import Batches
 from vpae.models.wan import features, velocity
 from vpae.planning.meter import Meter
 from vpae.randomness import generator_for
-from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.loop import SPEED, train
 from vpae.training.precision import fuse_norms
-from vpae.training.sharding import spread
+from vpae.training.sharding import compile_blocks, run_eagerly, spread
 from vpae.training.speed import Cost, Speed, peak_of, summary
 
 CPU = torch.device("cpu")

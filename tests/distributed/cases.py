@@ -155,7 +155,7 @@ def fit(phase, folder: Path, accelerator: Accelerator, steps: int | None = None)
     """Train on random clips, which follow from their places among all micro-batches."""
     training = phase.config.training.model_copy(update={"steps": steps} if steps else {})
     rank, ranks = data_rank(training.sharding, accelerator)
-    watch = watch_of(phase, HeldOut(), 0, accelerator) if training.monitor.every else None
+    watch = watch_of(phase, HeldOut(), 0, accelerator)
     return train(
         phase, lambda drawn: build_batch(1, seed=drawn * ranks + rank), training, 0, folder, accelerator, watch
     )

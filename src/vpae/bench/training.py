@@ -16,12 +16,11 @@ from vpae.config import Experiment
 from vpae.planning.network import Network, Sequence
 from vpae.planning.phase import Execution, Process, execute, held
 from vpae.planning.remedies import with_switches
-from vpae.training.compiled import compile_blocks, run_eagerly
 from vpae.training.ema import update_ema
 from vpae.training.loop import update
 from vpae.training.phase import Phase
 from vpae.training.precision import autocast_caches
-from vpae.training.sharding import spread
+from vpae.training.sharding import compile_blocks, run_eagerly, spread
 
 
 class Workbench:

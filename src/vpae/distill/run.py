@@ -88,13 +88,13 @@ def batches_of(latents: Path, training: Training, seed: int, name: str, accelera
     return Batches(LatentDataset(latents, "train"), training, seed, name, accelerator)
 
 
-def watch_of(phase: Method, dataset: LatentDataset, seed: int, accelerator: Accelerator) -> Watch:
-    """A collapse monitor of the EMA's single steps on the first clips of a dataset."""
+def watch_of(phase: Method, dataset: LatentDataset, seed: int, accelerator: Accelerator) -> Watch | None:
+    """A collapse monitor of the EMA's single steps on the first clips of a dataset; none where it never looks."""
     training = phase.config.training
+    if training.monitor.every == 0:
+        return None
     batches = torch.arange(min(training.monitor.clips, len(dataset))).split(training.batch_size)
-    clips = (
-        [dataset.batch(numbers.tolist(), accelerator.device) for numbers in batches] if training.monitor.every else []
-    )
+    clips = [dataset.batch(numbers.tolist(), accelerator.device) for numbers in batches]
 
     def draw(number: int) -> Tensor:
         videos = []
@@ -105,7 +105,7 @@ def watch_of(phase: Method, dataset: LatentDataset, seed: int, accelerator: Acce
                 videos.append(predict_x0(phase.ema, noise, torch.ones(len(x), device=x.device), condition))
         return torch.cat(videos).float()
 
-    return Watch(training.monitor, draw, torch.cat([x for x, _ in clips]) if clips else torch.empty(0))
+    return Watch(training.monitor, draw, torch.cat([x for x, _ in clips]))
 
 
 def cost_of(settings: Experiment, name: str, phase: Method, batches: Batches, accelerator: Accelerator) -> Cost:

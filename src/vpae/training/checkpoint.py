@@ -39,15 +39,17 @@ def save(folder: Path, phase: Phase, position: dict) -> None:
     Raises:
         ArtifactError: the disk does not take it; the older states stand.
     """
+    final = folder / f"step-{position['step']:08d}"
+    temporary = folder / f".{final.name}.tmp"
     try:
-        _save(folder, phase, position)
+        _save(temporary, final, phase, position)
     except (OSError, CheckpointException) as error:
         causes = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         reason = next((e for e in causes if isinstance(e, OSError)), None)
         if reason is None:
             raise
         if _place()[0] == 0:
-            shutil.rmtree(_unfinished(folder, position), ignore_errors=True)  # half a state fills the disk for others
+            shutil.rmtree(temporary, ignore_errors=True)  # half a state fills the disk for others
         older = max((p.name for p in folder.glob("step-*")), default="none")
         raise ArtifactError(
             f"the state of step {position['step']} could not be saved in {folder} ({reason.strerror or reason}): make "
@@ -55,16 +57,9 @@ def save(folder: Path, phase: Phase, position: dict) -> None:
         ) from error
 
 
-def _unfinished(folder: Path, position: dict) -> Path:
-    return folder / f".step-{position['step']:08d}.tmp"
-
-
-def _save(folder: Path, phase: Phase, position: dict) -> None:
-    final = folder / f"step-{position['step']:08d}"
-    temporary = _unfinished(folder, position)
-    rank, ranks = _place()
-    first = rank == 0
-    if first:
+def _save(temporary: Path, final: Path, phase: Phase, position: dict) -> None:
+    folder, (rank, ranks) = final.parent, _place()
+    if rank == 0:
         for unfinished in folder.glob(".step-*.tmp"):  # of saves that were cut off, too
             shutil.rmtree(unfinished, ignore_errors=True)
     _wait_for_all()
@@ -77,7 +72,7 @@ def _save(folder: Path, phase: Phase, position: dict) -> None:
         flush_entry(path)
         hashes[path.name] = sha256(path)
     files = {name: value for part in _gathered(hashes) for name, value in part.items()}
-    if first:
+    if rank == 0:
         position = {**position, "files": files}
         write_json(temporary / POSITION, {**position, "digest": digest(position)})
         flush_entry(temporary)
@@ -117,17 +112,15 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
         ArtifactError: there are states, but all of them are damaged.
     """
     states = sorted(folder.glob("step-*"), reverse=True)
-    newest = None
-    for found in states:
-        if not (wrong := _damaged(found)):
-            newest = found
+    if not states:
+        return None
+    for newest in states:
+        if not (wrong := _damaged(newest)):
             break
         if _place()[0] == 0:
             print(f"vpae: {wrong} is damaged; the state before it is taken, if there is one", file=sys.stderr)
-    if newest is None and states:
+    else:
         raise ArtifactError(f"{folder}: no state in it is whole; delete the folder to begin anew")
-    if newest is None:
-        return None
     state = _state(phase, whole=True)
     saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     for name in phase.roles:
@@ -148,8 +141,7 @@ def load_latest(folder: Path, phase: Phase) -> dict | None:
         groups = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["param_groups"]
         optimizer = {"state": state[f"{name}.moments"], "param_groups": groups}
         set_optimizer_state_dict(role.module, role.optimizer, optimizer, options=_TRAINED)
-    if phase.ema is not None:
-        set_model_state_dict(phase.ema, state["ema"])
+    set_model_state_dict(phase.ema, state["ema"])
     return _read_position(newest)
 
 
@@ -160,7 +152,7 @@ def _damaged(state: Path) -> Path | None:
     except (OSError, ValueError):
         return state / POSITION
     rank, ranks = _place()
-    mine = sorted(position.get("files", {}).items())[rank::ranks]
+    mine = sorted(position["files"].items())[rank::ranks]
     wrong = [name for name, value in mine if not (state / name).is_file() or sha256(state / name) != value]
     found = next((name for part in _gathered(wrong) for name in part), None)
     return state / found if found else None
@@ -168,8 +160,7 @@ def _damaged(state: Path) -> Path | None:
 
 def _read_position(state: Path) -> dict:
     position = json.loads((state / POSITION).read_text())
-    known = position.pop("digest", None)
-    if known not in (None, digest(position)):
+    if position.pop("digest", None) != digest(position):
         raise ValueError(f"{state / POSITION} is not as it was written")
     return position
 
@@ -185,6 +176,4 @@ def _state(phase: Phase, whole: bool = False) -> dict:
         known = whole or role.optimizer.state
         found = get_optimizer_state_dict(role.module, role.optimizer, options=_TRAINED)["state"] if known else {}
         state[f"{name}.moments"] = found
-    if phase.ema is not None:
-        state["ema"] = get_model_state_dict(phase.ema)
-    return state
+    return state | {"ema": get_model_state_dict(phase.ema)}

@@ -90,8 +90,8 @@ def train(
     _, ranks = sharding.data_rank(training.sharding, accelerator)
     per_update = training.accumulate * ranks
     if position:
-        _require_the_same(per_update, position.get("micro_batches_per_update", per_update), ranks, phase.name, state)
-    skipped = Skipped(training.stop_after_skipped, keys, position and position.get("skipped"))
+        _require_the_same(per_update, position["micro_batches_per_update"], ranks, phase.name, state)
+    skipped = Skipped(training.stop_after_skipped, keys, position and position["skipped"])
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
@@ -109,7 +109,7 @@ def train(
                 drawn += training.accumulate
                 moved[turn] = moved.get(turn, False) or bool(found)
                 logs.update(found)
-            if phase.ema is not None and moved.get(phase.main, True):
+            if moved.get(phase.main, True):
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
             looked = bool(watch) and watch.wants(done)

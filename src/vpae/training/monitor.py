@@ -78,7 +78,7 @@ class Watch:
     """Draws fixed clips every now and then, and judges them.
 
     Args:
-        config: how often, and whether to stop.
+        config: how often, which is not never, and whether to stop.
         draw: number of a fixed draw of noise -> one-step videos of the fixed first frames, like x. Every process calls
             it alike.
         x: the real clips.
@@ -92,7 +92,7 @@ class Watch:
 
     def wants(self, step: int) -> bool:
         """Whether to look after so many steps."""
-        return self.config.every > 0 and step % self.config.every == 0
+        return step % self.config.every == 0
 
     @torch.no_grad()
     def begin(self, state: Path, first: bool) -> None:
@@ -102,8 +102,6 @@ class Watch:
             state: folder of the run's resumable states.
             first: whether this process writes.
         """
-        if self.config.every == 0:
-            return
         self.speaks = first
         if first and self.config.videos:
             self.looks = state / LOOKS

@@ -65,14 +65,14 @@ class Phase(ABC):
         name: in logs and in the key of every random number.
         main: the role whose updates are the steps.
         roles: name -> what is trained.
-        ema: follows the main role; None for none.
+        ema: follows the main role.
         networks: name -> every Wan transformer, each once, for sharding.
     """
 
     name: str
     main: str
     roles: dict[str, Role]
-    ema: nn.Module | None = None
+    ema: nn.Module
     networks: dict[str, WanTransformer3DModel] = {}  # noqa: RUF012 - never changed in place
 
     def turns(self, step: int) -> Iterable[str]:

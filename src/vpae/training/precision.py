@@ -28,13 +28,6 @@ class Exact:
             return super().forward(x.float(), *args, **kwargs)
 
 
-def compute_exactly(module: nn.Module) -> None:
-    """Make a module compute in float32; as a class of its own, so that copies do so too, each with its own weights."""
-    if not isinstance(module, Exact):
-        module.float()
-        module.__class__ = type(f"Exact{type(module).__name__}", (Exact, type(module)), {})
-
-
 class Fused:
     """Mixed into an RMSNorm's class: torch's one kernel also where input and weight have two number formats."""
 
@@ -48,8 +41,20 @@ class Fused:
 def fuse_norms(network: WanTransformer3DModel) -> None:
     """Have all RMSNorms of a network compute in one kernel each, which torch does not do for mixed number formats."""
     for module in network.modules():
-        if isinstance(module, nn.RMSNorm) and not isinstance(module, Fused):
-            module.__class__ = type(f"Fused{type(module).__name__}", (Fused, type(module)), {})
+        if isinstance(module, nn.RMSNorm):
+            _mix_in(Fused, module)
+
+
+def take_exact_inputs(network: WanTransformer3DModel) -> None:
+    """Let latents and times enter a network in float32; changes nothing where all is float32."""
+    for name in INPUTS:
+        _mix_in(Exact, network.get_submodule(name).float())
+
+
+def _mix_in(mixin: type, module: nn.Module) -> None:
+    """Give a module a class of its own, so that copies compute as it does too, each with its own weights."""
+    if not isinstance(module, mixin):
+        module.__class__ = type(f"{mixin.__name__}{type(module).__name__}", (mixin, type(module)), {})
 
 
 def autocast_caches(training: Training) -> bool:
@@ -69,9 +74,3 @@ def finer_autocast(device_type: str) -> Iterator[None]:
         return
     with torch.autocast(device_type, torch.float16, cache_enabled=False):  # the cache has bf16
         yield
-
-
-def take_exact_inputs(network: WanTransformer3DModel) -> None:
-    """Let latents and times enter a network in float32; changes nothing where all is float32."""
-    for name in INPUTS:
-        compute_exactly(network.get_submodule(name))

@@ -32,11 +32,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from vpae.config import Sharding, Training
 from vpae.models.adapters import Adapted, adapted_layers, selected, selection_of
-from vpae.training.compiled import compile_blocks
 from vpae.training.phase import Phase
 from vpae.training.precision import INPUTS
 
 WHOLE = ("norm", "scale_shift_table")
+WAYS = 64  # torch runs a block uncompiled, and says nothing, after so many
 
 
 def is_sharded(sharding: Sharding) -> bool:
@@ -46,12 +46,8 @@ def is_sharded(sharding: Sharding) -> bool:
 
 def data_rank(sharding: Sharding, accelerator: Accelerator) -> tuple[int, int]:
     """Whose clips and noise this process works on, and how many different ones there are."""
-    if accelerator.num_processes == 1:
-        return 0, 1
-    return (
-        accelerator.process_index // sharding.context_parallel,
-        accelerator.num_processes // sharding.context_parallel,
-    )
+    sharing = sharding.context_parallel if accelerator.num_processes > 1 else 1
+    return accelerator.process_index // sharing, accelerator.num_processes // sharing
 
 
 def empty_transformer(config: dict) -> WanTransformer3DModel:
@@ -101,6 +97,25 @@ def spread(phase: Phase, training: Training, accelerator: Accelerator, empty: bo
                 _distribute(network, mesh, dtype, accelerator.device)
         for role in phase.roles.values():
             role.reset_optimizer()
+
+
+# Compiled blocks.
+
+
+def compile_blocks(network: WanTransformer3DModel, backend: str = "inductor") -> None:
+    """Compile a network's blocks at their first call; before the network is sharded.
+
+    A block's code is compiled once for all blocks, and again for each way in which it is called: with each adapter,
+    with and without gradients, in each number format.
+    """
+    torch._dynamo.config.recompile_limit = max(WAYS, torch._dynamo.config.recompile_limit)
+    network.compile_repeated_blocks(backend=backend)
+
+
+def run_eagerly(network: WanTransformer3DModel) -> None:
+    """Undo `compile_blocks`."""
+    for block in network.blocks:
+        block._compiled_call_impl = None
 
 
 # Activation checkpointing.

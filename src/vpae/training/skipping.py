@@ -46,9 +46,10 @@ class Skipped:
         self.total += 1
         self.in_a_row[turn] = count = self.in_a_row.get(turn, 0) + 1
         # Those micro-batches whose loss is not finite; a gradient can also overflow behind finite losses.
-        mine = {number: bool(loss.isfinite()) for number, loss in losses.items()}
-        found = [[(key, ok) for n, ok in mine.items() for key in (self.keys(n) if self.keys else [f"batch {n}"])]]
-        clips = [pair for part in (gather_object(found) if accelerator.num_processes > 1 else found) for pair in part]
+        finite = {number: bool(loss.isfinite()) for number, loss in losses.items()}
+        clips = [(key, ok) for n, ok in finite.items() for key in (self.keys(n) if self.keys else [f"batch {n}"])]
+        if accelerator.num_processes > 1:
+            clips = gather_object(clips)
         wrong = list(dict.fromkeys(key for key, ok in clips if not ok) or dict.fromkeys(key for key, _ in clips))
         message = (
             f"{where}: the gradient of {turn} is {norm.item()}, so that its update is skipped, {count} in a row "
