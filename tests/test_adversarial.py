@@ -12,8 +12,8 @@ from vpae.distill.losses.adversarial import (
     generator_adversarial,
     generator_relativistic,
 )
-from vpae.distill.losses.csds import csds_loss
 from vpae.distill.losses.probes import perturbation, probe_penalty
+from vpae.distill.losses.vsd import csds_loss
 
 SHAPE = (4096, 2, 3, 4, 5)  # B C F H W
 PROBES = {"spatial": (2,), "temporal": (3, 4)}  # axes on which each is constant

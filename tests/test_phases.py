@@ -14,7 +14,7 @@ from vpae.config import Experiment, Optimizer, Times, Training
 from vpae.distill import equilibrium
 from vpae.distill.budget import network_evaluations
 from vpae.distill.losses.adversarial import generator_adversarial
-from vpae.distill.losses.csds import csds_loss
+from vpae.distill.losses.vsd import csds_loss
 from vpae.distill.method import motion_monitors
 from vpae.experiment import load
 from vpae.flow import expand, schedule, x0_from_velocity

@@ -31,7 +31,7 @@ else:
 
 adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpae.models.wan")
 student, heads = lazy("vpae.distill.student"), lazy("vpae.models.heads")
-gan, probes = lazy("vpae.distill.losses.non_saturating"), lazy("vpae.distill.losses.probes")
+gan, probes = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.probes")
 
 
 class Settings(MethodSettings):
@@ -136,7 +136,7 @@ class Apt(Method):
             xh = self.generate(clips)
         times = self.ensemble(clips)
         real, fake = self.logits(x, times, c), self.logits(xh, times, c)
-        loss = told_apart = gan.discriminator_loss(real, fake)
+        loss = told_apart = gan.discriminator_non_saturating(real, fake)
         logs = {"told_apart": told_apart, "logit_real": real.mean(), "logit_fake": fake.mean()}
         if config.r1_weight:
             perturbed = self.logits(x + probes.perturbation("plain", x, config.r1_sigma, clips.rng), times, c)
@@ -147,7 +147,9 @@ class Apt(Method):
     def generator_loss(self, clips: Clips) -> Loss:
         """-E log sigmoid(D(xh))."""
         xh = self.generate(clips)
-        return gan.generator_loss(self.logits(xh, self.ensemble(clips), clips.c)), motion_monitors(xh, clips.x)
+        return gan.generator_non_saturating(self.logits(xh, self.ensemble(clips), clips.c)), motion_monitors(
+            xh, clips.x
+        )
 
     def save(self, out: Path) -> None:
         """The discriminator's head."""

@@ -30,7 +30,7 @@ else:
     torch = lazy("torch")
 
 flow, wan, heads = lazy("vpae.flow"), lazy("vpae.models.wan"), lazy("vpae.models.heads")
-gan, vsd = lazy("vpae.distill.losses.non_saturating"), lazy("vpae.distill.losses.vsd")
+gan, vsd = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.vsd")
 
 
 class Settings(score.Settings):
@@ -125,7 +125,10 @@ class Dmd2(score.ScoreDistillation):
         xh_t, t, noise = clips.noised(xh, self.config.score_times)
         v, fake = self.judge(xh_t, t, clips.c)
         _, real = self.judge(flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
-        matching, told_apart = vsd.flow_matching_loss(v, xh, noise), gan.discriminator_loss(real, fake)
+        matching, told_apart = (
+            vsd.flow_matching_loss(v, xh, noise),
+            gan.discriminator_non_saturating(real, fake),
+        )
         logs = {"flow_matching": matching, "told_apart": told_apart}
         logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
         return matching + self.config.head_weight * told_apart, logs
@@ -147,7 +150,7 @@ class Dmd2(score.ScoreDistillation):
         loss = vsd.vsd_loss(xh, g)
         logs = {"vsd": loss, "vsd_direction": g.abs().mean(), **motion_monitors(xh, clips.x)}
         if logits is not None:
-            opposed = gan.generator_loss(logits)
+            opposed = gan.generator_non_saturating(logits)
             loss, logs["adversarial"] = loss + config.adversarial_weight * opposed, opposed
         return loss, logs
 

@@ -35,8 +35,8 @@ else:
 adapters, flow, wan = lazy("vpae.models.adapters"), lazy("vpae.flow"), lazy("vpae.models.wan")
 student, heads = lazy("vpae.distill.student"), lazy("vpae.models.heads")
 precision = lazy("vpae.training.precision")
-adversarial, csds = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.csds")
-probing, vsd = lazy("vpae.distill.losses.probes"), lazy("vpae.distill.losses.vsd")
+adversarial, probing = lazy("vpae.distill.losses.adversarial"), lazy("vpae.distill.losses.probes")
+vsd = lazy("vpae.distill.losses.vsd")
 
 
 class Score(Section):
@@ -275,13 +275,16 @@ class Equilibrium(Method):
         xh_t, t, noise = clips.noised(xh, self.config.discriminator_times)
         x_t = flow.add_noise(clips.x, noise if self.config.same_noise else clips.noise(), t)
         c, settings = clips.c, self.config.r1
+        sigmas = {probe: getattr(settings, f"sigma_{probe}") for probe in settings.probes}
+
+        def probed(xt: Tensor) -> list[Tensor]:
+            return [xt + probing.perturbation(probe, xt, sigma, clips.rng) for probe, sigma in sigmas.items()]
+
         # The penalty is to measure the probes and not the rounding of the backbone's activations.
         with nullcontext() if self.config.backbone == "copy" else precision.finer_autocast(x_t.device.type):
-            seen = [x_t, xh_t, *(x_t + self.perturbation(name, clips) for name in settings.probes)]
-            if settings.generated_weight > 0:
-                seen += [xh_t + self.perturbation(name, clips) for name in settings.probes]
+            seen = [x_t, xh_t, *probed(x_t), *(probed(xh_t) if settings.generated_weight > 0 else [])]
             real, fake, *others = self.logits_of(seen, t, c)
-            probes, r2 = dict(zip(settings.probes, others, strict=False)), others[len(settings.probes) :]
+            probes, r2 = dict(zip(sigmas, others, strict=False)), others[len(sigmas) :]
         if self.config.relativistic:
             name, opposed, right = "relativistic", adversarial.discriminator_relativistic(real, fake), [real > fake]
         else:
@@ -296,17 +299,9 @@ class Equilibrium(Method):
             "accuracy": torch.stack(right).float().mean(),
         }
         # |grad D| along each kind of probe, to first order.
-        slopes = {f"slope_{k}": (real - d).square().mean().sqrt() / self.sigma(k) for k, d in probes.items()}
+        slopes = {f"slope_{k}": (real - d).square().mean().sqrt() / sigmas[k] for k, d in probes.items()}
         of_generated = settings.generated_weight * probing.probe_penalty(fake, *r2)
         return opposed + settings.weight * penalty + of_generated, logs | slopes
-
-    def sigma(self, probe: str) -> float:
-        """The deviation of a probe."""
-        return getattr(self.config.r1, f"sigma_{probe}")
-
-    def perturbation(self, probe: str, clips: Clips) -> Tensor:
-        """Step 5: d_s, d_t or their plain form."""
-        return probing.perturbation(probe, clips.x, self.sigma(probe), clips.rng)
 
     def fake_loss(self, clips: Clips) -> Loss:
         """The fake model follows the one-step videos, as in phase I."""
@@ -331,7 +326,7 @@ class Equilibrium(Method):
             loss = loss + config.adversarial_weight * opposed
             logs["adversarial"] = opposed
         if config.csds_weight > 0:
-            distance = csds.csds_loss(self.pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
+            distance = vsd.csds_loss(self.pulled(xh, "csds", logs), self.teacher_s_prediction(xh, clips))
             loss = loss + config.csds_weight * distance
             logs["csds"] = distance
         if self.fake is not None:

@@ -83,22 +83,22 @@ class SharedBase(nn.Module):
         return Adapted(self, name, share)
 
     @contextmanager
-    def acting_as(self, role: str, adapter: str | None, share: float = 1.0) -> Iterator[None]:
+    def acting_as(self, adapter: str | None, share: float) -> Iterator[None]:
         """Let the base run with one adapter alone, or a share of its update, or with none.
 
         Raises:
             RuntimeError: it has another role, or this one, already.
         """
+        role = adapter or "teacher"
         if self._role is not None:
             raise RuntimeError(f"the shared base acts as {self._role} already; end that role before {role} begins")
         self._role = role
+        selection = [
+            (layer, [adapter], adapter is None, {name: share * value for name, value in layer.scaling.items()})
+            for layer in adapted_layers(self.transformer)
+        ]
         try:
-            with selected(
-                [
-                    (layer, [adapter], adapter is None, {name: share * value for name, value in layer.scaling.items()})
-                    for layer in adapted_layers(self.transformer)
-                ]
-            ):
+            with selected(selection):
                 yield
         finally:
             self._role = None
@@ -139,7 +139,7 @@ class Adapted(nn.Module):
 
     def forward(self, *args, **kwargs):
         """As the base's, with this adapter."""
-        with self._shared[0].acting_as(self.name or "teacher", self.name, self.share):
+        with self._shared[0].acting_as(self.name, self.share):
             return self.base(*args, **kwargs)
 
     def follower(self) -> "Adapted":

@@ -1,4 +1,4 @@
-"""Hinge losses (Phase II, step 4), and the relativistic pair that can stand in their place."""
+"""Adversarial losses: Phase II's hinge (step 4), the relativistic pair that can replace it, and the rivals' own."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,3 +32,13 @@ def discriminator_relativistic(real_logits_B: Tensor, fake_logits_B: Tensor) -> 
 def generator_relativistic(real_logits_B: Tensor, fake_logits_B: Tensor) -> Tensor:
     """E softplus(D(x_t') - D(xh_t')), the opposite of the discriminator's."""
     return F.softplus(real_logits_B - fake_logits_B).mean()
+
+
+def discriminator_non_saturating(real_logits_B: Tensor, fake_logits_B: Tensor) -> Tensor:
+    """-E log sigmoid(D(x)) - E log(1 - sigmoid(D(xh))), of DMD2 (arXiv 2405.14867) and APT (arXiv 2501.08316)."""
+    return F.softplus(-real_logits_B).mean() + F.softplus(fake_logits_B).mean()
+
+
+def generator_non_saturating(fake_logits_B: Tensor) -> Tensor:
+    """-E log sigmoid(D(xh))."""
+    return F.softplus(-fake_logits_B).mean()

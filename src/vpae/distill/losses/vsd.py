@@ -1,4 +1,4 @@
-"""Variational score distillation (Phase I, steps 3 to 6; the DMD loss)."""
+"""Score distillation: variational (Phase I, steps 3 to 6; the DMD loss) and conditional (Phase II, step 6)."""
 
 import torch
 import torch.nn.functional as F
@@ -33,3 +33,11 @@ def vsd_loss(xh_BCFHW: Tensor, g_BCFHW: Tensor) -> Tensor:
 def flow_matching_loss(v_BCFHW: Tensor, x_BCFHW: Tensor, noise_BCFHW: Tensor) -> Tensor:
     """mean (v - (eps - sg(x)))^2: how the fake model learns the generator's distribution."""
     return F.mse_loss(v_BCFHW.float(), (noise_BCFHW - x_BCFHW.detach()).float())
+
+
+def csds_loss(xh_BCFHW: Tensor, teacher_x0_BCFHW: Tensor) -> Tensor:
+    """L_CSDS = mean (xh - sg(f_teacher(sg(xh_t'), t', c)))^2; the mean keeps lambda independent of the size.
+
+    The teacher knows the first frame, and ties the video to it.
+    """
+    return F.mse_loss(xh_BCFHW.float(), teacher_x0_BCFHW.detach().float())
