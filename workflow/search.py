@@ -40,7 +40,7 @@ from vpae.evaluation import c2st
 from vpae.evaluation.frechet import RandomFeatures, frechet
 from vpae.evaluation.truth import measure
 from vpae.experiment import load
-from vpae.models.adapters import FAKE
+from vpae.models.adapters import FAKE, lora_names
 from vpae.models.wan import (
     SHORT_TEXT_TOKENS,
     Condition,
@@ -127,8 +127,6 @@ class InMemory:
 
     def adapter(self, model: str, name: str) -> dict[str, Tensor]:
         """The fake model's, as the start left it."""
-        from vpae.models.adapters import lora_names
-
         assert name == FAKE, "students are trained whole here"
         return lora_names(self.students[self.start].fake.state_dict())
 
@@ -172,9 +170,7 @@ class Run:
         tensors = [t for m in modules.values() for t in itertools.chain(m.parameters(), m.buffers())]
         tensors += list(self.phase.ema.parameters())
         before = [t.detach().clone() for t in tensors]
-        with counted(self.phase) as count:
-            self._on_stream(lambda: self._turn(turn))
-        self.cost[turn] = count[0]
+        self.cost[turn] = evaluations(self.phase, lambda: self._on_stream(lambda: self._turn(turn)))
         graph = None
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -224,22 +220,15 @@ class Run:
             self.evaluations += self.cost[turn] * self.training.batch_size
 
 
-class counted:
+def evaluations(phase: Method, work: Callable[[], object]) -> float:
     """Network evaluations of one turn per clip: a pass counts 1, with a backward pass 3."""
-
-    def __init__(self, phase: Method):
-        self.phase, self.count = phase, [0.0]
-
-    def __enter__(self) -> list[float]:
-        def note(_module, _inputs, output) -> None:
-            self.count[0] += 3.0 if output[0].requires_grad else 1.0
-
-        self.handles = [n.register_forward_hook(note) for n in self.phase.networks.values()]
-        return self.count
-
-    def __exit__(self, *_) -> None:
-        for handle in self.handles:
-            handle.remove()
+    passes: list[float] = []
+    note = lambda _network, _inputs, output: passes.append(3.0 if output[0].requires_grad else 1.0)  # noqa: E731
+    hooks = [network.register_forward_hook(note) for network in phase.networks.values()]
+    work()
+    for hook in hooks:
+        hook.remove()
+    return sum(passes)
 
 
 def train_together(runs: list[Run]) -> None:
@@ -496,11 +485,17 @@ def table(file: Path) -> str:
     """Markdown: a line for each variant and seed, the best C2ST first."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     columns = [key for key in COLUMNS if any(key in row for row in rows)]
-    lines = ["| variant | seed | from | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
-    for row in sorted(rows, key=lambda row: row["c2st"]):
-        values = (f"{row[key]:.4f}" if key in row else "" for key in columns)
-        lines.append(f"| {row['variant']} | {row['seed']} | {row.get('start', '')} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+    values = [
+        [row["variant"], row["seed"], row.get("start", ""), *(f"{row[k]:.4f}" if k in row else "" for k in columns)]
+        for row in sorted(rows, key=lambda row: row["c2st"])
+    ]
+    return markdown(["variant", "seed", "from", *columns], values)
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def over_seeds(
@@ -520,24 +515,22 @@ def over_seeds(
         raise SystemExit(f"{', '.join(map(str, files))}: no column {', '.join(unknown)}")
     columns = columns or COLUMNS
     shown = [key for key in dict.fromkeys((*columns, "evaluations")) if key in known]
-    lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (2 + len(shown)) + "|"]
-
-    def line(name: str, values: list[dict]) -> None:
-        cells = (interval([value[key] for value in values]) if all(key in v for v in values) else "" for key in shown)
-        lines.append(f"| {name} | {len(values)} | " + " | ".join(cells) + " |")
-
     if unknown := {*(only or ()), *itertools.chain(*pairs)} - found.keys():
         where = ", ".join(map(str, files))
         raise SystemExit(f"{where}: no variant {', '.join(sorted(unknown))}; there are {', '.join(found)}")
-    for name in only or found:
-        line(name, list(found[name].values()))
+    lines = [(name, list(found[name].values())) for name in only or found]
     for one, other in pairs:
         both = found[one].keys() & found[other].keys()
         if not both:
             raise SystemExit(f"--pair {one} {other}: they have no seed in common")
         pair = [(found[one][seed], found[other][seed]) for seed in sorted(both)]
-        line(f"{one} - {other}", [{k: a[k] - b[k] for k in columns if k in a and k in b} for a, b in pair])
-    return "\n".join(lines)
+        lines.append((f"{one} - {other}", [{k: a[k] - b[k] for k in columns if k in a and k in b} for a, b in pair]))
+
+    def cell(values: list[dict], key: str) -> str:
+        return interval([value[key] for value in values]) if all(key in value for value in values) else ""
+
+    rows = [[name, len(values), *(cell(values, key) for key in shown)] for name, values in lines]
+    return markdown(["variant", "seeds", *shown], rows)
 
 
 def interval(values: list[float]) -> str:
