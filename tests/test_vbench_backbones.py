@@ -19,8 +19,9 @@ from conftest import seeded
 from synthetic import video_of
 from vbench_i2v import backbones, camera, weights
 from vbench_i2v.backbones import clip, plugins
+from vbench_i2v.backbones.checkpoints import read_state
 from vbench_i2v.backbones.dino import DinoViT
-from vbench_i2v.backbones.raft import RAFT
+from vbench_i2v.backbones.raft import RAFT, renamed
 from vbench_i2v.base import OFFICIAL
 from vbench_i2v.errors import NotComputed, VBenchError
 from vpae.data.world import draw_truth, render, sprite_alpha
@@ -202,11 +203,11 @@ def test_clip_is_its_naive_recomputation_from_openais_names():
 
 
 def test_clip_reads_a_torchscript_archive(archive):
-    official = backbones.official(archive.parent)
+    official = backbones.Official(archive.parent)
     images = seeded(2, lambda: torch.randn(1, 3, 2 * PATCH, 2 * PATCH))
     expected = clip.from_openai(WIDE)(images).image_embeds
     assert torch.equal(official.clip_b32()(images), expected) and expected.shape == (1, OUT)
-    half = backbones.official(archive.parent, clip_dtype="float16").clip_b32()(images)
+    half = backbones.Official(archive.parent, clip_dtype="float16").clip_b32()(images)
     assert half.dtype == torch.float16 and torch.allclose(half.float(), expected, atol=0.1, rtol=0.05)
 
 
@@ -335,7 +336,7 @@ def naive_raft(model: RAFT, first: Tensor, second: Tensor, updates: int) -> Tens
 
 def test_raft_is_its_naive_recomputation_from_the_original_names():
     source, model = randomised(RAFT(**SMALL)), RAFT(**SMALL)
-    model.load_original(original_names(source))
+    model.load_state_dict(renamed(original_names(source)))
     model.eval().requires_grad_(False)
     first, second = seeded(1, lambda: 255 * torch.rand(2, 1, 3, 128, 136))
     expected = naive_raft(model, first, second, updates=2)
@@ -433,7 +434,7 @@ PLUGINS = {
 
 @pytest.mark.parametrize(("method", "file"), FILES.items(), ids=FILES)
 def test_weights_that_are_missing_are_named(method, file, tmp_path):
-    official = backbones.official(tmp_path)
+    official = backbones.Official(tmp_path)
     assert official.name == OFFICIAL
     with pytest.raises(NotComputed, match=f"{file} is missing.*vbench-i2v weights"):
         getattr(official, method)()
@@ -443,19 +444,19 @@ def test_weights_that_are_missing_are_named(method, file, tmp_path):
 def test_damaged_weights_are_named(method, file, tmp_path):
     (tmp_path / file).write_bytes(b"not weights")
     with pytest.raises(NotComputed, match=file):
-        getattr(backbones.official(tmp_path), method)()
+        getattr(backbones.Official(tmp_path), method)()
 
 
 def test_weights_of_another_network_are_named(tmp_path):
     torch.save({"weight": torch.zeros(1, 7), "bias": torch.zeros(1)}, tmp_path / backbones.AESTHETIC)
     with pytest.raises(NotComputed, match=rf"{backbones.AESTHETIC} holds other weights"):
-        backbones.official(tmp_path).aesthetic_head()
+        backbones.Official(tmp_path).aesthetic_head()
 
 
 def test_the_aesthetic_head_is_loaded_once(tmp_path):
     state = {"weight": torch.arange(768.0)[None], "bias": torch.ones(1)}
     torch.save(state, tmp_path / backbones.AESTHETIC)
-    official = backbones.official(tmp_path)
+    official = backbones.Official(tmp_path)
     assert official.aesthetic_head()(torch.eye(768)[5:6]).item() == 6.0
     assert official.aesthetic_head() is official.aesthetic_head()
 
@@ -464,7 +465,7 @@ def test_the_aesthetic_head_is_loaded_once(tmp_path):
 def test_packages_that_are_missing_are_named(method, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
     with pytest.raises(NotComputed, match=rf"{package} is not installed; .*pip install .*\[vbench\].*envs/vbench\.txt"):
-        getattr(backbones.official(tmp_path), method)()
+        getattr(backbones.Official(tmp_path), method)()
 
 
 def installed(folder: Path, monkeypatch, name: str, version: str, code: str, requires: str = "") -> None:
@@ -486,7 +487,7 @@ def test_any_exception_of_an_import_names_package_version_and_remedy(tmp_path, m
     installed(tmp_path, monkeypatch, "torchvision", "0.28.0", "")
     installed(tmp_path, monkeypatch, "pyiqa", "0.1.10", "import numpy; numpy.sctypes")
     with pytest.raises(NotComputed, match=r"pyiqa 0\.1\.10 cannot be imported \(AttributeError.*sctypes.*pip install"):
-        backbones.official(tmp_path).musiq()
+        backbones.Official(tmp_path).musiq()
 
 
 @pytest.mark.parametrize(
@@ -502,7 +503,7 @@ def test_a_torchvision_of_another_torch_is_named(code, words, tmp_path, monkeypa
     installed(tmp_path, monkeypatch, "torchvision", "0.21.0", code, "torch (==2.6.0)")
     installed(tmp_path, monkeypatch, "dreamsim", "0.2.1", "import torchvision")
     with pytest.raises(NotComputed, match=words) as caught:
-        backbones.official(tmp_path).dreamsim()
+        backbones.Official(tmp_path).dreamsim()
     if "another_world" not in code:
         said = f"torchvision 0.21.0 does not match torch {torch.__version__}: it needs torch==2.6.0"
         assert said in str(caught.value)
@@ -514,7 +515,7 @@ def test_dreamsim_never_downloads(tmp_path, monkeypatch):
     package.dreamsim = lambda **_: pytest.fail("it was started without its files")
     monkeypatch.setitem(sys.modules, "dreamsim", package)
     with pytest.raises(NotComputed, match=r"ensemble_lora.*cache_dir"):
-        backbones.official(tmp_path).dreamsim()
+        backbones.Official(tmp_path).dreamsim()
 
 
 def test_dreamsim_leaves_the_hubs_cache_alone(tmp_path, monkeypatch):
@@ -529,7 +530,7 @@ def test_dreamsim_leaves_the_hubs_cache_alone(tmp_path, monkeypatch):
     package.dreamsim = load
     monkeypatch.setitem(sys.modules, "dreamsim", package)
     before = torch.hub.get_dir()
-    assert backbones.official(tmp_path).dreamsim()(torch.ones(2, 3, 4, 4)).shape == (2, 48)
+    assert backbones.Official(tmp_path).dreamsim()(torch.ones(2, 3, 4, 4)).shape == (2, 48)
     assert torch.hub.get_dir() == before
 
     def damaged(**_) -> None:
@@ -537,7 +538,7 @@ def test_dreamsim_leaves_the_hubs_cache_alone(tmp_path, monkeypatch):
 
     package.dreamsim = damaged
     with pytest.raises(NotComputed, match=r"dreamsim cannot be read \(EOFError: Ran out of input\); delete it"):
-        backbones.official(tmp_path).dreamsim()
+        backbones.Official(tmp_path).dreamsim()
 
 
 def test_amt_is_asked_for_the_frame_halfway(tmp_path, monkeypatch):
@@ -555,7 +556,7 @@ def test_amt_is_asked_for_the_frame_halfway(tmp_path, monkeypatch):
 
     stand_in(monkeypatch, "vbench.third_party.amt.networks.AMT-S").Model = Model
     torch.save({"state_dict": {"gain": torch.full((1,), 2.0)}, "psnr": np.float64(36.0)}, tmp_path / backbones.AMT_S)
-    interpolate = backbones.official(tmp_path).interpolate()
+    interpolate = backbones.Official(tmp_path).interpolate()
     frames = torch.ones(2, 3, 128, 128)
     assert torch.equal(interpolate(torch.zeros_like(frames), frames), frames)
     with pytest.raises(VBenchError, match="128 x 128"):  # the real one returns NaN, which as bytes would be a score
@@ -587,7 +588,7 @@ def test_musiq_is_the_one_of_spaq_on_frames_in_0_1(tmp_path, monkeypatch):
     state = {"module.head.weight": torch.full((1, 3), 5.0), "module.head.bias": torch.tensor([50.0])}
     torch.save(state, tmp_path / backbones.MUSIQ_SPAQ)
     frames = torch.stack([torch.zeros(3, 9, 7), torch.ones(3, 9, 7)])
-    assert backbones.official(tmp_path).musiq()(frames).tolist() == [35.0, 65.0]
+    assert backbones.Official(tmp_path).musiq()(frames).tolist() == [35.0, 65.0]
 
 
 class Predictor(nn.Module):
@@ -613,13 +614,13 @@ def test_cotracker_is_version_2_with_its_own_weights(tmp_path, monkeypatch):
     module.CoTrackerPredictor = Predictor
     torch.save({"way": torch.tensor([-6.0, 3.0])}, tmp_path / backbones.COTRACKER2)
     frames = np.random.default_rng(0).integers(0, 256, (11, 40, 60, 3)).astype(np.uint8)
-    tracks = backbones.official(tmp_path).tracks()(video_of(frames, 8))
+    tracks = backbones.Official(tmp_path).tracks()(video_of(frames, 8))
     moved = torch.tensor([-60 * 59 / 511, 30 * 39 / 383])
     assert torch.allclose(tracks[0], camera.grid(40, 60), atol=1e-4)
     assert torch.allclose(tracks[1] - tracks[0], moved.expand(10, 10, 2), atol=1e-4)
     module.CoTrackerPredictor = lambda checkpoint=None, window_len=8: None  # before version 3 had to be told apart
     with pytest.raises(NotComputed, match=r"another CoTracker.*pip install"):
-        backbones.official(tmp_path).tracks()
+        backbones.Official(tmp_path).tracks()
 
 
 class Trap:
@@ -647,7 +648,7 @@ def test_other_objects_of_a_checkpoint_stay_inert(tmp_path):
     }
     made = tmp_path / "made by a checkpoint"
     torch.save(state | {"trap": Trap(exec, f"open({str(made)!r}, 'w')")}, tmp_path / "zip.pth")
-    read = plugins.read_tensors(tmp_path / "zip.pth")
+    read = read_state(tmp_path / "zip.pth", with_others=True)
     assert torch.equal(read["state_dict"]["weight"], state["state_dict"]["weight"])
     assert not made.exists() and not isinstance(read["more"], Setting)
 
@@ -661,9 +662,9 @@ def test_malicious_checkpoints_are_refused(tmp_path):
         lambda: path.write_bytes(pickle.dumps(trap)),
     ):
         save()
-        for read in (plugins.read_tensors, backbones.read_state):
+        for with_others in (True, False):
             with pytest.raises(NotComputed, match=r"amt-s\.pth cannot be read"):
-                read(path)
+                read_state(path, with_others)
         assert not made.exists()
     pickle.loads(pickle.dumps(trap))
     assert made.exists()  # so the trap works

@@ -40,7 +40,7 @@ def test_musiq_of_pyiqa_scores_a_video(tmp_path: Path) -> None:
     assert sum(weight.numel() for weight in net.parameters()) == 27_125_825
     torch.save({f"module.{name}": value for name, value in net.state_dict().items()}, tmp_path / backbones.MUSIQ_SPAQ)
     frames_THW3 = np.random.default_rng(0).integers(0, 256, (3, 96, 160, 3), dtype=np.uint8)
-    official = backbones.official(tmp_path)
+    official = backbones.Official(tmp_path)
     record = dimensions.imaging_quality(video_of(frames_THW3, 8), Item(tmp_path / "a.mp4"), official)
     with torch.no_grad():
         alone = [net(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255).item() for frame in frames_THW3]
@@ -55,7 +55,7 @@ def test_amt_of_vbench_interpolates(tmp_path: Path) -> None:
     torch.save({"state_dict": net.state_dict(), "psnr": np.float64(36.0)}, tmp_path / backbones.AMT_S)
     pair = torch.rand(2, 1, 3, 128, 160)
     with torch.no_grad():
-        found = backbones.official(tmp_path).interpolate()(*pair)
+        found = backbones.Official(tmp_path).interpolate()(*pair)
         expected = net(*pair, torch.full((1, 1, 1), 0.5)[None], scale_factor=1.0, eval=True)["imgt_pred"]
     assert found.shape == pair[0].shape and torch.equal(found, expected)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from vbench_i2v import weights
-from vbench_i2v.backbones import official
+from vbench_i2v.backbones import Official
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import user_path
 from vbench_i2v.runner import Networks
@@ -48,4 +48,4 @@ def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[Networ
         for name, found in files.items()
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Networks(official(root, device, settings.clip_dtype), identity), why
+    return Networks(Official(root, device, settings.clip_dtype), identity), why

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from vbench_i2v.backbones.checkpoints import first_line, require
 from vbench_i2v.errors import NotComputed
 
 HEAD = 64  # width of one attention head in all of OpenAI's towers
@@ -32,14 +33,14 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithP
     """Read an archive (a TorchScript module of text and image tower) and keep its image tower.
 
     Raises:
-        NotComputed: the file is no such archive.
+        NotComputed: the file is missing, or no such archive.
     """
+    require(path)
     try:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
         return in_dtype(from_openai(state), dtype)
     except (RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise NotComputed(f"{path} is no CLIP archive of OpenAI's ({first}); fetch it again") from error
+        raise NotComputed(f"{path} is no CLIP archive of OpenAI's ({first_line(error)}); fetch it again") from error
 
 
 def from_openai(state: dict[str, Tensor], head: int = HEAD) -> CLIPVisionModelWithProjection:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vbench_i2v.backbones import fill, read_state, require
+from vbench_i2v.backbones.checkpoints import fill
 from vbench_i2v.backbones.raft import SMALLEST
 from vbench_i2v.camera import GRID
 from vbench_i2v.errors import NotComputed, VBenchError
@@ -33,8 +33,7 @@ def amt_s(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor
     """
     module = imported("vbench.third_party.amt.networks.AMT-S")
     model = module.Model(corr_radius=3, corr_lvls=4, num_flows=3)
-    fill(require(path), lambda state: model.load_state_dict(state["state_dict"]), read_tensors(path))
-    model = model.eval().requires_grad_(False).to(device)
+    model = fill(model, path, device, lambda state: state["state_dict"], with_others=True)
 
     def middle(first: Tensor, second: Tensor) -> Tensor:
         if min(first.shape[-2:]) < SMALLEST:
@@ -57,7 +56,7 @@ def cotracker2(path: Path, device: torch.device) -> Callable[[Video], Tensor]:
         predictor = module.CoTrackerPredictor(checkpoint=None, v2=True, window_len=8)
     except TypeError as error:
         raise NotComputed(f"camera_motion needs another CoTracker ({error}); {ENVIRONMENT}") from error
-    fill(require(path), predictor.model.load_state_dict, read_state(path))
+    fill(predictor.model, path, device)
     return follow(predictor.eval().to(device), device)
 
 
@@ -81,10 +80,11 @@ def follow(predictor: Callable[..., tuple[Tensor, Tensor]], device: torch.device
 def musiq(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """MUSIQ trained on SPAQ, from pyiqa's code and its checkpoint; pyiqa itself downloads nothing here."""
     module = imported("pyiqa.archs.musiq_arch")
-    model = module.MUSIQ(pretrained=False)
-    state = {name.removeprefix("module."): value for name, value in read_state(require(path)).items()}
-    fill(path, model.load_state_dict, state)
-    model = model.eval().requires_grad_(False).to(device)
+
+    def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix("module."): value for name, value in state.items()}
+
+    model = fill(module.MUSIQ(pretrained=False), path, device, renamed)
     return lambda frames: model(frames).flatten()
 
 
@@ -107,28 +107,3 @@ def dreamsim(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     finally:
         torch.hub.set_dir(hub)  # it moves the cache of the whole process
     return model.embed
-
-
-class _Inert(dict):
-    """Stands for every object in a checkpoint that is no tensor; nothing of it is kept."""
-
-    def __init__(self, *_args: object, **_named: object):
-        super().__init__()
-
-    def __setstate__(self, _state: object) -> None:
-        pass
-
-
-def read_tensors(path: Path) -> dict:
-    """A checkpoint that also holds other objects, which PyTorch's reader of weights alone would refuse: AMT's trainer
-    keeps the state of its optimiser, with NumPy's numbers. They become inert, and no code of theirs runs.
-
-    Raises:
-        NotComputed: the file is damaged, of PyTorch's format before 1.6, or names modules that PyTorch never reads.
-    """
-    try:
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load names no error of its own
-        raise NotComputed(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); fetch it again") from error

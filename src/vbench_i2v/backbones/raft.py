@@ -26,7 +26,7 @@ class Residual(nn.Module):
         self.norm1, self.norm2 = norm(outputs), norm(outputs)
         self.downsample = None
         if stride != 1:
-            # The original file names this norm twice; `load_original` drops the other name.
+            # The original file names this norm twice; `renamed` drops the other name.
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,11 +135,6 @@ class RAFT(nn.Module):
         self.cnet = Encoder(widths, 2 * hidden, nn.BatchNorm2d)
         self.update_block = UpdateBlock(hidden, hidden)
 
-    def load_original(self, state: dict[str, Tensor]) -> None:
-        """Take the weights of `raft-things.pth`: saved from a parallel wrapper, with one norm named twice."""
-        renamed = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-        self.load_state_dict({name: tensor for name, tensor in renamed.items() if ".norm3." not in name})
-
     def forward(self, first: Tensor, second: Tensor, updates: int = UPDATES) -> Tensor:
         if min(first.shape[-2:]) < SMALLEST:
             raise VBenchError(f"RAFT needs frames of {SMALLEST} x {SMALLEST} pixels or more; these have fewer")
@@ -154,6 +149,11 @@ class RAFT(nn.Module):
             hidden, change = self.update_block(hidden, context, look_up(pyramid, start + flow), flow)
             flow = flow + change
         return enlarge(flow, 0.25 * self.update_block.mask(hidden))
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `raft-things.pth`, which were saved from a parallel wrapper, with one norm named twice."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items() if ".norm3." not in name}
 
 
 def pixel_grid(like: Tensor) -> Tensor:

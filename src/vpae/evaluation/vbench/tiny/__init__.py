@@ -8,6 +8,7 @@ Axes: N frames, H height, W width, D feature width, 3 colours.
 
 import json
 from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from vbench_i2v.base import Backbones
 from vbench_i2v.errors import NotComputed
 from vbench_i2v.runner import Networks
 from vbench_i2v.scores import COLUMNS
-from vbench_i2v.video import Video
 from vpae.artifacts import digest, file_hashes
 from vpae.evaluation.vbench.tiny import classical, quality
 
@@ -45,7 +45,7 @@ def networks(teacher: Path, state: Path, dimensions: Collection[str] = tuple(COL
     identity = {
         name: quality.RECIPE if name == "imaging_quality" else {"image_encoder": encoder} for name in dimensions
     }
-    return Networks(tiny(teacher, state), identity)
+    return Networks(Tiny(teacher, state), identity)
 
 
 def load(networks: Networks, dimensions: Collection[str]) -> None:
@@ -55,77 +55,52 @@ def load(networks: Networks, dimensions: Collection[str]) -> None:
         networks.backbones.musiq()
 
 
-def tiny(teacher: Path, state: Path, device: str | torch.device = "cpu") -> Backbones:
-    """The stand-ins.
+class Tiny(Backbones):
+    """Loads or trains each stand-in when it is first asked for.
 
     Args:
         teacher: a pipeline folder with `image_encoder` and `image_processor`.
         state: where the quality network is kept once it is trained.
-        device: where the networks run.
     """
-    return Tiny(teacher, state, torch.device(device))
-
-
-class Tiny:
-    """Loads or trains each stand-in when it is first asked for."""
 
     name = TINY
 
-    def __init__(self, teacher: Path, state: Path, device: torch.device):
-        self.teacher, self.state, self.device = teacher, state, device
-        self._loaded: dict[str, Callable] = {}
+    def __init__(self, teacher: Path, state: Path):
+        super().__init__(torch.device("cpu"))
+        self.teacher, self.state = teacher, state
 
-    def dino(self) -> Callable[[Tensor], Tensor]:
-        """The tiny CLIP's features, of ImageNet-normalised frames."""
-        return self._features(transforms.IMAGENET)
-
-    def clip_b32(self) -> Callable[[Tensor], Tensor]:
-        """The tiny CLIP's features, of CLIP-normalised frames."""
-        return self._features(transforms.CLIP)
-
-    def clip_l14(self) -> Callable[[Tensor], Tensor]:
-        """The same as `clip_b32`."""
-        return self.clip_b32()
-
-    def dreamsim(self) -> Callable[[Tensor], Tensor]:
-        """The tiny CLIP's features less their mean over the feature axis, as DreamSim's are, of frames in [0, 1]."""
-        encode = self._features(((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-
-        def embed(frames_N3HW: Tensor) -> Tensor:
-            features_ND = encode(frames_N3HW)
-            return features_ND - features_ND.mean(-1, keepdim=True)
-
-        return embed
-
-    def aesthetic_head(self) -> Callable[[Tensor], Tensor]:
-        """There is none."""
+    def load(self, network: str) -> Callable:
+        match network:
+            case "dino":
+                return self._features(transforms.IMAGENET)
+            case "clip_b32" | "clip_l14":
+                return self._features(transforms.CLIP)
+            case "dreamsim":
+                encode = self._features(((0.0,) * 3, (1.0,) * 3))
+                return lambda frames: _centred(encode(frames))
+            case "musiq":
+                return quality.quality(self.state)
+            case "raft":
+                return lambda first, second: classical.flow(first / 255, second / 255)
+            case "interpolate":
+                return classical.middle
+            case "tracks":
+                return classical.tracks
         raise NotComputed("aesthetic_quality has no meaning for the tiny experiment: nobody rated frames of 64 pixels")
-
-    def raft(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Lucas and Kanade's flow."""
-        return lambda first, second: classical.flow(first / 255, second / 255)
-
-    def interpolate(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Halfway along Lucas and Kanade's flow."""
-        return classical.middle
-
-    def musiq(self) -> Callable[[Tensor], Tensor]:
-        """The quality network."""
-        return self._once("quality", lambda: quality.quality(self.state).to(self.device))
-
-    def tracks(self) -> Callable[[Video], Tensor]:
-        """Points carried along Lucas and Kanade's flow."""
-        return classical.tracks
 
     def _features(self, statistics: tuple[tuple, tuple]) -> Callable[[Tensor], Tensor]:
         """The encoder behind frames that were normalised with `statistics`."""
-        encode = self._once("image_encoder", lambda: image_encoder(self.teacher, self.device))
+        encode = self._encoder
         return lambda frames: encode(_denormalise(frames, statistics))
 
-    def _once(self, name: str, build: Callable[[], Callable]) -> Callable:
-        if name not in self._loaded:
-            self._loaded[name] = build()
-        return self._loaded[name]
+    @cached_property
+    def _encoder(self) -> Callable[[Tensor], Tensor]:
+        return image_encoder(self.teacher, self.device)
+
+
+def _centred(features_ND: Tensor) -> Tensor:
+    """Less their mean over the feature axis, as DreamSim's are."""
+    return features_ND - features_ND.mean(-1, keepdim=True)
 
 
 def image_encoder(teacher: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
