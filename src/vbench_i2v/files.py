@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,23 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content(path: Path) -> str:
+    """`sha256`, of files of gigabytes too: what did not change is not read twice in one process.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file, or only a link to one that is gone")
+    state = path.stat()
+    return _content(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _content(path: Path, _size: int, _changed: int) -> str:
+    return sha256(path)
 
 
 def digest(value: object) -> str:

@@ -10,15 +10,14 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vbench_i2v.base import Backbones, Dimension
 from vbench_i2v.dimensions import DIMENSIONS
 from vbench_i2v.errors import NotComputed, VBenchError
-from vbench_i2v.files import digest, sha256
+from vbench_i2v.files import content, digest
 from vbench_i2v.parts import Part
 from vbench_i2v.suite import IMAGE_DIMENSIONS, Clip
 from vbench_i2v.video import Video, open_video
@@ -55,30 +54,15 @@ class Outcome:
         return {", ".join(filter(None, [path.name, name])): why for (path, name), why in found.items()}
 
 
-class Contents:
-    """Digests of files, each read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def of(self, path: Path) -> str:
-        """Hex digest of a file's content; FileNotFoundError if it is gone."""
-        if path not in self._known:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: there is no such file, or only a link to one that is gone")
-            self._known[path] = sha256(path)
-        return self._known[path]
-
-
-def record_key(clip: Clip, dimension: str, networks: Networks, contents: Contents) -> str:
-    """What a record depends on, as one digest."""
+def record_key(clip: Clip, dimension: str, networks: Networks) -> str:
+    """What a record depends on, as one digest; FileNotFoundError if a file is gone."""
     with_image = dimension in IMAGE_DIMENSIONS and clip.item.image is not None
     return digest(
         {
             "format": FORMAT,
             "dimension": dimension,
-            "video": contents.of(clip.item.video),
-            "image": contents.of(clip.item.image) if with_image else None,
+            "video": content(clip.item.video),
+            "image": content(clip.item.image) if with_image else None,
             "camera": clip.item.camera if dimension == "camera_motion" else None,
             "backbones": networks.backbones.name,
             "identity": networks.identity.get(dimension),
@@ -107,39 +91,35 @@ def read_records(folder: Path) -> dict[str, dict]:
 
 
 class Appender:
-    """A new file of records in a folder, which no other process writes to."""
+    """A file of records in a folder, which no other process writes to; it is made with the first of them."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{secrets.token_hex(8)}.jsonl"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._folder, self._file = folder, None
 
     def append(self, record: dict) -> None:
         """Add one line in one write: a killed process leaves it whole, or cut short at the end of the file."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{secrets.token_hex(8)}.jsonl"
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
         if os.write(self._file, line) != len(line):
             raise VBenchError("a record could not be written as a whole; is the disk full?")
 
     def close(self) -> None:
         """Hand the file to the disk and let go of it."""
-        os.fsync(self._file)
-        os.close(self._file)
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
 
 
-class _Opened:
+def _opened(path: Path) -> Video:
     """A video as the dimensions see it: decoded once for all of them if it is small, and each time if it is not."""
-
-    def __init__(self, clip: Clip):
-        self.clip = clip
-
-    @cached_property
-    def video(self) -> Video:
-        """Raises `VBenchError` if it cannot be read."""
-        streamed = open_video(self.clip.item.video)
-        if streamed.count * streamed.height * streamed.width * 3 > _KEPT_BYTES:
-            return streamed
-        frames = list(streamed.source())
-        return Video(streamed.fps, streamed.count, streamed.height, streamed.width, lambda: iter(frames))
+    streamed = open_video(path)
+    if streamed.count * streamed.height * streamed.width * 3 > _KEPT_BYTES:
+        return streamed
+    frames = list(streamed.source())
+    return replace(streamed, source=lambda: iter(frames))
 
 
 def run(
@@ -169,73 +149,40 @@ def run(
     Raises:
         VBenchError: a video is damaged or a network absent.
     """
-    work = _Work(networks, folder, part or Part(), dimensions, allow_damaged, allow_absent)
-    work.outcome.not_computed |= not_computed or {}
-    opened = None
-    with work:
-        for clip, name in track([(each, name) for each in work.part.share(clips) for name in each.dimensions]):
-            if opened is None or opened.clip is not clip:
-                opened = _Opened(clip)
-            work.measure(opened, name)
-    return work.outcome
-
-
-class _Work:
-    """One process's part: what is known, what is being written, and what came of it."""
-
-    def __init__(
-        self,
-        networks: Networks,
-        folder: Path,
-        part: Part,
-        dimensions: Mapping[str, Dimension],
-        allow_damaged: bool,
-        allow_absent: bool,
-    ):
-        self.outcome, self.part = Outcome(), part
-        self._networks, self._folder, self._dimensions = networks, folder, dimensions
-        self._allow_damaged, self._allow_absent = allow_damaged, allow_absent
-        self._contents, self._file = Contents(), None
-        self._known = set(read_records(folder))
-
-    def __enter__(self) -> "_Work":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def measure(self, opened: "_Opened", name: str) -> None:
-        """Measure one video on one dimension, unless that is done or known to be impossible."""
-        item = opened.clip.item
-        if name in self.outcome.not_computed or (item.video, "") in self.outcome.damaged:
-            return  # said once
-        damaged = item.video, name
-        try:
-            key = record_key(opened.clip, name, self._networks, self._contents)
-            if key in self._known:
-                self.outcome.found += 1
-                return
-            damaged = item.video, ""
-            video = opened.video
+    outcome, known = Outcome(not_computed=dict(not_computed or {})), set(read_records(folder))
+    current = video = None
+    with closing(Appender(folder)) as file:
+        for clip, name in track([(each, name) for each in (part or Part()).share(clips) for name in each.dimensions]):
+            if clip is not current:
+                current, video = clip, None
+            item = clip.item
+            if name in outcome.not_computed or (item.video, "") in outcome.damaged:
+                continue  # said once
             damaged = item.video, name
-            measured = self._dimensions[name].measure(video, item, self._networks.backbones)
-            _finite(item.video, name, measured)
-        except NotComputed as error:
-            if not self._allow_absent:
-                raise VBenchError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
-            self.outcome.not_computed[name] = str(error)
-            return
-        except (VBenchError, FileNotFoundError) as error:
-            said = str(error) if item.video.name in str(error) else f"{item.video}: {error}"
-            if not self._allow_damaged:
-                raise type(error)(f"{said}. Or {_LEAVE_OUT}") from error
-            self.outcome.damaged[damaged] = said
-            return
-        self._file = self._file or Appender(self._folder)
-        self._file.append({"key": key, "dimension": name, "video": item.video.name, **measured})
-        self._known.add(key)
-        self.outcome.computed += 1
+            try:
+                key = record_key(clip, name, networks)
+                if key in known:
+                    outcome.found += 1
+                    continue
+                damaged = item.video, ""
+                video = video or _opened(item.video)
+                damaged = item.video, name
+                measured = dimensions[name].measure(video, item, networks.backbones)
+                _finite(item.video, name, measured)
+            except NotComputed as error:
+                if not allow_absent:
+                    raise VBenchError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
+                outcome.not_computed[name] = str(error)
+            except (VBenchError, FileNotFoundError) as error:
+                said = str(error) if item.video.name in str(error) else f"{item.video}: {error}"
+                if not allow_damaged:
+                    raise type(error)(f"{said}. Or {_LEAVE_OUT}") from error
+                outcome.damaged[damaged] = said
+            else:
+                file.append({"key": key, "dimension": name, "video": item.video.name, **measured})
+                known.add(key)
+                outcome.computed += 1
+    return outcome
 
 
 def _finite(path: Path, name: str, measured: dict) -> None:
@@ -245,11 +192,11 @@ def _finite(path: Path, name: str, measured: dict) -> None:
 
 def gather(clips: Iterable[Clip], networks: Networks, folder: Path) -> dict[str, list[tuple[Clip, dict]]]:
     """Look up the records of videos: dimension -> (video, record) in the order of the videos, whoever made them."""
-    known, contents = read_records(folder), Contents()
+    known = read_records(folder)
     found: dict[str, list[tuple[Clip, dict]]] = {}
     for clip in clips:
         for name in clip.dimensions:
             with suppress(FileNotFoundError):  # `run` has said what is not there, or may be left out
-                if (record := known.get(record_key(clip, name, networks, contents))) is not None:
+                if (record := known.get(record_key(clip, name, networks))) is not None:
                     found.setdefault(name, []).append((clip, record))
     return found

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from vbench_i2v.errors import NotComputed, VBenchError
-from vbench_i2v.files import folder_digest, sha256
+from vbench_i2v.files import content, folder_digest
 from vbench_i2v.packages import imported, version_of
 
 _TIMEOUT = 60  # seconds without a byte
@@ -62,7 +62,7 @@ class Weight:
             return f"{path.stat().st_size:,} bytes instead of {self.size:,}"
         if self.sha256 is None and not _is_checkpoint(path):
             return "is no checkpoint of PyTorch's, or not whole"
-        if self.sha256 is not None and not (found := _sha256(path)).startswith(self.sha256):
+        if self.sha256 is not None and not (found := content(path)).startswith(self.sha256):
             return f"sha256 {found} instead of {self.sha256}{'...' if len(self.sha256) < 64 else ''}"
         return ""
 
@@ -103,7 +103,8 @@ def absent(root: Path, dimensions: Iterable[str]) -> dict[str, str]:
 
 def identities(root: Path, dimensions: Iterable[str]) -> dict[str, dict[str, str]]:
     """Dimension -> {file: sha256} of the weights that are there; part of what a record depends on."""
-    digests = {w.file: _identity(root / w.file) for w in needed(dimensions) if (root / w.file).exists()}
+    there = {w.file: root / w.file for w in needed(dimensions) if (root / w.file).exists()}
+    digests = {name: folder_digest(path) if path.is_dir() else content(path) for name, path in there.items()}
     return {name: {w.file: digests[w.file] for w in needed([name]) if w.file in digests} for name in dimensions}
 
 
@@ -125,21 +126,6 @@ def package_versions(dimension: str) -> dict[str, str]:
 
 def _packages(dimension: str) -> list[str]:
     return sorted({weight.module.partition(".")[0] for weight in needed([dimension]) if weight.module})
-
-
-def _identity(path: Path) -> str:
-    return folder_digest(path) if path.is_dir() else _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    state = path.stat()
-    return _sha256_of(path, state.st_size, state.st_mtime_ns)
-
-
-@cache
-def _sha256_of(path: Path, _size: int, _changed: int) -> str:
-    """Two gigabytes are not read twice in one process."""
-    return sha256(path)
 
 
 def chosen(names: Collection[str], dimensions: Collection[str]) -> list[Weight]:
