@@ -99,9 +99,8 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def export(plan: Plan, records: Path, out: Path, log: Path) -> dict[str, bytes]:
     """The files of results, as bytes."""
-    gathered = gather(plan.clips, NETS, records)
-    found = results.score(plan, gathered, dimensions=counting(log))
-    results.write(out, "r", plan, gathered, found, results.account(found, plan, gathered, "fake", {}, comparable=True))
+    found = results.score(plan, gather(plan.clips, NETS, records), dimensions=counting(log))
+    found.write(out, "r", found.account("fake", {}, comparable=True))
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
@@ -223,7 +222,7 @@ def test_a_truncated_video_fails_or_is_left_out_by_name(thousand: Plan, tmp_path
     found = results.score(plan, gathered, allow_incomplete=True, dimensions=dimensions)
     assert found.counts["imaging_quality"] == 2 and found.values["imaging_quality"] is not None
     assert "2/3  incomplete" in found.table()
-    account = results.account(found, plan, gathered, "official", outcome.damaged_of(clips), comparable=True)
+    account = found.account("official", outcome.damaged_of(clips), comparable=True)
     assert not account["complete"] and not account["comparable_with_published_scores"]
     assert list(account["damaged_videos"]) == ["b-0.mp4"]
 
@@ -288,7 +287,7 @@ def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_p
     found = results.score(plan, gather(clips, NETS, tmp_path / "records"), outcome.not_computed, dimensions=dimensions)
     assert found.values["imaging_quality"] is None
     assert found.gaps["imaging_quality"] == "not computed: pip install the-network"
-    assert results.eval_results(found, {}) == {}
+    assert found.eval_results() == {}
 
 
 def test_a_measurement_that_is_no_number_is_refused(thousand: Plan, tmp_path: Path) -> None:

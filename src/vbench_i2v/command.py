@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -13,10 +13,10 @@ from vbench_i2v import scores
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import read_yaml, user_path
 from vbench_i2v.parts import Part
-from vbench_i2v.settings import DimensionName, Folder, Measure
+from vbench_i2v.settings import Folder, Measure
 
 CACHE = Measure().weights
-DIMENSIONS = get_args(DimensionName)
+DIMENSIONS = tuple(scores.COLUMNS)
 Settings = TypeVar("Settings", bound=Folder)
 
 

@@ -111,6 +111,18 @@ def folder_digest(folder: Path) -> str:
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 
+def read_json(path: Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        VBenchError: it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+        raise VBenchError(f"{path}: not JSON ({error}); is the file complete?") from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON by way of a temporary file and a rename."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")

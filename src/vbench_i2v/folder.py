@@ -1,12 +1,11 @@
 """A folder of videos from settings to results."""
 
-import json
 from collections.abc import Callable, Iterable
 
 from vbench_i2v import results, runner
 from vbench_i2v.base import OFFICIAL
 from vbench_i2v.errors import VBenchError
-from vbench_i2v.files import sha256, user_path
+from vbench_i2v.files import read_json, sha256, user_path
 from vbench_i2v.networks import official_networks, wanted
 from vbench_i2v.parts import Part
 from vbench_i2v.settings import Folder
@@ -50,13 +49,9 @@ def score_folder(
         absent = [f"{name} is not computed: {reason}" for name, reason in outcome.not_computed.items()]
         done = f"{records}: {outcome.computed} new records; when all parts are done, run this without --part"
         return "\n".join([*absent, *damaged, done])
-    gathered = runner.gather(plan.clips, networks, records)
-    found = results.score(plan, gathered, outcome.not_computed, tolerant)
+    found = results.score(plan, runner.gather(plan.clips, networks, records), outcome.not_computed, tolerant)
     name = networks.backbones.name
-    accounted = results.account(
-        found,
-        plan,
-        gathered,
+    accounted = found.account(
         name,
         outcome.damaged_of(plan.clips),
         comparable=name == OFFICIAL and _as_published(settings),
@@ -64,7 +59,7 @@ def score_folder(
         suite_sha256=sha256(user_path(settings.suite)) if settings.suite else None,
         sampling=sampling,
     )
-    written = results.write(out, settings.name, plan, gathered, found, accounted)
+    written = found.write(out, settings.name, accounted)
     return "\n".join([found.table(), "", *plan.notes(), *damaged, f"networks: {name}", str(written)])
 
 
@@ -97,10 +92,7 @@ def _as_published(settings: Folder) -> bool:
 def _sampling(settings: Folder) -> dict:
     """How the videos were made: what was noted beside them, and what the settings add."""
     noted = user_path(settings.videos) / SAMPLING
-    try:
-        found = json.loads(noted.read_text(encoding="utf-8-sig")) if noted.is_file() else {}
-    except ValueError as error:
-        raise VBenchError(f"{noted}: no JSON ({error}); correct or remove it") from error
+    found = read_json(noted) if noted.is_file() else {}
     if not isinstance(found, dict):
         raise VBenchError(f"{noted}: no JSON object; correct or remove it")
     return found | settings.sampling

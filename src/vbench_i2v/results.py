@@ -24,16 +24,94 @@ Gathered = Mapping[str, list[tuple[Clip, dict]]]
 
 @dataclass(frozen=True)
 class Score:
-    """Dimension -> value (0 to 1; None: not computed), videos measured, videos expected, and why a value is absent."""
+    """What was gathered of a plan, aggregated.
 
+    Attributes:
+        plan: what there should be.
+        gathered: the records there are.
+        values: dimension -> value, 0 to 1; None: not computed.
+        gaps: dimension -> why it has no value.
+    """
+
+    plan: Plan
+    gathered: Gathered
     values: dict[str, float | None]
-    counts: dict[str, int]
-    expected: dict[str, int]
     gaps: dict[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Dimension -> videos measured."""
+        return {name: len(self.gathered.get(name, ())) for name in COLUMNS}
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """Dimension -> videos there should be."""
+        return {name: self.plan.expected.get(name, 0) for name in COLUMNS}
 
     def table(self) -> str:
         """For people."""
         return scores.table(self.values, self.counts, self.expected, self.gaps)
+
+    def eval_results(self, whole_paths: bool = True) -> dict[str, list]:
+        """The content of `_eval_results.json`; absent dimensions are absent, for VBench's reader to see."""
+        tree: dict[str, list] = {}
+        for name, value in self.values.items():
+            if value is not None:
+                videos = [_entry(name, clip, record, whole_paths) for clip, record in self.gathered[name]]
+                tree[name] = [value, *([camera.by_type(videos)] if name == "camera_motion" else []), videos]
+        return tree
+
+    def full_info(self, whole_paths: bool = True) -> list[dict]:
+        """The content of `_full_info.json`: the suite's records with the videos found."""
+        found: dict[str, dict] = {}
+        for clip in self.plan.clips:
+            entry = found.setdefault(clip.prompt.text, {**clip.prompt.record(), "video_list": []})
+            entry["video_list"].append(_said(clip.item.video, whole_paths))
+        return list(found.values())
+
+    def account(self, backbones: str, damaged: Mapping[str, str], comparable: bool, **more: object) -> dict:
+        """The content of `_scores.json`: totals, completeness, and `more` as it is.
+
+        Args:
+            backbones: name of the networks.
+            damaged: video -> why it could not be measured.
+            comparable: whether suite and networks are those of published scores.
+            more: settings and the like.
+        """
+        of_video = {clip.item.video: record for pairs in self.gathered.values() for clip, record in pairs}
+        sizes = Counter(tuple(record[key] for key in GEOMETRY) for record in of_video.values())
+        complete = not self.gaps and self.counts == self.expected
+        return {
+            "backbones": backbones,
+            "complete": complete,
+            "comparable_with_published_scores": comparable and complete,
+            **scores.summary(self.values),
+            "dimensions": {
+                name: {
+                    "value": value,
+                    "videos": self.counts[name],
+                    "expected": self.expected[name],
+                    **({"reason": self.gaps[name]} if name in self.gaps else {}),
+                }
+                for name, value in self.values.items()
+            },
+            "missing_videos": list(self.plan.missing),
+            "extra_videos": list(self.plan.extra),
+            "damaged_videos": dict(damaged),
+            "sizes": [dict(zip(GEOMETRY, size, strict=True)) | {"videos": n} for size, n in sorted(sizes.items())],
+            "ratio": self.plan.ratio,
+            **more,
+            "version": __version__,
+        }
+
+    def write(self, folder: Path, name: str, accounted: dict, whole_paths: bool = True) -> Path:
+        """Write the three files; returns the path of VBench's results."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}_full_info.json", self.full_info(whole_paths))
+        write_json(folder / f"{name}_scores.json", accounted)
+        results = folder / f"{name}_eval_results.json"
+        write_json(results, self.eval_results(whole_paths))
+        return results
 
 
 def score(
@@ -55,38 +133,24 @@ def score(
     Raises:
         VBenchError: records are missing.
     """
-    reasons = dict(not_computed or {})
-    values: dict[str, float | None] = {}
-    counts = {name: len(gathered.get(name, ())) for name in COLUMNS}
-    expected = {name: plan.expected.get(name, 0) for name in COLUMNS}
-    gaps = {}
-    for name in COLUMNS:
-        n, of = counts[name], expected[name]
+    reasons, found = not_computed or {}, Score(plan, gathered, {}, {})
+    for name, of in found.expected.items():
+        n, why = found.counts[name], None
         if not of:
-            gaps[name] = "not asked for" if name not in plan.expected else "no video asks for it"
+            why = "not asked for" if name not in plan.expected else "no video asks for it"
         elif name in reasons:
-            gaps[name] = f"not computed: {reasons[name]}"
+            # A network that fails half-way leaves some records: no value, as for those that fail at once.
+            why = f"not computed: {reasons[name]}"
         elif n < of and not allow_incomplete:
             raise VBenchError(
                 f"{name}: {n} of {of} videos have a record; run the parts that are left, or --allow-incomplete"
             )
         elif not n:
-            gaps[name] = "no video could be measured"
-        # A network that fails half-way leaves some records: no value, as for those that fail at once.
-        values[name] = None if name in gaps else dimensions[name].aggregate([record for _, record in gathered[name]])
-    return Score(values, counts, expected, gaps)
-
-
-def eval_results(found: Score, gathered: Gathered, whole_paths: bool = True) -> dict[str, list]:
-    """The content of `_eval_results.json`; absent dimensions are absent, for VBench's reader to see."""
-    tree: dict[str, list] = {}
-    for name in COLUMNS:
-        if found.values[name] is None:
-            continue
-        videos = [_entry(name, clip, record, whole_paths) for clip, record in gathered[name]]
-        between = [camera.by_type(videos)] if name == "camera_motion" else []
-        tree[name] = [found.values[name], *between, videos]
-    return tree
+            why = "no video could be measured"
+        if why:
+            found.gaps[name] = why
+        found.values[name] = None if why else dimensions[name].aggregate([record for _, record in gathered[name]])
+    return found
 
 
 def _entry(name: str, clip: Clip, record: dict, whole_paths: bool) -> dict:
@@ -98,77 +162,3 @@ def _entry(name: str, clip: Clip, record: dict, whole_paths: bool) -> dict:
 def _said(path: Path, whole: bool) -> str:
     """A path as given, or only its last folder and name, which stay true when results are moved."""
     return str(path) if whole else f"{path.parent.name}/{path.name}"
-
-
-def full_info(plan: Plan, whole_paths: bool = True) -> list[dict]:
-    """The content of `_full_info.json`: the suite's records with the videos found."""
-    found: dict[str, dict] = {}
-    for clip in plan.clips:
-        entry = found.setdefault(clip.prompt.text, {**clip.prompt.record(), "video_list": []})
-        entry["video_list"].append(_said(clip.item.video, whole_paths))
-    return list(found.values())
-
-
-def account(
-    found: Score,
-    plan: Plan,
-    gathered: Gathered,
-    backbones: str,
-    damaged: Mapping[str, str],
-    comparable: bool,
-    **more: object,
-) -> dict:
-    """The content of `_scores.json`: totals, completeness, and `more` as it is.
-
-    Args:
-        found: the values.
-        plan: the videos.
-        gathered: their records.
-        backbones: name of the networks.
-        damaged: video -> why it could not be measured.
-        comparable: whether suite and networks are those of published scores.
-        more: settings and the like.
-    """
-    of_video = {clip.item.video: record for pairs in gathered.values() for clip, record in pairs}
-    sizes = Counter(tuple(record[key] for key in GEOMETRY) for record in of_video.values())
-    complete = not found.gaps and found.counts == found.expected
-    return {
-        "backbones": backbones,
-        "complete": complete,
-        "comparable_with_published_scores": comparable and complete,
-        **scores.summary(found.values),
-        "dimensions": {
-            name: {
-                "value": found.values[name],
-                "videos": found.counts[name],
-                "expected": found.expected[name],
-                **({"reason": found.gaps[name]} if name in found.gaps else {}),
-            }
-            for name in COLUMNS
-        },
-        "missing_videos": list(plan.missing),
-        "extra_videos": list(plan.extra),
-        "damaged_videos": dict(damaged),
-        "sizes": [dict(zip(GEOMETRY, size, strict=True)) | {"videos": n} for size, n in sorted(sizes.items())],
-        "ratio": plan.ratio,
-        **more,
-        "version": __version__,
-    }
-
-
-def write(
-    folder: Path,
-    name: str,
-    plan: Plan,
-    gathered: Gathered,
-    found: Score,
-    accounted: dict,
-    whole_paths: bool = True,
-) -> Path:
-    """Write the three files; returns the path of VBench's results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}_full_info.json", full_info(plan, whole_paths))
-    write_json(folder / f"{name}_scores.json", accounted)
-    results = folder / f"{name}_eval_results.json"
-    write_json(results, eval_results(found, gathered, whole_paths))
-    return results

@@ -8,7 +8,6 @@ A dimension that is absent is absent: what needs it has no value and a reason. V
 """
 
 import difflib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,29 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.files import read_json
 
 
 @dataclass(frozen=True)
 class Column:
-    """A dimension as the leaderboard has it: its title, the range it is normalised by, its weight and its group."""
+    """A dimension as the leaderboard has it: its title, the range it is normalised by, its weight and its group.
+
+    `videos`: how many the official suite has for it, at five a prompt.
+    """
 
     title: str
     minimum: float
     maximum: float
     weight: float
     group: str
+    videos: int
 
 
 COLUMNS = {
-    "camera_motion": Column("Video-Text Camera Motion", 0.0, 1.0, 0.1, "i2v_score"),
-    "i2v_subject": Column("Video-Image Subject Consistency", 0.1462, 1.0, 1.0, "i2v_score"),
-    "i2v_background": Column("Video-Image Background Consistency", 0.2615, 1.0, 1.0, "i2v_score"),
-    "subject_consistency": Column("Subject Consistency", 0.1462, 1.0, 1.0, "quality_score"),
-    "background_consistency": Column("Background Consistency", 0.2615, 1.0, 1.0, "quality_score"),
-    "motion_smoothness": Column("Motion Smoothness", 0.7060, 0.9975, 1.0, "quality_score"),
-    "dynamic_degree": Column("Dynamic Degree", 0.0, 1.0, 0.5, "quality_score"),
-    "aesthetic_quality": Column("Aesthetic Quality", 0.0, 1.0, 1.0, "quality_score"),
-    "imaging_quality": Column("Imaging Quality", 0.0, 1.0, 1.0, "quality_score"),
+    "camera_motion": Column("Video-Text Camera Motion", 0.0, 1.0, 0.1, "i2v_score", 3815),
+    "i2v_subject": Column("Video-Image Subject Consistency", 0.1462, 1.0, 1.0, "i2v_score", 1230),
+    "i2v_background": Column("Video-Image Background Consistency", 0.2615, 1.0, 1.0, "i2v_score", 545),
+    "subject_consistency": Column("Subject Consistency", 0.1462, 1.0, 1.0, "quality_score", 1230),
+    "background_consistency": Column("Background Consistency", 0.2615, 1.0, 1.0, "quality_score", 545),
+    "motion_smoothness": Column("Motion Smoothness", 0.7060, 0.9975, 1.0, "quality_score", 1230),
+    "dynamic_degree": Column("Dynamic Degree", 0.0, 1.0, 0.5, "quality_score", 1230),
+    "aesthetic_quality": Column("Aesthetic Quality", 0.0, 1.0, 1.0, "quality_score", 1775),
+    "imaging_quality": Column("Imaging Quality", 0.0, 1.0, 1.0, "quality_score", 1775),
 }
 UNSCORED = "temporal_flickering"  # in the suite and in some result files, but no part of the I2V totals
 # What each total is made of.
@@ -49,18 +53,7 @@ PARTS = {
     "total": tuple(COLUMNS),
 }
 PAPER_NAMES = {"i2v_score": "SA", "quality_score": "TC", "imaging_quality": "FQ", "total": "Total"}
-# Videos that the official suite has for each dimension, at five a prompt.
-OFFICIAL_COUNTS = {
-    "camera_motion": 3815,
-    "i2v_subject": 1230,
-    "i2v_background": 545,
-    "subject_consistency": 1230,
-    "background_consistency": 545,
-    "motion_smoothness": 1230,
-    "dynamic_degree": 1230,
-    "aesthetic_quality": 1775,
-    "imaging_quality": 1775,
-}
+OFFICIAL_COUNTS = {name: column.videos for name, column in COLUMNS.items()}
 _POINTS = 2.0  # a value above this is no share of 1; CLIP's rating / 10, the only unbounded one, stays far below
 
 
@@ -148,10 +141,7 @@ def read_results(paths: Sequence[Path]) -> Results:
 def _read_dict(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a file that VBench or `vbench-i2v run` has written")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-        raise VBenchError(f"{path}: not JSON ({error}); is the file complete?") from error
+    tree = read_json(path)
     if not isinstance(tree, dict):
         raise VBenchError(f"{path}: holds a {type(tree).__name__}, not VBench's {{dimension: [value, ...]}}")
     return tree

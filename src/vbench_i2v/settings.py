@@ -4,17 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-DimensionName = Literal[
-    "camera_motion",
-    "i2v_subject",
-    "i2v_background",
-    "subject_consistency",
-    "background_consistency",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-]
+from vbench_i2v.scores import COLUMNS
+
+DimensionName = Literal[tuple(COLUMNS)]
 
 
 class Measure(BaseModel):

@@ -7,7 +7,6 @@ prompt's videos are `{prompt_en}-{0..4}.mp4`, its image is `{ratio}/{image_name}
 Names are compared composed (NFC), with their suffix in lower case; hidden files count for nothing.
 """
 
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from vbench_i2v import camera
 from vbench_i2v.base import Item
 from vbench_i2v.errors import VBenchError
+from vbench_i2v.files import read_json
 from vbench_i2v.images import read_image
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.video import shape
@@ -105,10 +105,7 @@ def read_suite(path: Path) -> list[Prompt]:
             f"{path}: no such suite; it is vbench2_i2v_full_info.json of a VBench checkout, and "
             "`vbench-i2v weights --fetch` brings it"
         )
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-        raise VBenchError(f"{path}: not JSON ({error})") from error
+    records = read_json(path)
     if not isinstance(records, list) or not records:
         raise VBenchError(f"{path}: must be a list of prompts, as in VBench's vbench2_i2v_full_info.json")
     prompts = [_prompt(f"{path}: record {number}", record) for number, record in enumerate(records)]

@@ -103,10 +103,8 @@ def measure(
     for row, plan in plans.items():
         gathered = runner.gather(plan.clips, nets, records)
         found = results.score(plan, gathered, outcome.not_computed, config.allow_incomplete)
-        rows[row] = results.account(
-            found, plan, gathered, nets.backbones.name, outcome.damaged_of(plan.clips), comparable=False
-        )
-        results.write(out / FOLDER, row, plan, gathered, found, rows[row], whole_paths=False)
+        rows[row] = found.account(nets.backbones.name, outcome.damaged_of(plan.clips), comparable=False)
+        found.write(out / FOLDER, row, rows[row], whole_paths=False)
         of_videos[row] = {
             name: {clip.item.video.name: float(record["video_results"]) for clip, record in pairs}
             for name, pairs in gathered.items()
