@@ -23,7 +23,7 @@ from vbench_i2v.video import Video, open_video
 from vpae.config import TinyEncoders
 from vpae.data.video import read_frames, write_video
 from vpae.data.world import draw_truth, render
-from vpae.evaluation.vbench.tiny import TINY, tiny
+from vpae.evaluation.vbench.tiny import TINY, Tiny
 from vpae.evaluation.vbench.tiny.quality import as_bytes, blur
 from vpae.teacher.encoders import build_image_encoder
 
@@ -538,7 +538,7 @@ def stand_ins(tmp_path_factory):
     model, processor = seeded(0, lambda: build_image_encoder(TinyEncoders(image_dim=32, image_layers=2), 64))
     model.save_pretrained(folder / "image_encoder")
     processor.save_pretrained(folder / "image_processor")
-    return tiny(folder, folder / "state")
+    return Tiny(folder, folder / "state")
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,7 @@ def _likeness(
     """0.4 max conf + 0.3 mean cons + 0.3 min cons; conf_i = clamp(cos(image, i)), cons_i = clamp(cos(i - 1, i))."""
     features_TD = _features(video, transform, network, device)
     _at_least(2, len(features_TD), item)
-    with torch.no_grad():
-        image_1D = F.normalize(network(image_13HW.to(device)), dim=-1)
+    image_1D = F.normalize(network(image_13HW.to(device)), dim=-1)
     conformity = _cosines(image_1D, features_TD)
     consistency = _cosines(features_TD[:-1], features_TD[1:])
     parts = {
@@ -103,8 +102,7 @@ def motion_smoothness(video: Video, item: Item, backbones: Backbones) -> dict:
         even = transforms.pad(run[::2].to(backbones.device).float() / 255, border)
         if len(even) < 2:
             continue  # a last frame that nothing follows
-        with torch.no_grad():
-            middle = transforms.unpad(interpolate(even[:-1], even[1:]).clamp(0, 1), border)
+        middle = transforms.unpad(interpolate(even[:-1], even[1:]).clamp(0, 1), border)
         # VBench cuts off the fractions of the predicted bytes.
         difference = run[1::2][: len(middle)].to(backbones.device).int() - (middle * 255).to(torch.uint8).int()
         distances += difference.abs().double().mean((1, 2, 3)).tolist()
@@ -119,8 +117,7 @@ def dynamic_degree(video: Video, item: Item, backbones: Backbones) -> dict:
     scores: list[float] = []
     for run in video.runs(_pairs_at_once(video), interval):
         frames = transforms.pad(run.to(backbones.device).float(), border)
-        with torch.no_grad():
-            speeds = raft(frames[:-1], frames[1:]).float().square().sum(1).sqrt().flatten(1)
+        speeds = raft(frames[:-1], frames[1:]).float().square().sum(1).sqrt().flatten(1)
         scores += speeds.topk(int(speeds.shape[1] * FASTEST)).values.mean(1).tolist()
     threshold = 6.0 * min(video.height, video.width) / 256
     needed = round(4 * (len(scores) + 1) / 16)
@@ -140,20 +137,17 @@ def aesthetic_quality(video: Video, item: Item, backbones: Backbones) -> dict:
     head = backbones.aesthetic_head()
     encode = backbones.clip_l14()
     features_TD = _features(video, transforms.clip_frames, lambda frames: encode(frames).float(), backbones.device)
-    with torch.no_grad():
-        return {"video_results": (head(features_TD) / 10).mean().item()}
+    return {"video_results": (head(features_TD) / 10).mean().item()}
 
 
 def imaging_quality(video: Video, item: Item, backbones: Backbones) -> dict:
     """Mean of the frames' quality, about 0 to 100, as VBench stores it."""
     musiq, scores = backbones.musiq(), []
     for chunk in video.chunks():
-        with torch.no_grad():
-            scores += musiq(transforms.musiq_frames(chunk.to(backbones.device))).double().flatten().tolist()
+        scores += musiq(transforms.musiq_frames(chunk.to(backbones.device))).double().flatten().tolist()
     return {"video_results": _mean(scores)}
 
 
-@torch.no_grad()
 def _features(video: Video, transform: transforms.Frames, network: Callable, device: torch.device) -> Tensor:
     """Unit-length features of all frames, (T, D)."""
     return torch.cat([F.normalize(network(transform(chunk.to(device))), dim=-1) for chunk in video.chunks()])
@@ -189,8 +183,9 @@ def mean_of_hundreds(records: list[dict]) -> float:
 
 
 def _with_geometry(measure: Callable) -> Callable[[Video, Item, Backbones], dict]:
-    """Every record says what was measured."""
+    """Every record says what was measured, and nothing keeps gradients."""
 
+    @torch.no_grad()
     def measured(video: Video, item: Item, backbones: Backbones) -> dict:
         shape = {"fps": video.fps, "frames": video.count, "height": video.height, "width": video.width}
         return measure(video, item, backbones) | shape

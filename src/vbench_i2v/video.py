@@ -44,25 +44,22 @@ class Video:
 
     def chunks(self, size: int = CHUNK) -> Iterator[Tensor]:
         """All frames, `size` at a time (the last chunk may be shorter), as uint8 (N, 3, H, W)."""
-        kept: list[Tensor] = []
-        for frame in self.frames():
-            kept.append(frame)
-            if len(kept) == size:
-                chunk, kept = torch.stack(kept), []
-                yield chunk
-        if kept:
-            yield torch.stack(kept)
+        return self._pieces(size, 0, 1)
 
     def runs(self, size: int = CHUNK, every: int = 1) -> Iterator[Tensor]:
         """Frames 0, `every`, 2 `every`, ... as uint8 (N, 3, H, W), N from 2 to `size` + 1; each run starts with the
         last frame of the one before, so that every two neighbours meet in one. None of a single frame."""
+        return self._pieces(size, 1, every)
+
+    def _pieces(self, size: int, shared: int, every: int) -> Iterator[Tensor]:
+        """`size` new frames at a time, after the last `shared` ones of the piece before."""
         kept: list[Tensor] = []
         for frame in self.frames(every):
             kept.append(frame)
-            if len(kept) > size:
-                run, kept = torch.stack(kept), kept[-1:]
-                yield run
-        if len(kept) > 1:
+            if len(kept) == size + shared:
+                piece, kept = torch.stack(kept), kept[size:]
+                yield piece
+        if len(kept) > shared:
             yield torch.stack(kept)
 
 
