@@ -6,7 +6,7 @@ from vbench_i2v import results, runner
 from vbench_i2v.base import OFFICIAL
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import read_json, sha256, user_path
-from vbench_i2v.networks import official_networks, wanted
+from vbench_i2v.networks import official_networks
 from vbench_i2v.parts import Part
 from vbench_i2v.settings import Folder
 from vbench_i2v.suite import SAMPLES, Plan, plan_folder, plan_suite, read_suite, some
@@ -69,12 +69,12 @@ def make_plan(settings: Folder) -> Plan:
     if not settings.suite:
         if settings.ratio not in ("auto", "none"):
             raise VBenchError(f"--ratio {settings.ratio}: only a suite's crops have one; add --suite or leave it out")
-        return plan_folder(videos, images, wanted(settings), settings.allow_incomplete)
+        return plan_folder(videos, images, settings.wanted(), settings.allow_incomplete)
     return plan_suite(
         read_suite(user_path(settings.suite)),
         videos,
         images,
-        wanted(settings),
+        settings.wanted(),
         settings.ratio,
         settings.samples_per_prompt,
         settings.allow_incomplete,

@@ -1,7 +1,5 @@
 """The benchmark's own networks, from settings, and what tells their results from others'."""
 
-from pathlib import Path
-
 import torch
 
 from vbench_i2v import weights
@@ -9,21 +7,10 @@ from vbench_i2v.backbones import Official
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import user_path
 from vbench_i2v.runner import Networks
-from vbench_i2v.scores import COLUMNS
 from vbench_i2v.settings import Measure
 
 CLIP_DIMENSIONS = ("background_consistency", "aesthetic_quality")
 _CHOICE = "Or leave them out: name others with --dimensions, or allow n of N with --allow-incomplete"
-
-
-def wanted(settings: Measure) -> tuple[str, ...]:
-    """The dimensions asked for, in the leaderboard's order."""
-    return tuple(name for name in COLUMNS if name in (settings.dimensions or COLUMNS))
-
-
-def weights_root(settings: Measure) -> Path:
-    """The folder of weight files."""
-    return user_path(settings.weights)
 
 
 def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[Networks, dict[str, str]]:
@@ -35,7 +22,7 @@ def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[Networ
     Raises:
         VBenchError: weight files are missing or wrong, and all or nothing was asked for.
     """
-    root, dimensions = weights_root(settings), wanted(settings)
+    root, dimensions = user_path(settings.weights), settings.wanted()
     why = weights.absent(root, dimensions)
     if why and not allow_incomplete:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in why.items())

@@ -23,6 +23,10 @@ class Measure(BaseModel):
         False, description="Score the videos there are, and say n of N, instead of refusing when some are missing."
     )
 
+    def wanted(self) -> tuple[str, ...]:
+        """The dimensions asked for, in the leaderboard's order."""
+        return tuple(name for name in COLUMNS if name in (self.dimensions or COLUMNS))
+
 
 class Folder(Measure):
     """A folder of videos to score with VBench-I2V."""

@@ -15,7 +15,7 @@ from vpae.config import Experiment, Sampler
 from vpae.data.latents import LatentDataset
 from vpae.evaluation import c2st
 from vpae.evaluation.frechet import RandomFeatures, frechet
-from vpae.evaluation.statistics import bootstrap, jackknife
+from vpae.evaluation.statistics import bootstrap, jackknife, of_mean
 from vpae.models.wan import load_sampler
 from vpae.progress import track
 from vpae.randomness import derived_seed
@@ -27,7 +27,8 @@ JACKKNIFE_GROUPS = 20
 
 def measure(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
     """Row -> metric -> mean, low and high."""
-    drawn = {row: load_file(inputs["samples"] / row / "latents.safetensors")["x0"].float() for row in _rows(settings)}
+    rows = (REAL, *settings.samples.rows)
+    drawn = {row: load_file(inputs["samples"] / row / "latents.safetensors")["x0"].float() for row in rows}
     reference = drawn[REAL]
     drawn[REAL] = _clips(LatentDataset(inputs["latents"], "train"), len(reference))[0]
     scores = {
@@ -38,10 +39,6 @@ def measure(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict[str
         for row, found in _told_apart(drawn, reference, settings, inputs).items():
             scores[row]["c2st"] = found
     return scores
-
-
-def _rows(settings: Experiment) -> list[str]:
-    return [REAL, *settings.samples.rows]
 
 
 def _distance(x: Tensor, reference: Tensor, settings: Experiment) -> dict[str, float]:
@@ -95,9 +92,7 @@ def _told_apart(
             test = c2st.Pairs(reference, drawn[name], held_out)
         seeds = [derived_seed(settings.seed, "c2st", "classifier", i) for i in range(config.seeds)]
         right = np.mean([c2st.right(fit, test, config.steps, seed % 2**31).numpy() for seed in seeds], axis=0)
-        found[name] = bootstrap(
-            len(right), lambda i, r=right: r[i].mean(), settings.evaluation.bootstrap, settings.seed
-        )
+        found[name] = of_mean(right, settings.evaluation.bootstrap, settings.seed)
     return found
 
 

@@ -23,6 +23,7 @@ from vpae.config import Sampler
 from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.world import Truth
+from vpae.evaluation.statistics import markdown
 from vpae.evaluation.truth import METRICS, measure
 from vpae.experiment import ConfigError, load
 from vpae.graph import RESULTS, stage_folder
@@ -74,14 +75,13 @@ def redraw(
 def table(rows: dict[str, list[tuple[str, dict[str, float]]]]) -> str:
     """Markdown: a line for each row, captions by kind with the number of videos, and the other truth metrics' means."""
     others = [metric for metric in METRICS if metric != "caption_following"]
-    head = ["row", *KINDS, *others]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row, measured in rows.items():
         shares = by_kind(measured)
         cells = [f"{shares[kind][0]:.3f} of {shares[kind][1]}" if kind in shares else "" for kind in KINDS]
         cells += [f"{np.mean([metrics[metric] for _, metrics in measured]):.3f}" for metric in others]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([row, *cells])
+    return markdown(["row", *KINDS, *others], lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.video import read_frames
 from vpae.evaluation import latency, latents, truth
-from vpae.evaluation.statistics import bootstrap, half_width
+from vpae.evaluation.statistics import half_width, markdown, of_mean
 from vpae.evaluation.vbench import rows as vbench
 from vpae.models.formats import formats
 from vpae.models.wan import load_pipeline
@@ -48,7 +48,10 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         vbench.measure(settings, inputs, suite, means, records, out, state)
     for row, timing in _latencies(settings, inputs).items():
         scores[row] |= timing
-    _write(out, scores, records, len(suite), settings)
+    (out / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    nfe, decoded = {name: row.nfe for name, row in settings.samples.rows.items()}, settings.samples.decode
+    write_json(out / "scores.json", {"rows": scores, "nfe": nfe, "videos": len(suite), "decoded": decoded})
+    (out / "table.md").write_text(table(scores, nfe))
     return {"rows": len(rows), "videos_scored": len(records)}
 
 
@@ -66,20 +69,8 @@ def _measured(rows: list[str], suite: list[dict], inputs: dict[str, Path]) -> li
 
 def _means(records: list[dict], settings: Experiment) -> dict[str, dict[str, float]]:
     """Mean and interval of each truth metric over the records of a row."""
-    found = {}
-    for metric in truth.METRICS if records else ():
-        values = np.array([record[metric] for record in records])
-        found[metric] = bootstrap(
-            len(values), lambda i, v=values: v[i].mean(), settings.evaluation.bootstrap, settings.seed
-        )
-    return found
-
-
-def _write(out: Path, scores: dict[str, dict], records: list[dict], scored: int, settings: Experiment) -> None:
-    (out / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    nfe = {name: row.nfe for name, row in settings.samples.rows.items()}
-    write_json(out / "scores.json", {"rows": scores, "nfe": nfe, "videos": scored, "decoded": settings.samples.decode})
-    (out / "table.md").write_text(table(scores, nfe))
+    values = {metric: np.array([record[metric] for record in records]) for metric in truth.METRICS if records}
+    return {metric: of_mean(one, settings.evaluation.bootstrap, settings.seed) for metric, one in values.items()}
 
 
 def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
@@ -105,8 +96,8 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"latency_diffusion_s": [], "latency_total_s": []} for name in settings.samples.rows
     }
-    small = small_decoder(settings.samples)
-    small = small and small.to(device)
+    if small := small_decoder(settings.samples):
+        small.to(device)
     vae = load_vae(inputs["teacher"], settings.samples)
     parts = load_pipeline(inputs["teacher"], transformer=None, vae=vae).to(device)
     shared = {name: getattr(parts, name) for name in SHARED}
@@ -148,12 +139,11 @@ def _timed_together(settings: Experiment, inputs: dict[str, Path]) -> list[list[
 def table(scores: dict[str, dict], nfe: dict[str, int]) -> str:
     """The scores as a Markdown table, with half-widths of the 95% intervals."""
     present = [metric for metric in METRICS if any(metric in metrics for metrics in scores.values())]
-    head = ["row", "NFE", *present]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row, metrics in scores.items():
-        cells = [_cell(metrics.get(metric), metric) for metric in present]
-        lines.append("| " + " | ".join([row, str(nfe.get(row, "")), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [row, str(nfe.get(row, "")), *(_cell(metrics.get(metric), metric) for metric in present)]
+        for row, metrics in scores.items()
+    ]
+    return markdown(["row", "NFE", *present], rows) + "\n"
 
 
 def _cell(value: dict[str, float] | None, metric: str) -> str:

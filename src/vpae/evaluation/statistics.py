@@ -1,6 +1,6 @@
-"""Confidence intervals: bootstrap for means, jackknife for distances between distributions."""
+"""Confidence intervals, bootstrap for means and jackknife for distances between distributions, and tables of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -21,6 +21,11 @@ def bootstrap(n: int, statistic: Callable[[np.ndarray], float], resamples: int, 
     values = [statistic(rng.integers(0, n, n)) for _ in range(resamples)]
     low, high = np.percentile(values, [2.5, 97.5])
     return {"mean": float(statistic(np.arange(n))), "low": float(low), "high": float(high)}
+
+
+def of_mean(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """`bootstrap` of the mean of one value a video."""
+    return bootstrap(len(values), lambda i: values[i].mean(), resamples, seed)
 
 
 def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, seed: int) -> dict[str, float]:
@@ -49,3 +54,9 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
 def half_width(mean: float, low: float, high: float) -> float:
     """What stands behind ±: half of an interval; of one that is cut off at 0, its upper half."""
     return (high - low) / 2 if low > 0 else high - mean
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

@@ -19,7 +19,7 @@ from vpae.config import Experiment
 from vpae.distill import CHAIN, METHODS
 from vpae.distill.budget import network_evaluations
 from vpae.evaluation import truth
-from vpae.evaluation.statistics import bootstrap, half_width
+from vpae.evaluation.statistics import half_width, markdown, of_mean
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import RESULTS, fingerprint, stage_folder
 from vpae.standing import departures, made_from, standing
@@ -90,8 +90,10 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
     for row, sampler in source.settings.samples.rows.items():
         stages = source.settings.chain(sampler.model) if sampler.model in METHODS else []
         trained = {stage: _provenance(stage_folder(source, stage, results)) for stage in stages}
-        videos = [np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row]
-        score = _mean_score(np.array(videos), source) if official is None else official.get(row)
+        videos = np.array([np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row])
+        score = (official or {}).get(row)
+        if official is None and len(videos):
+            score = of_mean(videos, source.settings.evaluation.bootstrap, source.settings.seed)
         found.append(
             Run(
                 row=row,
@@ -142,14 +144,6 @@ def _official_scores(folder: Path) -> dict[str, Interval] | None:
     totals = {row: [entry[name] for name in VBENCH] for row, entry in content["rows"].items()}
     means = {row: float(np.mean(values)) for row, values in totals.items() if None not in values}
     return {row: {"mean": mean, "low": None, "high": None} for row, mean in means.items()}
-
-
-def _mean_score(videos: np.ndarray, source: Source) -> Interval | None:
-    if not len(videos):
-        return None
-    return bootstrap(
-        len(videos), lambda i: videos[i].mean(), source.settings.evaluation.bootstrap, source.settings.seed
-    )
 
 
 def _cost(settings: Experiment, trained: dict[str, dict]) -> dict[str, float]:
@@ -211,10 +205,9 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
             known.append(run)
     labels = _labels(methods)
     rows = {labels[method]: _line(found) for method, found in methods.items()}
-    for name in (labels[method] for method, found in methods.items() if all(run.papers for run in found)):
-        if name not in PAPER:
-            continue
-        rows[name]["paper_score"] = round(float(np.mean(PAPER[name])), 2)
+    for method, found in methods.items():
+        if (name := labels[method]) in PAPER and all(run.papers for run in found):
+            rows[name]["paper_score"] = round(float(np.mean(PAPER[name])), 2)
     return rows
 
 
@@ -275,7 +268,7 @@ def write(rows: dict[str, dict], score_of: str, out: Path) -> list[Path]:
         table.writeheader()
         table.writerows(lines)
     with written(paths[2]) as temporary:
-        temporary.write_text(markdown(rows, score_of))
+        temporary.write_text(text(rows, score_of))
     return paths
 
 
@@ -286,43 +279,24 @@ def _flat(row: dict) -> dict[str, object]:
     return {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in (values | row["cost"]).items()}
 
 
-def markdown(rows: dict[str, dict], score_of: str) -> str:
+def text(rows: dict[str, dict], score_of: str) -> str:
     """The table with half-widths of the 95% intervals, and below it what they are."""
     metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row["intervals"]))
-    head = [
-        "method",
-        "NFE",
-        "seeds",
-        "mean score",
-        *metrics,
-        "evaluations",
-        "train s",
-        "trained",
-        "peak GB",
-        "commit",
-        "paper",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = ["method", "NFE", "seeds", "mean score", *metrics]
+    head += ["evaluations", "train s", "trained", "peak GB", "commit", "paper"]
+    lines = []
     for name, row in rows.items():
         ends = {SCORE: [row["low"], row["high"]] if SCORE in row else None, **row["intervals"]}
         # Of one seed, what is known of a latency is its fastest and slowest run.
         single = [m for m in metrics if m.startswith("latency") and len(row["seeds"]) == 1]
         scores = [_cell(row.get(m), None if m in single else ends.get(m)) for m in (SCORE, *metrics)]
-        cost = row["cost"]
-        costs = (
-            [""] * 4
-            if not cost
-            else [
-                f"{cost['network_evaluations']:.0f}",
-                f"{cost['seconds']:.0f}",
-                f"{cost['trained_parameters'] / 1e6:.2f}M",
-                f"{cost['peak_memory_bytes'] / 1e9:.2f}",
-            ]
-        )
+        costs = [""] * 4
+        if cost := row["cost"]:
+            costs = [f"{cost['network_evaluations']:.0f}", f"{cost['seconds']:.0f}"]
+            costs += [f"{cost['trained_parameters'] / 1e6:.2f}M", f"{cost['peak_memory_bytes'] / 1e9:.2f}"]
         commits = " ".join(commit[:7] for commit in row["commits"])
         paper = f"{row['paper_score']:.2f}" if "paper_score" in row else ""
-        cells = [name, str(row["nfe"]), str(len(row["seeds"])), *scores, *costs, commits, paper]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append([name, str(row["nfe"]), str(len(row["seeds"])), *scores, *costs, commits, paper])
     notes = (
         f"Mean score: that of {score_of}. ± is half a 95% interval: Student's over seeds, of one seed over videos. "
         "Cost: of training a seed, from the teacher to the row's model; clips through a network (a guided step counts "
@@ -336,7 +310,7 @@ def markdown(rows: dict[str, dict], score_of: str) -> str:
             " No row has a mean score, for which all of these have to be measured; SA needs camera_motion, of videos "
             "whose caption asks for a movement of the camera."
         )
-    return "\n".join([*lines, "", notes, ""])
+    return "\n".join([markdown(head, lines), "", notes, ""])
 
 
 def _cell(mean: float | None, ends: Sequence[float] | None) -> str:

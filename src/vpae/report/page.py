@@ -143,7 +143,8 @@ def training(name: str, folder: Path, seen: dict[int, list[np.ndarray]], suite: 
         seen: step -> videos of the first held-out clips; empty if none were kept.
         suite: the lines of the suite, which has the same clips' captions.
     """
-    curves = plots.curves(METHODS[name].panels, read_lines(folder / "metrics.jsonl"))
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curves = plots.curves(METHODS[name].panels, logged)
     one = {"method": METHODS[name], "curves": curves, "speed": speed(folder), "looks": "", "steps": list(seen)}
     if seen:
         clips = len(next(iter(seen.values())))
@@ -313,9 +314,7 @@ def ratio(reference: dict | None, value: dict | None) -> str:
 
 def provenance(name: str, folder: Path) -> dict:
     """What a stage's folder says about how it came to be, ready to print."""
-    found = read_provenance(folder)
-    outputs = identity(folder)  # refuses a folder that is not finished
-    commit = found["code"]["commit"] or "commit unknown"
+    found, outputs = read_provenance(folder), identity(folder)  # refuses a folder that is not finished
     return {
         **found,
         "stage": name,
@@ -323,7 +322,7 @@ def provenance(name: str, folder: Path) -> dict:
         "date": found["finished"].replace("T", " ").replace("+00:00", " UTC"),
         "duration": duration(found["seconds"]),
         "memory": f"{found['peak_memory_bytes'] / 1e9:.2f} GB",
-        "commit": commit[:12] if found["code"]["commit"] else commit,
+        "commit": (found["code"]["commit"] or "")[:12] or "commit unknown",
         "changed": {True: "+ uncommitted changes", False: "", None: "state unknown"}[found["code"]["dirty"]],
         "identity": outputs,
         "files": len(found["outputs"]),
@@ -342,8 +341,3 @@ def duration(seconds: float) -> str:
 def as_yaml(settings: dict) -> str:
     """Settings as one would write them."""
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,7 +3,6 @@
 Measured are the decoded videos of the held-out clips, each against the first frame that it was made from.
 """
 
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,14 @@ from scipy import stats
 
 from vbench_i2v import camera, networks, results, runner, scores, weights
 from vbench_i2v.base import Item
+from vbench_i2v.files import user_path
 from vbench_i2v.packages import version_of
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import Clip, Plan, Prompt
-from vpae.artifacts import write_json
+from vpae.artifacts import write_json, written
 from vpae.config import Experiment, VBench
 from vpae.data.latents import LatentDataset
+from vpae.evaluation.statistics import markdown
 from vpae.evaluation.vbench import processes, tiny
 from vpae.parts import Part
 
@@ -39,7 +40,7 @@ def make_plans(
         frames: folder for the first frames.
     """
     config = settings.evaluation.vbench
-    wanted = networks.wanted(config)
+    wanted = config.wanted()
     decoded = suite[: settings.samples.decode]
     decoded = decoded[: config.videos_per_row or len(decoded)]
     images = _first_frames(LatentDataset(inputs["latents"], "held_out"), decoded, frames)
@@ -64,9 +65,8 @@ def _first_frames(dataset: LatentDataset, suite: Sequence[dict], folder: Path) -
     paths = {item["key"]: folder / f"{item['key']}.png" for item in suite}
     for key, path in paths.items():
         if not path.is_file():
-            temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
-            dataset.first_frame(numbers[key]).save(temporary, "PNG")
-            temporary.replace(path)
+            with written(path) as temporary:
+                dataset.first_frame(numbers[key]).save(temporary, "PNG")
     return paths
 
 
@@ -135,7 +135,7 @@ def _measured(
     records, why = work / "records", {}
     if config.backbones == "tiny":
         nets = tiny.networks(inputs["teacher"], work)
-        tiny.load(nets, networks.wanted(config))  # once, for all processes
+        tiny.load(nets, config.wanted())  # once, for all processes
         if part is None:
             processes.share(clips, nets, records, processes.how_many(clips))
     else:
@@ -212,8 +212,8 @@ def external_inputs(config: VBench) -> dict[str, str]:
     """Which official backbones can be used: a stage that ran without some runs again once they are there."""
     if config.backbones != "official":
         return {}
-    why = weights.absent(networks.weights_root(config), networks.wanted(config))
-    usable = [name for name in networks.wanted(config) if name not in why and not weights.lacking_packages(name)]
+    why = weights.absent(user_path(config.weights), config.wanted())
+    usable = [name for name in config.wanted() if name not in why and not weights.lacking_packages(name)]
     # A package that is there may still not be importable beside this torch: another version of it is another input.
     packages = {name: version for one in usable for name, version in weights.package_versions(one).items()}
     with_torch = {**packages, **{name: version_of(name) for name in ("torch", "torchvision")}} if packages else {}
@@ -223,14 +223,10 @@ def external_inputs(config: VBench) -> dict[str, str]:
 
 def table(content: Mapping) -> str:
     """The rows' dimensions and totals in points as a Markdown table."""
-    head = ["row", *COLUMNS, *(scores.PAPER_NAMES[name] for name in scores.PARTS)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row, found in content["rows"].items():
-        points = [
-            entry["value"] if entry["value"] is None else 100 * entry["value"] for entry in found["dimensions"].values()
-        ]
-        cells = [
-            "" if value is None else f"{value:.2f}" for value in [*points, *(found[name] for name in scores.PARTS)]
-        ]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        shares = [entry["value"] for entry in found["dimensions"].values()]
+        points = [None if share is None else 100 * share for share in shares]
+        points += [found[name] for name in scores.PAPER_NAMES]
+        lines.append([row, *("" if value is None else f"{value:.2f}" for value in points)])
+    return markdown(["row", *COLUMNS, *scores.PAPER_NAMES.values()], lines) + "\n"

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from vbench_i2v.errors import VBenchError
@@ -89,9 +88,9 @@ def sample_suite(
             target = out / video_name(prompt.text, j)
             if not target.is_file():
                 pipeline = pipeline or load_placed(model, Placement(), "cuda" if torch.cuda.is_available() else "cpu")
-                frames = _animate(
-                    pipeline, pictures[prompt.image_name], prompt.text, steps, guidance_scale, i, j, geometry
-                )
+                picture = read_image_at(pictures[prompt.image_name], geometry["height"], geometry["width"])
+                seed, length = seed_of(i, j), geometry["frames"]
+                frames = animate(pipeline, picture, prompt.text, steps, guidance_scale, seed, length)
                 temporary = out / f".{secrets.token_hex(8)}.mp4"  # a prompt's own name may be as long as can be
                 try:
                     write_video(temporary, frames, geometry["fps"], CRF, reproducible=False)
@@ -106,14 +105,6 @@ def sample_suite(
                 raise Interruption(f"sample: {made} new videos are in {out}")
     progress.close()
     return made
-
-
-@torch.no_grad()
-def _animate(
-    pipeline, image: Path, text: str, steps: int, guidance: float, i: int, j: int, geometry: dict
-) -> np.ndarray:
-    picture = read_image_at(image, geometry["height"], geometry["width"])
-    return animate(pipeline, picture, text, steps, guidance, seed_of(i, j), geometry["frames"])
 
 
 def _note(

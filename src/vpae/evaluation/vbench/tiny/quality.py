@@ -7,7 +7,6 @@ Axes: N frames, D statistics, H height, W width, 3 colours in [0, 1].
 """
 
 import math
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vpae.artifacts import digest
+from vpae.artifacts import digest, written
 from vpae.data.world import draw_truth, render
 
 SIZE = 64  # of the training frames, pixels
@@ -89,9 +88,8 @@ def quality(state: Path) -> QualityNet:
     with _one_thread():
         model = train()
     state.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    save_file(model.state_dict(), temporary, {"recipe": recipe})
-    temporary.replace(path)
+    with written(path) as temporary:
+        save_file(model.state_dict(), temporary, {"recipe": recipe})
     return model
 
 
