@@ -6,8 +6,7 @@ import torch
 
 from vpae.evaluation import latents
 from vpae.evaluation.frechet import FEATURES, RandomFeatures, frechet
-from vpae.evaluation.latency import summary, time_runs
-from vpae.evaluation.stage import METRICS, table
+from vpae.evaluation.stage import METRICS, summary, table, time_runs
 from vpae.evaluation.statistics import bootstrap, half_width, jackknife
 from vpae.experiment import load
 

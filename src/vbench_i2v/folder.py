@@ -1,18 +1,21 @@
-"""A folder of videos from settings to results."""
+"""From settings to networks, and a folder of videos to results."""
 
 from collections.abc import Callable, Iterable
 
-from vbench_i2v import results, runner
+import torch
+
+from vbench_i2v import results, runner, weights
+from vbench_i2v.backbones import Official
 from vbench_i2v.base import OFFICIAL
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.files import read_json, sha256, user_path
-from vbench_i2v.networks import official_networks
 from vbench_i2v.parts import Part
-from vbench_i2v.settings import Folder
+from vbench_i2v.settings import Folder, Measure
 from vbench_i2v.suite import SAMPLES, Plan, plan_folder, plan_suite, read_suite, some
-from vbench_i2v.weights import manifest
 
 SAMPLING = "sampling.json"  # beside the videos: how they were made
+CLIP_DIMENSIONS = ("background_consistency", "aesthetic_quality")
+_CHOICE = "Or leave them out: name others with --dimensions, or allow n of N with --allow-incomplete"
 
 
 def score_folder(
@@ -85,7 +88,7 @@ def _as_published(settings: Folder) -> bool:
     """Whether these are the suite, the number of videos and CLIP's number format of the leaderboard."""
     if settings.samples_per_prompt != SAMPLES or settings.clip_dtype != "float16" or not settings.suite:
         return False
-    official = next(weight for weight in manifest() if not weight.dimensions)
+    official = next(weight for weight in weights.manifest() if not weight.dimensions)
     return sha256(user_path(settings.suite)) == official.sha256
 
 
@@ -96,3 +99,28 @@ def _sampling(settings: Folder) -> dict:
     if not isinstance(found, dict):
         raise VBenchError(f"{noted}: no JSON object; correct or remove it")
     return found | settings.sampling
+
+
+def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[runner.Networks, dict[str, str]]:
+    """The benchmark's own networks; none is loaded yet.
+
+    Returns:
+        the networks, and dimension -> why it cannot be computed, for those whose weight files are missing or wrong.
+
+    Raises:
+        VBenchError: weight files are missing or wrong, and all or nothing was asked for.
+    """
+    root, dimensions = user_path(settings.weights), settings.wanted()
+    why = weights.absent(root, dimensions)
+    if why and not allow_incomplete:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in why.items())
+        raise VBenchError(f"{len(why)} of {len(dimensions)} dimensions cannot be computed:\n{listed}\n{_CHOICE}")
+    files = weights.identities(root, [name for name in dimensions if name not in why])
+    identity: dict[str, object] = {
+        name: {"weights": found}
+        | ({"clip_dtype": settings.clip_dtype} if name in CLIP_DIMENSIONS else {})
+        | ({"packages": used} if (used := weights.package_versions(name)) else {})
+        for name, found in files.items()
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return runner.Networks(Official(root, device, settings.clip_dtype), identity), why

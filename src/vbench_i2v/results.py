@@ -124,8 +124,7 @@ def score(
     """Aggregate what was gathered.
 
     Args:
-        plan: what there should be.
-        gathered: the records there are.
+        plan, gathered: see `Score`.
         not_computed: dimension -> why its network is absent.
         allow_incomplete: take the mean of the videos there are, and say how many; otherwise all or nothing.
         dimensions: what aggregates.

@@ -192,7 +192,10 @@ def plan_suite(
             else f"the suite has no prompt for {', '.join(sorted(dimensions))}"
         )
     if missing and not allow_incomplete:
-        raise FileNotFoundError(f"{videos}: {some(missing)} of {len(files)} videos missing; {_REMEDY}")
+        raise FileNotFoundError(
+            f"{videos}: {some(missing)} of {len(files)} videos missing; make them, or score what is there with "
+            "--allow-incomplete"
+        )
     paths = [(prompt, names, videos / present[name]) for prompt, names, name in files if name in present]
     with_image = [(prompt, path) for prompt, names, path in paths if IMAGE_DIMENSIONS & set(names)]
     folder, pictures = None, {}  # image name -> path
@@ -360,9 +363,6 @@ def refuse_other_shape(image: Path, size: tuple[int, int], made: str, width: int
             f"{image} has {size[0]} x {size[1]} pixels, {made} {width} x {height}: another ratio. "
             "Give the images that the videos were made from, cropped as they were"
         )
-
-
-_REMEDY = "make them, or score what is there with --allow-incomplete"
 
 
 def names_in(folder: Path) -> dict[str, str]:

@@ -69,11 +69,7 @@ def accuracy(fit: Pairs, test: Pairs, steps: int, seed: int) -> float:
 def right(fit: Pairs, test: Pairs, steps: int, seed: int) -> Tensor:
     """Train a classifier on `fit`, and say how often it is right about the two videos of each clip of `test`.
 
-    Args:
-        fit: clips to train on.
-        test: other clips.
-        steps: training steps of 128 real and 128 generated videos.
-        seed: of the weights and the order of the clips.
+    A step sees 128 real and 128 generated videos; `seed` is that of the weights and of the order of the clips.
 
     Returns:
         0, 1/2 or 1 for each clip of `test`, (N,) on the CPU.

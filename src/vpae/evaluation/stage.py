@@ -2,6 +2,8 @@
 VBench-I2V in `vbench.json`."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from vpae.config import Experiment, Sampler
 from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.video import read_frames
-from vpae.evaluation import latency, latents, truth
+from vpae.evaluation import latents, truth
 from vpae.evaluation.statistics import half_width, markdown, of_mean
 from vpae.evaluation.vbench import rows as vbench
 from vpae.models.formats import formats
@@ -119,14 +121,30 @@ def _latencies(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict]
 
             # A hundred network evaluations are their own average; a single one is not.
             repeats = config.latency_repeats * (1 if row.nfe >= 50 else 5)
-            seconds[name]["latency_diffusion_s"] += latency.time_runs(diffuse, repeats, config.latency_warmup)
-            seconds[name]["latency_total_s"] += latency.time_runs(
-                everything, config.latency_repeats, config.latency_warmup
-            )
+            seconds[name]["latency_diffusion_s"] += time_runs(diffuse, repeats, config.latency_warmup)
+            seconds[name]["latency_total_s"] += time_runs(everything, config.latency_repeats, config.latency_warmup)
         del pipeline, pipelines, diffuse, everything  # before the next model is loaded
-    return {
-        name: {metric: latency.summary(runs) for metric, runs in metrics.items()} for name, metrics in seconds.items()
-    }
+    return {name: {metric: summary(runs) for metric, runs in metrics.items()} for name, metrics in seconds.items()}
+
+
+def time_runs(work: Callable[[], object], repeats: int, warmup: int) -> list[float]:
+    """Seconds of each of `repeats` runs after `warmup` untimed ones."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """The median, with the fastest and slowest run as bounds."""
+    return {"mean": float(np.median(seconds)), "low": min(seconds), "high": max(seconds)}
 
 
 def _timed_together(settings: Experiment, inputs: dict[str, Path]) -> list[list[str]]:

@@ -6,13 +6,7 @@ import numpy as np
 
 
 def bootstrap(n: int, statistic: Callable[[np.ndarray], float], resamples: int, seed: int) -> dict[str, float]:
-    """Point value and 95% percentile interval of a statistic of n videos.
-
-    Args:
-        n: number of videos.
-        statistic: indices of videos, with repetitions -> value.
-        resamples: how many.
-        seed: of the resampling.
+    """Point value and 95% percentile interval of a statistic of n videos (their indices, with repetitions -> value).
 
     Returns:
         mean (the statistic of all videos), low, high.
@@ -37,7 +31,7 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
     Args:
         n: number of videos.
         statistic: indices of videos -> value, not negative.
-        groups: into how many the videos are split.
+        groups: into how many the videos are split, by chance.
         seed: of the split.
 
     Returns:

@@ -88,9 +88,7 @@ def coverage(frames_THWC: np.ndarray, truth: Truth) -> np.ndarray:
 def track(frames_THWC: np.ndarray, truth: Truth) -> Track:
     """Find the sprite in each frame of a video.
 
-    Args:
-        frames_THWC: uint8, at least 3 frames, of any height and width.
-        truth: the clip's truth; of its motion only the first frame is used.
+    Of the motion of the clip's truth only the first frame is used.
 
     Raises:
         ValueError: the frames are not uint8 of shape (T >= 3, H, W, 3).
@@ -123,11 +121,7 @@ def track(frames_THWC: np.ndarray, truth: Truth) -> Track:
 
 
 def measure(frames_THWC: np.ndarray, truth: Truth) -> dict[str, float]:
-    """Measure one generated video against what its first frame and caption tell.
-
-    Args:
-        frames_THWC: uint8, at least 3 frames, of any height and width.
-        truth: the truth of the clip whose first frame and caption the video was made from.
+    """Measure one generated video (see `track`) against the truth of the clip that it was made from.
 
     Returns:
         METRICS, each in [0, 1], more is better. `single_sprite`: share of frames with one whole sprite of the right
@@ -135,9 +129,6 @@ def measure(frames_THWC: np.ndarray, truth: Truth) -> dict[str, float]:
         of frames after the first with the right shape and colour. `path_smoothness`: 1 / (1 + median length of the
         centroid's second difference, in pixels of a 64-pixel-high frame). The two about motion are 0 where the sprite
         is missing in more than a quarter of the frames.
-
-    Raises:
-        ValueError: the frames are not uint8 of shape (T >= 3, H, W, 3).
     """
     found, height = track(frames_THWC, truth), frames_THWC.shape[1]
     first = _first_area(truth, height)

@@ -137,11 +137,7 @@ def render(**content: object) -> str:
 def training(name: str, folder: Path, seen: dict[int, list[np.ndarray]], suite: list[str]) -> dict[str, object]:
     """What the page shows of a method's training: its class, its curves, its speed, and the videos of its looks.
 
-    Args:
-        name: the method.
-        folder: of its stage.
-        seen: step -> videos of the first held-out clips; empty if none were kept.
-        suite: the lines of the suite, which has the same clips' captions.
+    `seen` has step -> videos of the first held-out clips, empty if none were kept; `suite` has their captions.
     """
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curves = plots.curves(METHODS[name].panels, logged)

@@ -96,13 +96,10 @@ def reel(videos: dict[str, list[np.ndarray]], fps: float) -> dict:
 
 
 def _sheet(frames: np.ndarray, size: tuple[int, int]) -> str:
-    file = io.BytesIO()
     if frames.shape[2] == size[0]:
-        Image.fromarray(np.concatenate(frames)).save(file, "webp", lossless=True)
-    else:
-        small = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
-        Image.fromarray(np.concatenate(small)).save(file, "webp", quality=80)
-    return data_uri(file.getvalue(), "image/webp")
+        return _saved(Image.fromarray(np.concatenate(frames)), "webp", lossless=True)
+    small = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
+    return _saved(Image.fromarray(np.concatenate(small)), "webp", quality=80)
 
 
 def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> Image.Image:
@@ -152,9 +149,13 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
 
 def picture(image: Image.Image) -> str:
     """A picture for the page, of 256 colours."""
+    return _saved(image.quantize(256), "png", optimize=True)
+
+
+def _saved(image: Image.Image, kind: str, **how: object) -> str:
     file = io.BytesIO()
-    image.quantize(256).save(file, "png", optimize=True)
-    return data_uri(file.getvalue(), "image/png")
+    image.save(file, kind, **how)
+    return data_uri(file.getvalue(), f"image/{kind}")
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

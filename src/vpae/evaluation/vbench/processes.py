@@ -49,12 +49,7 @@ def share(clips: Sequence[Clip], networks: Networks, folder: Path, processes: in
     """Measure in forked processes, one part and one thread each.
 
     What goes wrong in one of them is left for the caller's own `run`, which finds their records and meets the same.
-
-    Args:
-        clips: all videos.
-        networks: on the CPU, since a GPU's context does not outlive a fork.
-        folder: of files of records.
-        processes: how many; with 1, nothing is done here.
+    With one process nothing is done here. The networks are on the CPU, since a GPU's context does not outlive a fork.
 
     Raises:
         Interruption: asked to end; what was measured is kept.

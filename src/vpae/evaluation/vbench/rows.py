@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from vbench_i2v import camera, networks, results, runner, scores, weights
+from vbench_i2v import camera, results, runner, scores, weights
 from vbench_i2v.base import Item
 from vbench_i2v.files import user_path
+from vbench_i2v.folder import official_networks
 from vbench_i2v.packages import version_of
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import Clip, Plan, Prompt
@@ -31,14 +32,7 @@ REAL = "real"
 def make_plans(
     settings: Experiment, inputs: Mapping[str, Path], suite: Sequence[dict], frames: Path
 ) -> dict[str, Plan]:
-    """Row -> its videos, with the first frames that they were made from.
-
-    Args:
-        settings: of the experiment.
-        inputs: folders of the stages `samples` and `latents`.
-        suite: what was animated, as `suite.jsonl` says.
-        frames: folder for the first frames.
-    """
+    """Row -> its videos of a suite, with the first frames that they were made from, which are kept in `frames`."""
     config = settings.evaluation.vbench
     wanted = config.wanted()
     decoded = suite[: settings.samples.decode]
@@ -78,20 +72,14 @@ def measure(
     truth_of_videos: Sequence[dict],
     out: Path,
     state: Path,
-) -> dict:
+) -> None:
     """Score every row and write `vbench.json`, its table `vbench.md`, and VBench's own files of each row in `vbench/`.
 
     Args:
-        settings: of the experiment.
-        inputs: folders of the stages read.
+        settings, inputs, out, state: see `stages`.
         suite: what was animated.
         truth: row -> truth metric -> its value.
         truth_of_videos: one record per row and video with the truth metrics.
-        out: folder to fill.
-        state: folder from which a killed run goes on.
-
-    Returns:
-        what `vbench.json` holds.
 
     Raises:
         VBenchError: a video cannot be used.
@@ -120,7 +108,6 @@ def measure(
     }
     write_json(out / FILE, content)
     (out / "vbench.md").write_text(table(content))
-    return content
 
 
 def _measured(
@@ -139,7 +126,7 @@ def _measured(
         if part is None:
             processes.share(clips, nets, records, processes.how_many(clips))
     else:
-        nets, why = networks.official_networks(config, allow_incomplete=True)
+        nets, why = official_networks(config, allow_incomplete=True)
     outcome = processes.run(clips, nets, records, part, config.allow_incomplete, allow_absent=True, not_computed=why)
     return plans, nets, outcome, records
 
@@ -158,8 +145,9 @@ def measure_part(
     gaps |= {
         f"{path.parent.name}/{path.name}{name and f', {name}'}": why for (path, name), why in outcome.damaged.items()
     }
-    lines = [f"{records}: {outcome.computed} new records, {outcome.found} were there"]
-    print("\n".join(lines + [f"{what}: {why}" for what, why in gaps.items()]), file=sys.stderr)
+    print(f"{records}: {outcome.computed} new records, {outcome.found} were there", file=sys.stderr)
+    for what, why in gaps.items():
+        print(f"{what}: {why}", file=sys.stderr)
 
 
 def rank_correlations(

@@ -27,12 +27,7 @@ TINY = "tiny (not comparable with published scores)"
 
 
 def networks(teacher: Path, state: Path, dimensions: Collection[str] = tuple(COLUMNS)) -> Networks:
-    """The small stand-ins, which see through the image encoder of a pipeline folder, and what identifies them.
-
-    Args:
-        teacher: the pipeline folder.
-        state: folder for what they keep between runs.
-        dimensions: which are wanted.
+    """The small stand-ins for some dimensions (see `Tiny`), and what identifies them.
 
     Raises:
         FileNotFoundError: no image encoder there.
@@ -59,7 +54,7 @@ class Tiny(Backbones):
     """Loads or trains each stand-in when it is first asked for.
 
     Args:
-        teacher: a pipeline folder with `image_encoder` and `image_processor`.
+        teacher: a pipeline folder with `image_encoder` and `image_processor`, through which they see.
         state: where the quality network is kept once it is trained.
     """
 

@@ -88,16 +88,15 @@ def _step(first: Tensor, second: Tensor) -> Tensor:
     slope_y = (mean[..., 2:, 1:-1] - mean[..., :-2, 1:-1]) / 2
     change = second - first
     products = (slope_x**2, slope_x * slope_y, slope_y**2, slope_x * change, slope_y * change)
-    xx, xy, yy, xt, yt = _window(torch.stack([product.sum(1) for product in products], 1)).unbind(1)
+    xx, xy, yy, xt, yt = gaussian(torch.stack([p.sum(1) for p in products], 1), WINDOW, round(2 * WINDOW)).unbind(1)
     xx, yy = xx + FLAT, yy + FLAT
     solved = torch.stack([xy * yt - yy * xt, xy * xt - xx * yt], 1) / (xx * yy - xy**2)[:, None]
     return solved.clamp(-1, 1)
 
 
-def _window(x: Tensor) -> Tensor:
-    """Gaussian mean of each channel's surroundings."""
-    reach = round(2 * WINDOW)
-    weights = torch.exp(-(torch.arange(-reach, reach + 1, device=x.device) ** 2) / (2 * WINDOW**2))
+def gaussian(x: Tensor, sigma: float, reach: int) -> Tensor:
+    """Gaussian mean of each channel's surroundings, (N, C, H, W); `sigma` and how far it reaches in pixels."""
+    weights = torch.exp(-(torch.arange(-reach, reach + 1, device=x.device) ** 2) / (2 * sigma**2))
     weights = (weights / weights.sum()).expand(x.shape[1], 1, 1, -1)
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     rows = F.conv2d(padded, weights, groups=x.shape[1])

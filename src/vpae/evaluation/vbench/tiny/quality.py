@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vpae.artifacts import digest, written
 from vpae.data.world import draw_truth, render
+from vpae.evaluation.vbench.tiny.classical import gaussian
 
 SIZE = 64  # of the training frames, pixels
 RECIPE = {"version": 2, "seed": 0, "frames": 256, "variants": 6, "steps": 500, "rate": 1e-2, "decay": 1e-2}
@@ -146,12 +147,7 @@ def as_bytes(frame_3HW: Tensor) -> Tensor:
 
 def blur(frame_3HW: Tensor, strength: float, _rng: np.random.Generator) -> Tensor:
     """Gaussian, up to 2 pixels wide."""
-    sigma = 0.3 + 1.7 * strength
-    offsets = torch.arange(-6, 7, dtype=torch.float32)
-    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
-    weights = (weights / weights.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(frame_3HW[None], (6, 6, 6, 6), mode="replicate")
-    return F.conv2d(F.conv2d(padded, weights, groups=3), weights.transpose(2, 3), groups=3)[0]
+    return gaussian(frame_3HW[None], 0.3 + 1.7 * strength, 6)[0]
 
 
 def noise(frame_3HW: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
