@@ -40,12 +40,11 @@ def score_folder(
         VBenchError: a file cannot be used.
     """
     plan, sampling = make_plan(settings), _sampling(settings)
-    out, why, tolerant = user_path(settings.out), {}, settings.allow_incomplete
+    out, tolerant = user_path(settings.out), settings.allow_incomplete
     absent = tolerant or networks is not None
-    if networks is None:
-        networks, why = official_networks(settings, tolerant)
+    networks = networks or official_networks(settings, tolerant)
     records = out / "records"
-    outcome = runner.run(plan.clips, networks, records, part, tolerant, absent, not_computed=why, track=track)
+    outcome = runner.run(plan.clips, networks, records, part, tolerant, absent, track=track)
     names = list(outcome.damaged_of(plan.clips))
     damaged = [f"videos damaged: {some(names)}"] if names else []
     if part:
@@ -101,11 +100,8 @@ def _sampling(settings: Folder) -> dict:
     return found | settings.sampling
 
 
-def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[runner.Networks, dict[str, str]]:
-    """The benchmark's own networks; none is loaded yet.
-
-    Returns:
-        the networks, and dimension -> why it cannot be computed, for those whose weight files are missing or wrong.
+def official_networks(settings: Measure, allow_incomplete: bool) -> runner.Networks:
+    """The benchmark's own networks; none is loaded yet. Lacking are those whose weight files are missing or wrong.
 
     Raises:
         VBenchError: weight files are missing or wrong, and all or nothing was asked for.
@@ -123,4 +119,4 @@ def official_networks(settings: Measure, allow_incomplete: bool) -> tuple[runner
         for name, found in files.items()
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return runner.Networks(Official(root, device, settings.clip_dtype), identity), why
+    return runner.Networks(Official(root, device, settings.clip_dtype), identity, why)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vbench_i2v.errors import VBenchError
+from vbench_i2v.errors import VBenchError, first_line
 
 BACKGROUND = (255, 255, 255)  # what shows through where an image is transparent, as on a page [choice]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -33,7 +33,7 @@ def read_image(path: Path) -> Image.Image:
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     except Exception as error:  # Pillow's plug-ins raise what they like on damaged files
-        raise ImageError(f"{path}: cannot be read as an image ({_brief(error)}); copy or save it again") from error
+        raise ImageError(f"{path}: cannot be read as an image ({first_line(error)}); copy or save it again") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -52,7 +52,3 @@ def _opaque(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, (*BACKGROUND, 255)), layer).convert("RGB")
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

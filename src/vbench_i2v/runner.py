@@ -29,10 +29,17 @@ _KEPT_BYTES = 128 << 20  # decoded bytes of a clip that may stay in memory for t
 
 @dataclass(frozen=True)
 class Networks:
-    """Backbones, and what else besides their name tells two results apart: dimension -> its settings and weights."""
+    """Backbones, and what is known of them before they are loaded.
+
+    Attributes:
+        backbones: the networks.
+        identity: what else besides their name tells two results apart: dimension -> its settings and weights.
+        lacking: dimension -> why it cannot be computed, where that is known already.
+    """
 
     backbones: Backbones
     identity: Mapping[str, object] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,7 +137,6 @@ def run(
     allow_damaged: bool = False,
     allow_absent: bool = False,
     dimensions: Mapping[str, Dimension] = DIMENSIONS,
-    not_computed: Mapping[str, str] | None = None,
     track: Callable[[list], Iterable] = iter,
 ) -> Outcome:
     """Measure what no record is there for; what was measured is kept, however a run ends.
@@ -143,13 +149,12 @@ def run(
         allow_damaged: note videos that cannot be used, and go on.
         allow_absent: note networks that cannot be had, and go on.
         dimensions: what measures.
-        not_computed: dimension -> why it cannot be computed, where that is known already.
         track: goes through the list of work, one piece a measurement: it may show progress, or raise to end the run.
 
     Raises:
         VBenchError: a video is damaged or a network absent.
     """
-    outcome, known = Outcome(not_computed=dict(not_computed or {})), set(read_records(folder))
+    outcome, known = Outcome(not_computed=dict(networks.lacking)), set(read_records(folder))
     current = video = None
     with closing(Appender(folder)) as file:
         for clip, name in track([(each, name) for each in (part or Part()).share(clips) for name in each.dimensions]):
@@ -168,7 +173,8 @@ def run(
                 video = video or _opened(item.video)
                 damaged = item.video, name
                 measured = dimensions[name].measure(video, item, networks.backbones)
-                _finite(item.video, name, measured)
+                if not math.isfinite(value := measured["video_results"]):
+                    raise VBenchError(f"{item.video}: {name} is {value}; look at the video, it has no usable frames")
             except NotComputed as error:
                 if not allow_absent:
                     raise VBenchError(f"{name} is not computed: {error}. Or {_LEAVE_OUT}") from error
@@ -183,11 +189,6 @@ def run(
                 known.add(key)
                 outcome.computed += 1
     return outcome
-
-
-def _finite(path: Path, name: str, measured: dict) -> None:
-    if not math.isfinite(measured["video_results"]):
-        raise VBenchError(f"{path}: {name} is {measured['video_results']}; look at the video, it has no usable frames")
 
 
 def gather(clips: Iterable[Clip], networks: Networks, folder: Path) -> dict[str, list[tuple[Clip, dict]]]:

@@ -1,6 +1,6 @@
 """What is measured and by which networks; and a folder of videos to score."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -40,7 +40,7 @@ class Folder(Measure):
     suite: str = Field("", description="VBench's vbench2_i2v_full_info.json; empty: the videos of the folder.")
     out: str = Field(description="Folder of records and results.")
     name: str = Field("results", pattern=r"^[^/]+$", description="Results are NAME_eval_results.json and so on.")
-    samples_per_prompt: Annotated[int, Field(gt=0)] = Field(5, description="Videos per prompt of the suite.")
+    samples_per_prompt: int = Field(5, gt=0, description="Videos per prompt of the suite.")
     sampling: dict[str, JsonValue] = Field(
         {}, description="How the videos were made (model, steps, guidance, seeds ...): copied into the results."
     )

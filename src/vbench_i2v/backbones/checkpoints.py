@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vbench_i2v.errors import NotComputed
+from vbench_i2v.errors import NotComputed, first_line
 
 
 class _Inert(dict):
@@ -28,11 +28,6 @@ def require(path: Path) -> Path:
     if not path.exists():
         raise NotComputed(f"{path} is missing; `vbench-i2v weights --check` tells where it comes from, --fetch gets it")
     return path
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in brief."""
-    return str(error).strip().splitlines()[0]
 
 
 def read_state(path: Path, with_others: bool = False) -> dict[str, Tensor]:

@@ -1,26 +1,26 @@
 """OpenAI's CLIP image towers from their original archives (`ViT-B-32.pt`, `ViT-L-14.pt`), as transformers' model."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from vbench_i2v.backbones.checkpoints import first_line, require
-from vbench_i2v.errors import NotComputed
+from vbench_i2v.backbones.checkpoints import require
+from vbench_i2v.errors import NotComputed, first_line
 
 HEAD = 64  # width of one attention head in all of OpenAI's towers
 
-# Names within the archive -> names in transformers; `resblocks.N.` -> `encoder.layers.N.`
-_OUTER = {
+# Parts of names within the archive -> in transformers.
+_NAMES = {
     "class_embedding": "vision_model.embeddings.class_embedding",
-    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "conv1": "vision_model.embeddings.patch_embedding",
     "positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "ln_pre": "vision_model.pre_layrnorm",
     "ln_post": "vision_model.post_layernorm",
-}
-_INNER = {
+    "transformer.resblocks": "vision_model.encoder.layers",
     "ln_1": "layer_norm1",
     "attn.out_proj": "self_attn.out_proj",
     "ln_2": "layer_norm2",
@@ -82,22 +82,14 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _renamed(visual: dict[str, Tensor]):
+def _renamed(visual: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in visual.items():
+        for theirs, ours in _NAMES.items():
+            name = name.replace(theirs, ours)
         if name == "proj":
             yield "visual_projection.weight", tensor.T
-        elif name.startswith("transformer.resblocks."):
-            number, inner = name.removeprefix("transformer.resblocks.").split(".", 1)
-            layer = f"vision_model.encoder.layers.{number}"
-            if inner.startswith("attn.in_proj_"):
-                kind = inner.removeprefix("attn.in_proj_")
-                for part, share in zip("qkv", tensor.chunk(3), strict=True):
-                    yield f"{layer}.self_attn.{part}_proj.{kind}", share
-            else:
-                stem, kind = inner.rsplit(".", 1)
-                yield f"{layer}.{_INNER[stem]}.{kind}", tensor
-        elif name in _OUTER:
-            yield _OUTER[name], tensor
+        elif "attn.in_proj_" in name:
+            for part, share in zip("qkv", tensor.chunk(3), strict=True):
+                yield name.replace("attn.in_proj_", f"self_attn.{part}_proj."), share
         else:
-            stem, kind = name.rsplit(".", 1)
-            yield f"{_OUTER[stem]}.{kind}", tensor
+            yield name, tensor

@@ -4,12 +4,13 @@ For the row `real`, which is the reference of all others, training clips stand i
 samples of reality give is the floor.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpae.config import Experiment, Sampler
 from vpae.data.latents import LatentDataset
@@ -60,17 +61,25 @@ def _clips(dataset: LatentDataset, count: int, start: int = 0) -> tuple[Tensor, 
     return torch.stack([c["x0"].float() for c in clips]), torch.stack([c["condition"].float() for c in clips])
 
 
-@torch.no_grad()
 def _redrawn(row: Sampler, dataset: LatentDataset, count: int, settings: Experiment, inputs: dict[str, Path]) -> Tensor:
     """The latents that a row's model makes of training clips' first frames."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, shift = load_sampler(model_folder(inputs, row.model)).to(device).eval(), row_shift(settings, inputs, row)
-    made = []
-    for numbers in torch.arange(count).split(settings.samples.batch_size):
-        x, condition = dataset.batch(numbers.tolist(), device)
-        seeds = [derived_seed(settings.seed, "c2st", i) % 2**31 for i in numbers.tolist()]
-        made.append(draw(model, row, shift, condition, tuple(x.shape[1:]), seeds).float().cpu())
-    return torch.cat(made)
+    seeds = {i: derived_seed(settings.seed, "c2st", i) % 2**31 for i in range(count)}
+    pairs = drawn_beside(dataset, seeds, model, row, shift, settings.samples.batch_size)
+    return torch.cat([made.float().cpu() for _, made in pairs])
+
+
+@torch.no_grad()
+def drawn_beside(
+    dataset: LatentDataset, seeds: Mapping[int, int], model: nn.Module, row: Sampler, shift: float, batch: int = 32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The latents of clips (number -> seed), and those that a model makes of their conditions, `batch` at a time."""
+    device = next(model.parameters()).device
+    for start in range(0, len(seeds), batch):
+        numbers = list(seeds)[start : start + batch]
+        x, condition = dataset.batch(numbers, device)
+        yield x, draw(model, row, shift, condition, tuple(x.shape[1:]), [seeds[i] for i in numbers])
 
 
 def _told_apart(

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vpae.artifacts import ArtifactError, identity
@@ -23,15 +22,14 @@ from vpae.config import Sampler
 from vpae.data.catalog import read_truth
 from vpae.data.latents import LatentDataset
 from vpae.data.world import Truth
+from vpae.evaluation.latents import drawn_beside
 from vpae.evaluation.statistics import markdown
 from vpae.evaluation.truth import METRICS, measure
 from vpae.experiment import ConfigError, load
 from vpae.graph import RESULTS, stage_folder
 from vpae.models.wan import decode_latents, load_pipeline, load_sampler
-from vpae.sampling import draw
 
 KINDS = ("told", "untold", "grows", "spins")
-BATCH = 32
 SEEDS_OF_A_NOISE = 5000  # noise k of clip i has the seed 5000 k + i
 
 
@@ -54,7 +52,6 @@ def by_kind(measured: Iterable[tuple[str, dict[str, float]]]) -> dict[str, tuple
     return {kind: (float(np.mean(followed[kind])), len(followed[kind])) for kind in KINDS if kind in followed}
 
 
-@torch.no_grad()
 def redraw(
     model: Path, dataset: LatentDataset, truths: dict[str, Truth], kinds: Sequence[str], noises: int, shift: float
 ) -> list[tuple[Truth, Tensor]]:
@@ -63,12 +60,9 @@ def redraw(
     numbers = [i for i, entry in enumerate(dataset.entries) if kind_of(truths[entry.key]) in kinds]
     drawn = []
     for noise in range(noises):
-        for start in range(0, len(numbers), BATCH):
-            some = numbers[start : start + BATCH]
-            x, condition = dataset.batch(some)
-            seeds = [noise * SEEDS_OF_A_NOISE + i for i in some]
-            videos = draw(network, row, shift, condition, tuple(x.shape[1:]), seeds)
-            drawn += [(truths[dataset.entries[i].key], video) for i, video in zip(some, videos, strict=True)]
+        seeds = {i: noise * SEEDS_OF_A_NOISE + i for i in numbers}
+        videos = [video for _, made in drawn_beside(dataset, seeds, network, row, shift) for video in made]
+        drawn += [(truths[dataset.entries[i].key], video) for i, video in zip(numbers, videos, strict=True)]
     return drawn
 
 

@@ -20,25 +20,19 @@ from vpae.data.latents import LatentDataset
 from vpae.distill import METHODS
 from vpae.distill.run import accelerator_for, at_start, batches_of
 from vpae.evaluation.frechet import RandomFeatures, frechet
+from vpae.evaluation.latents import drawn_beside
 from vpae.experiment import ConfigError, load
 from vpae.graph import RESULTS, stage_folder, upstream
-from vpae.sampling import draw
 from vpae.training.loop import train
 
-BATCH = 32
 
-
-@torch.no_grad()
 def one_step_distance(model: nn.Module, dataset: LatentDataset, count: int, settings: Experiment, device) -> float:
     """Frechet distance of the model's single steps on the first `count` held-out clips."""
     row, features = Sampler(model="student", steps=1), RandomFeatures().to(device)
-    real, generated = [], []
-    for start in range(0, count, BATCH):
-        numbers = list(range(start, min(start + BATCH, count)))
-        x, condition = dataset.batch(numbers, device)
-        real.append(features(x))
-        generated.append(features(draw(model, row, settings.teacher.shift, condition, tuple(x.shape[1:]), numbers)))
-    return frechet(torch.cat(generated).cpu().numpy(), torch.cat(real).cpu().numpy())
+    seeds = {i: i for i in range(count)}
+    pairs = drawn_beside(dataset, seeds, model, row, settings.teacher.shift)
+    real, made = zip(*((features(x), features(y)) for x, y in pairs), strict=True)
+    return frechet(torch.cat(made).cpu().numpy(), torch.cat(real).cpu().numpy())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,7 +61,6 @@ class Track:
         harmonics_TN: complex mean of (z / radius)^n for n = 2, 3, 4, z from the centroid, radius that of the disc of
             equal area.
         colour_TC: median RGB of the component's inner pixels.
-        mask_THW: bool, the component.
     """
 
     seen_T: np.ndarray
@@ -71,7 +70,6 @@ class Track:
     ghost_T: np.ndarray
     harmonics_TN: np.ndarray
     colour_TC: np.ndarray
-    mask_THW: np.ndarray
 
 
 def coverage(frames_THWC: np.ndarray, truth: Truth) -> np.ndarray:
@@ -97,7 +95,7 @@ def track(frames_THWC: np.ndarray, truth: Truth) -> Track:
         raise ValueError(f"need uint8 frames (T >= 3, H, W, 3), got {frames_THWC.dtype} {frames_THWC.shape}")
     frames, height = len(frames_THWC), frames_THWC.shape[1]
     soft_THW = coverage(frames_THWC, truth)
-    seen_T, mask_THW = np.zeros(frames, bool), np.zeros(soft_THW.shape, bool)
+    seen_T = np.zeros(frames, bool)
     area_T, solid_T, ghost_T = np.zeros((3, frames))
     centre_T2, harmonics_TN, colour_TC = np.zeros((frames, 2)), np.zeros((frames, 3), complex), np.zeros((frames, 3))
     last = np.array(truth.sprite.centres_T2[0]) * height
@@ -106,7 +104,7 @@ def track(frames_THWC: np.ndarray, truth: Truth) -> Track:
         ghost_T[t] = _largest_mass(np.where(_grown(mask, EDGE), 0.0, soft))
         if not mask.any():
             continue
-        seen_T[t], mask_THW[t], solid_T[t] = True, mask, mask.sum()
+        seen_T[t], solid_T[t] = True, mask.sum()
         y, x = np.nonzero(_grown(mask, REACH))
         weight, z = soft[y, x], (x + 0.5) + 1j * (y + 0.5)
         area = weight.sum()
@@ -117,7 +115,7 @@ def track(frames_THWC: np.ndarray, truth: Truth) -> Track:
         harmonics_TN[t] = [(weight * unit**n).sum() / area for n in (2, 3, 4)]
         inner = ndimage.binary_erosion(mask)
         colour_TC[t] = np.median(frames_THWC[t][inner if inner.any() else mask], axis=0)
-    return Track(seen_T, centre_T2, area_T, solid_T, ghost_T, harmonics_TN, colour_TC, mask_THW)
+    return Track(seen_T, centre_T2, area_T, solid_T, ghost_T, harmonics_TN, colour_TC)
 
 
 def measure(frames_THWC: np.ndarray, truth: Truth) -> dict[str, float]:

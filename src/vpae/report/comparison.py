@@ -212,8 +212,12 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
 
 
 def _labels(methods: dict[str, list[Run]]) -> dict[str, str]:
-    """The bare name is that of the experiment that is an overlay of the fewest others, and of those the first."""
-    short = {method: _short(found[0].row) for method, found in methods.items()}
+    """The bare name is that of the experiment that is an overlay of the fewest others, and of those the first.
+
+    A student's one step is what is compared, so it has the method's name alone; the teacher's is Euler's method.
+    """
+    rows = {method: found[0].row for method, found in methods.items()}
+    short = {method: "euler" if row == "teacher-1nfe" else row.removesuffix("-1nfe") for method, row in rows.items()}
     owners: dict[str, str] = {}
     for method in sorted(methods, key=lambda method: min(run.depth for run in methods[method])):
         owners.setdefault(short[method], method)
@@ -221,11 +225,6 @@ def _labels(methods: dict[str, list[Run]]) -> dict[str, str]:
         method: name if owners[name] == method else f"{name} ({methods[method][0].experiment})"
         for method, name in short.items()
     }
-
-
-def _short(row: str) -> str:
-    """A student's one step is what is compared, so it has the method's name alone; the teacher's is Euler's method."""
-    return {"teacher-1nfe": "euler"}.get(row, row.removesuffix("-1nfe"))
 
 
 def _line(runs: list[Run]) -> dict:

@@ -169,14 +169,12 @@ def named_rows(rows: dict[str, Sampler], student: str) -> dict[str, str]:
     by_cost = sorted(rows, key=lambda name: rows[name].nfe)
     teachers = [name for name in by_cost if rows[name].model == "teacher"]
     students = [name for name in by_cost if rows[name].model == student]
-    parts = {}
-    if teachers and rows[teachers[-1]].nfe > 1:
-        parts["teacher"] = teachers[-1]
-    if teachers and rows[teachers[0]].nfe == 1:
-        parts["naive"] = teachers[0]
-    if students:
-        parts["student"] = students[0]
-    return parts
+    parts = {
+        "teacher": [name for name in teachers[-1:] if rows[name].nfe > 1],
+        "naive": [name for name in teachers[:1] if rows[name].nfe == 1],
+        "student": students[:1],
+    }
+    return {part: names[0] for part, names in parts.items() if names}
 
 
 def describe(name: str, row: Sampler | None) -> str:

@@ -119,15 +119,15 @@ def _measured(
     work = (state if config.backbones == "tiny" else inputs["samples"].parent) / FOLDER
     plans = make_plans(settings, inputs, suite, state / "first_frames")
     clips = [clip for plan in plans.values() for clip in plan.clips]
-    records, why = work / "records", {}
+    records = work / "records"
     if config.backbones == "tiny":
         nets = tiny.networks(inputs["teacher"], work)
         tiny.load(nets, config.wanted())  # once, for all processes
         if part is None:
             processes.share(clips, nets, records, processes.how_many(clips))
     else:
-        nets, why = official_networks(config, allow_incomplete=True)
-    outcome = processes.run(clips, nets, records, part, config.allow_incomplete, allow_absent=True, not_computed=why)
+        nets = official_networks(config, allow_incomplete=True)
+    outcome = processes.run(clips, nets, records, part, config.allow_incomplete, allow_absent=True)
     return plans, nets, outcome, records
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vbench_i2v import transforms
 from vbench_i2v.base import Backbones
-from vbench_i2v.errors import NotComputed
+from vbench_i2v.errors import NotComputed, first_line
 from vbench_i2v.runner import Networks
 from vbench_i2v.scores import COLUMNS
 from vpae.artifacts import digest, file_hashes
@@ -111,8 +111,9 @@ def image_encoder(teacher: Path, device: torch.device) -> Callable[[Tensor], Ten
         model = CLIPVisionModel.from_pretrained(teacher / "image_encoder", dtype=torch.float32, local_files_only=True)
         processor = json.loads((teacher / "image_processor" / "preprocessor_config.json").read_text())
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise NotComputed(f"{teacher} has no CLIP image encoder ({first}); run the stage `teacher`") from error
+        raise NotComputed(
+            f"{teacher} has no CLIP image encoder ({first_line(error)}); run the stage `teacher`"
+        ) from error
     model = model.eval().requires_grad_(False).to(device)
     statistics = (tuple(processor["image_mean"]), tuple(processor["image_std"]))
     side = model.config.image_size
