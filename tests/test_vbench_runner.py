@@ -72,7 +72,7 @@ def counting(log: Path, patience: int | None = None) -> dict[str, Dimension]:
     def mean(records: list[dict]) -> float:
         return math.fsum(r["video_results"] for r in records) / len(records)
 
-    return {name: Dimension(name, measure, mean) for name in COLUMNS}
+    return {name: Dimension(measure, mean) for name in COLUMNS}
 
 
 def noise(path: Path, seed: int, frames: int = 2) -> None:
@@ -167,7 +167,7 @@ def test_a_record_is_of_the_content_and_not_of_the_name(thousand: Plan, tmp_path
     clip = thousand.clips[0]
 
     def outcome(networks: Networks = NETS) -> tuple[int, int]:
-        item = Clip(type(clip.item)(video, None, "a", "pan_left"), ("camera_motion", "imaging_quality"), clip.prompt)
+        item = Clip(type(clip.item)(video, None, "pan_left"), ("camera_motion", "imaging_quality"), clip.prompt)
         found = run([item], networks, tmp_path / "records", dimensions=counting(tmp_path / "log"))
         return found.computed, found.found
 
@@ -203,7 +203,7 @@ def clips_of(folder: Path, names: Sequence[str], prompt) -> list[Clip]:
     folder.mkdir()
     for number, name in enumerate(names):
         noise(folder / name, number)
-    return [Clip(type(prompt.item)(folder / name, None, ""), ("imaging_quality",), prompt.prompt) for name in names]
+    return [Clip(type(prompt.item)(folder / name, None), ("imaging_quality",), prompt.prompt) for name in names]
 
 
 def test_a_truncated_video_fails_or_is_left_out_by_name(thousand: Plan, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_an_image_or_a_video_that_is_gone_is_left_out_by_name(thousand: Plan, tm
     clips = clips_of(tmp_path / "videos", ["a-0.mp4", "b-0.mp4", "c-0.mp4"], thousand.clips[0])
     gone = tmp_path / "gone.png"
     item = clips[0].item
-    clips[0] = Clip(type(item)(item.video, gone, ""), ("i2v_subject", "imaging_quality"), clips[0].prompt)
+    clips[0] = Clip(type(item)(item.video, gone), ("i2v_subject", "imaging_quality"), clips[0].prompt)
     clips[1].item.video.unlink()
     records, dimensions = tmp_path / "records", counting(tmp_path / "log")
     with pytest.raises(FileNotFoundError, match=r"gone\.png.*--allow-incomplete"):
@@ -266,7 +266,7 @@ def test_a_video_too_small_for_a_network_is_named_and_leaves_the_dimension_to_ot
             RAFT(widths=(8, 8, 8), features=8, hidden=8)(torch.zeros(1, 3, 64, 128), torch.zeros(1, 3, 64, 128))
         return counted.measure(video, item, _backbones)
 
-    dimensions = {"imaging_quality": Dimension("imaging_quality", measure, np.mean)}
+    dimensions = {"imaging_quality": Dimension(measure, np.mean)}
     with pytest.raises(VBenchError, match=r"a-0\.mp4: RAFT needs frames of 128 x 128"):
         run(clips, NETS, tmp_path / "records", dimensions=dimensions)
     outcome = run(clips, NETS, tmp_path / "records", allow_damaged=True, allow_absent=True, dimensions=dimensions)
@@ -279,7 +279,7 @@ def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_p
     def absent(*_) -> dict:
         raise NotComputed("pip install the-network")
 
-    dimensions = counting(tmp_path / "log") | {"imaging_quality": Dimension("imaging_quality", absent, np.mean)}
+    dimensions = counting(tmp_path / "log") | {"imaging_quality": Dimension(absent, np.mean)}
     with pytest.raises(VBenchError, match="imaging_quality is not computed: pip install the-network"):
         run(clips, NETS, tmp_path / "records", dimensions=dimensions)
     outcome = run(clips, NETS, tmp_path / "records", allow_absent=True, dimensions=dimensions)
@@ -292,7 +292,7 @@ def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_p
 
 def test_a_measurement_that_is_no_number_is_refused(thousand: Plan, tmp_path: Path) -> None:
     clips = clips_of(tmp_path / "videos", ["a-0.mp4"], thousand.clips[0])
-    dimensions = {"imaging_quality": Dimension("imaging_quality", lambda *_: {"video_results": math.nan}, np.mean)}
+    dimensions = {"imaging_quality": Dimension(lambda *_: {"video_results": math.nan}, np.mean)}
     with pytest.raises(VBenchError, match=r"a-0\.mp4: imaging_quality is nan"):
         run(clips, NETS, tmp_path / "records", dimensions=dimensions)
 

@@ -26,13 +26,11 @@ class Item:
     Attributes:
         video: the generated video's file.
         image: the input image it starts from; the two i2v dimensions need it.
-        prompt: the prompt with its camera suffix, if it has one.
         camera: the camera movement asked for, one of `camera.TYPES`; only camera_motion needs it.
     """
 
     video: Path
     image: Path | None = None
-    prompt: str = ""
     camera: str | None = None
 
 
@@ -100,10 +98,9 @@ class Backbones(ABC):
 
 @dataclass(frozen=True)
 class Dimension:
-    """One of VBench-I2V's nine.
+    """How one of VBench-I2V's nine is computed.
 
     Attributes:
-        name: VBench's own.
         measure: the record of one video, JSON-able: "video_results" (a number or a bool, as VBench stores it) and
             whatever else VBench's file carries for this dimension, then "fps", "frames", "height" and "width".
             Raises `NotComputed` when a network is absent, and `VBenchError` or `FileNotFoundError`, naming the file,
@@ -111,6 +108,5 @@ class Dimension:
         aggregate: the dimension's value from all records, in any order, as VBench computes it on one GPU: about 0 to 1.
     """
 
-    name: str
     measure: Callable[[Video, Item, Backbones], dict]
     aggregate: Callable[[list[dict]], float]

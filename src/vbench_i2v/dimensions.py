@@ -204,4 +204,4 @@ _MEASURES = {
     aesthetic_quality: mean_of_videos,
     imaging_quality: mean_of_hundreds,
 }
-DIMENSIONS = {m.__name__: Dimension(m.__name__, _with_geometry(m), total) for m, total in _MEASURES.items()}
+DIMENSIONS = {m.__name__: Dimension(_with_geometry(m), total) for m, total in _MEASURES.items()}

@@ -167,11 +167,8 @@ def plan_suite(
 
     Args:
         prompts: the suite.
-        videos: folder of `{prompt_en}-{0..samples-1}.mp4`.
+        videos, dimensions, ratio, samples: see `settings.Folder`.
         images: VBench's `data/crop`, with a folder per ratio, or the images themselves; None: not needed.
-        dimensions: which are wanted.
-        ratio: a key of `RATIOS`; "auto": the nearest to the videos' size; "none": `images` holds the images themselves.
-        samples: videos per prompt.
         allow_incomplete: leave out videos that are missing, and leave missing images to the measuring, instead of
             refusing.
 
@@ -207,7 +204,7 @@ def plan_suite(
     clips = []
     for prompt, names, path in paths:
         image = pictures[prompt.image_name] if IMAGE_DIMENSIONS & set(names) else None
-        clips.append(Clip(Item(path, image, prompt.text, camera.asked(prompt.text)), names, prompt))
+        clips.append(Clip(Item(path, image, camera.asked(prompt.text)), names, prompt))
     expected = {name: sum(samples for _, names in wanted if name in names) for name in COLUMNS if name in dimensions}
     extra = _extra(present, {name for *_, name in files})
     return Plan(tuple(clips), expected, missing, extra, ratio if folder else "none")
@@ -257,11 +254,10 @@ def plan_folder(videos: Path, images: Path | None, dimensions: Collection[str], 
     _refuse_other_shapes([(image, paths[key]) for key, image in found.items()], allow_incomplete)
     clips = []
     for key, path in paths.items():
-        stem, image = Path(key).stem, found.get(key)
-        text, movement = _prompt_of(stem), camera.asked(stem)
+        image, movement = found.get(key), camera.asked(Path(key).stem)
         own = tuple(d for d in COLUMNS if d in dimensions and (d != "camera_motion" or movement))
-        prompt = Prompt(text, own, "custom", image.name if image else "")
-        clips.append(Clip(Item(path, image, text, movement), own, prompt))
+        prompt = Prompt(_prompt_of(Path(key).stem), own, "custom", image.name if image else "")
+        clips.append(Clip(Item(path, image, movement), own, prompt))
     expected = {name: sum(name in clip.dimensions for clip in clips) for name in COLUMNS if name in dimensions}
     return Plan(tuple(clips), expected, extra=_extra(present, paths))
 

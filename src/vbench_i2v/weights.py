@@ -179,10 +179,7 @@ def filling(folder: Path) -> str:
 def fetch(root: Path, weights: Iterable[Weight], mirror: str = "") -> tuple[list[str], list[str]]:
     """Download what is missing or wrong, and verify it. What cannot be had does not keep the rest from coming.
 
-    Args:
-        root: the folder.
-        weights: which files.
-        mirror: address of a folder that has the files by their names; empty: from where each is published.
+    Files come from where they are published, or by their names from the folder at the address `mirror`.
 
     Returns:
         the names of the files that were fetched, and what went wrong with others; what was there before stays.

@@ -28,14 +28,8 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
     For a distance between distributions the bootstrap is no use: repeated videos look like a narrower distribution,
     and the whole interval can lie above the value.
 
-    Args:
-        n: number of videos.
-        statistic: indices of videos -> value, not negative.
-        groups: into how many the videos are split, by chance.
-        seed: of the split.
-
     Returns:
-        mean (the statistic of all videos), low (0 at least), high.
+        mean (the statistic of all videos, which is not negative), low (0 at least), high.
     """
     parts = np.array_split(np.random.default_rng(seed).permutation(n), min(groups, n))
     everything = np.arange(n)

@@ -13,12 +13,9 @@ from vpae.sampling.stage import load_vae
 
 @torch.no_grad()
 def decoded(folders: dict[str, Path], teacher: Path, config: Samples) -> dict[str, dict[int, list[np.ndarray]]]:
-    """Method -> step -> videos, uint8 (T, H, W, 3), in the order of the steps.
+    """Method -> step -> videos, uint8 (T, H, W, 3), in the order of the steps, decoded by the teacher's VAE.
 
-    Args:
-        folders: method -> `looks` of its stage.
-        teacher: whose VAE decodes.
-        config: how that VAE is loaded.
+    `folders`: method -> `looks` of its stage.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_vae(teacher, config).to(device)

@@ -45,7 +45,7 @@ def make_plans(
             movement = camera.asked(item["prompt"])
             names = tuple(name for name in wanted if name != "camera_motion" or movement)
             prompt = Prompt(item["prompt"], names, "held_out", images[item["key"]].name)
-            video = Item(inputs["samples"] / row / item["file"], images[item["key"]], item["prompt"], movement)
+            video = Item(inputs["samples"] / row / item["file"], images[item["key"]], movement)
             clips.append(Clip(video, names, prompt))
         expected = {name: sum(name in clip.dimensions for clip in clips) for name in wanted}
         plans[row] = Plan(tuple(clips), expected)

@@ -40,17 +40,7 @@ def sample_suite(
 ) -> int:
     """Animate a suite's images with a pipeline; videos that are there are kept.
 
-    Args:
-        model: a pipeline folder with its geometry.
-        suite: VBench's prompt suite.
-        images: VBench's `data/crop`, or a folder of the images themselves.
-        out: where `{prompt}-{j}.mp4` and the note on how they were made go.
-        dimensions: only prompts of these are animated.
-        steps: network steps.
-        guidance_scale: w in u + w (c - u); 1 = off.
-        ratio: which of the crops.
-        samples: videos per prompt.
-        part: which of the videos.
+    The arguments are those of `vpae evaluation sample`. `out` gets `{prompt}-{j}.mp4` and a note on how they were made.
 
     Returns:
         how many videos were made now.

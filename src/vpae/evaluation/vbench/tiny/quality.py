@@ -8,8 +8,6 @@ Axes: N frames, D statistics, H height, W width, 3 colours in [0, 1].
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -86,23 +84,17 @@ def quality(state: Path) -> QualityNet:
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 return model.eval().requires_grad_(False)
     print(f"vpae: training the small quality network, kept in {path}", file=sys.stderr)
-    with _one_thread():
+    threads = torch.get_num_threads()
+    # Thousands of products too small to be shared: where cores are busy, threads spend their time on waiting.
+    torch.set_num_threads(1)
+    try:
         model = train()
+    finally:
+        torch.set_num_threads(threads)
     state.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
         save_file(model.state_dict(), temporary, {"recipe": recipe})
     return model
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Thousands of products too small to be shared: where cores are busy, threads spend their time on waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train() -> QualityNet:
