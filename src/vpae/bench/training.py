@@ -48,7 +48,7 @@ class Workbench:
         """One optimiser step of one role, of one micro-batch, and the EMA's that belongs to it."""
         phase, batches = self.phase, lambda drawn: self.batch
         update(phase, turn, 0, batches, 0, self.training, self.seed, 0, self.accelerator)
-        if turn == phase.main and phase.ema is not None:
+        if turn == phase.main:
             update_ema(phase.ema, phase.roles[turn].module, self.training.ema_decay)
 
 

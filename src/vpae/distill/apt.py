@@ -147,9 +147,8 @@ class Apt(Method):
     def generator_loss(self, clips: Clips) -> Loss:
         """-E log sigmoid(D(xh))."""
         xh = self.generate(clips)
-        return gan.generator_non_saturating(self.logits(xh, self.ensemble(clips), clips.c)), motion_monitors(
-            xh, clips.x
-        )
+        loss = gan.generator_non_saturating(self.logits(xh, self.ensemble(clips), clips.c))
+        return loss, motion_monitors(xh, clips.x)
 
     def save(self, out: Path) -> None:
         """The discriminator's head."""

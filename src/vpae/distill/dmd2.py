@@ -125,10 +125,8 @@ class Dmd2(score.ScoreDistillation):
         xh_t, t, noise = clips.noised(xh, self.config.score_times)
         v, fake = self.judge(xh_t, t, clips.c)
         _, real = self.judge(flow.add_noise(clips.x, clips.noise(), t), t, clips.c)
-        matching, told_apart = (
-            vsd.flow_matching_loss(v, xh, noise),
-            gan.discriminator_non_saturating(real, fake),
-        )
+        matching = vsd.flow_matching_loss(v, xh, noise)
+        told_apart = gan.discriminator_non_saturating(real, fake)
         logs = {"flow_matching": matching, "told_apart": told_apart}
         logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
         return matching + self.config.head_weight * told_apart, logs

@@ -336,9 +336,8 @@ class Equilibrium(Method):
     def score_loss(self, xh: Tensor, clips: Clips) -> Tensor:
         """Phase I's steps 3 to 5 on the videos of this phase."""
         config = self.config.score
-        return vsd.vsd_loss(
-            xh, score.direction(xh, clips, config.times, self.teacher, config.guidance_scale, self.fake)
-        )
+        towards = score.direction(xh, clips, config.times, self.teacher, config.guidance_scale, self.fake)
+        return vsd.vsd_loss(xh, towards)
 
     def teacher_s_prediction(self, xh: Tensor, clips: Clips) -> Tensor:
         """Step 6: f_teacher(sg(xh_t''), t'', c), at a time of its own."""

@@ -227,9 +227,7 @@ def _job(processes: int) -> Iterator[None]:
 
 def parts_of(phase) -> dict[str, nn.Module]:
     """What a phase is made of: each role, the EMA, and the whole networks that none of them is."""
-    found = {name: role.module for name, role in phase.roles.items()}
-    if phase.ema is not None:
-        found["ema"] = phase.ema
+    found = {name: role.module for name, role in phase.roles.items()} | {"ema": phase.ema}
     known = {id(module) for part in found.values() for module in part.modules()}
     return found | {name: network for name, network in phase.networks.items() if id(network) not in known}
 
@@ -264,7 +262,7 @@ def _make_state(optimizer: torch.optim.Optimizer, at_once: bool) -> None:
 
 def held(phase) -> dict[str, int]:
     """Bytes in this process that are always there: weights, averages of optimisers, EMA."""
-    ema = stored_bytes([] if phase.ema is None else phase.ema.parameters())
+    ema = stored_bytes(phase.ema.parameters())
     parts = [*phase.networks.values(), *parts_of(phase).values()]
     weights = [t for part in parts for t in (*part.parameters(), *part.buffers())]
     states = [v for role in phase.roles.values() for s in role.optimizer.state.values() for v in s.values()]
