@@ -23,21 +23,12 @@ import pyarrow.parquet as pq
 from vbench_i2v.files import tree
 from vpae.artifacts import ArtifactError, reading
 from vpae.config.clips import Clips, Columns, Filters
-from vpae.data.manifest import ROWS
+from vpae.data.manifest import ROWS, table_of, write_rows
 
 SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi")
 OTHERS = (".gif", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv")  # not looked for, but named
 TABLES = (".csv", ".jsonl", ".parquet")
 STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
-SCHEMA = pa.schema(
-    [
-        ("path", pa.binary()),  # a file name need not be text
-        ("caption", pa.string()),
-        ("start", pa.float64()),
-        ("stop", pa.float64()),
-        ("reason", pa.string()),
-    ]
-)
 
 
 class Candidate(NamedTuple):
@@ -51,6 +42,9 @@ class Candidate(NamedTuple):
     start: float = 0.0
     stop: float | None = None
     reason: str = ""
+
+
+SCHEMA = table_of(Candidate, path=pa.binary(), stop=pa.float64())  # a file name need not be text
 
 
 def candidates(clips: Clips) -> Iterator[Candidate]:
@@ -87,19 +81,7 @@ def identity(clips: Clips) -> str:
 
 def write_candidates(path: Path, clips: Clips) -> None:
     """Write all candidates where `read_candidates` finds a few of them."""
-    named = candidates(clips)
-    with pq.ParquetWriter(path, SCHEMA) as writer:
-        while some := list(islice(named, ROWS)):
-            paths, *others = zip(*some, strict=True)
-            writer.write_table(
-                pa.Table.from_arrays(
-                    [
-                        pa.array(values, kind)
-                        for values, kind in zip([list(map(os.fsencode, paths)), *others], SCHEMA.types, strict=True)
-                    ],
-                    schema=SCHEMA,
-                )
-            )
+    write_rows(path, SCHEMA, ({**one._asdict(), "path": os.fsencode(one.path)} for one in candidates(clips)))
 
 
 def count_candidates(path: Path) -> int:

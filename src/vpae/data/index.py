@@ -11,11 +11,11 @@ from typing import TextIO
 import pyarrow as pa
 
 from vpae.artifacts import written
+from vpae.data.manifest import ROWS, table_of
 
 INDEX = "index.json"
 PIECE = 1 << 16  # characters of the file that are parsed at a time
 LONGEST = 1 << 24  # an entry that has no end within so many characters is damaged
-ROWS = 1024  # entries that are Python objects at a time
 ENTRIES = '"entries": ['
 
 
@@ -32,17 +32,8 @@ class Entry:
     size: int
 
 
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.dictionary(pa.int32(), pa.string())),
-        ("caption", pa.string()),
-        ("clip_sha256", pa.string()),
-        ("shard", pa.dictionary(pa.int32(), pa.string())),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-    ]
-)
+FEW = pa.dictionary(pa.int32(), pa.string())  # texts that many rows share
+SCHEMA = table_of(Entry, split=FEW, shard=FEW)
 
 
 class Entries(Sequence[Entry]):

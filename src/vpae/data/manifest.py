@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -18,21 +19,12 @@ from vpae.data.video import read_clip
 
 MANIFEST = "manifest.parquet"
 ROWS = 1024  # of a row group: what is in memory at a time
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("path", pa.binary()),  # a file name need not be text
-        ("split", pa.string()),
-        ("caption", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("fps", pa.float64()),
-        ("sha256", pa.string()),
-        ("start", pa.float64()),
-        ("motion", pa.float64()),
-        ("jump", pa.float64()),
-    ]
-)
+
+
+def table_of(row: type, **others: pa.DataType) -> pa.Schema:
+    """The columns of a table whose rows are such objects; `others` are those of a type of their own."""
+    usual = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    return pa.schema([(name, others.get(name) or usual[kind]) for name, kind in get_type_hints(row).items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +72,9 @@ class Clip:
         return read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps, self.start)
 
 
+SCHEMA = table_of(Clip, path=pa.binary(), width=pa.int32(), height=pa.int32())  # a file name need not be text
+
+
 def content(path: Path) -> str:
     """The sha256 of a file, hashed once for all that a process reads from it while its size and date stay."""
     stat = path.stat()
@@ -93,8 +88,7 @@ def _content(path: Path, _size: int, _time: int) -> str:
 
 def write_manifest(folder: Path, clips: Iterable[Clip]) -> None:
     """Write the manifest without holding more than a row group."""
-    rows = ({**asdict(clip), "path": os.fsencode(clip.path)} for clip in clips)
-    write_rows(folder / MANIFEST, SCHEMA, rows)
+    write_rows(folder / MANIFEST, SCHEMA, ({**asdict(clip), "path": os.fsencode(clip.path)} for clip in clips))
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict]) -> None:
