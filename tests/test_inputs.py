@@ -14,15 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vbench_i2v.images import ImageError, read_image
 from vpae.artifacts import ArtifactError, sha256, written
 from vpae.bench import decoders
 from vpae.cli import main
 from vpae.config.experiment import LEAST_VIDEOS
 from vpae.data import catalog
-from vpae.data.image import ImageError, read_image, read_image_at
 from vpae.data.manifest import read_manifest
 from vpae.data.names import NAME_BYTES, STEM_BYTES, check_names, file_names
-from vpae.data.video import VideoError, probe, read_clip, read_frames, resize_and_crop, write_video
+from vpae.data.video import (
+    VideoError,
+    probe,
+    read_clip,
+    read_frames,
+    read_image_at,
+    resize_and_crop,
+    write_video,
+)
 from vpae.evaluation.frechet import frechet
 from vpae.evaluation.statistics import jackknife
 from vpae.experiment import ConfigError, Source, load

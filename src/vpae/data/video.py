@@ -12,6 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from vbench_i2v.images import read_image
 from vbench_i2v.media import VideoError, decoded, open_container, probe, pyav_frames, reading, upright_rgb
 
 
@@ -147,6 +148,11 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int, pixel_aspect: f
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     resized = [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames]
     return np.stack(resized)[:, top : top + height, left : left + width]
+
+
+def read_image_at(path: Path, height: int, width: int) -> Image.Image:
+    """A still image at the size of an experiment, which it is brought to as clips are; errors are `read_image`'s."""
+    return Image.fromarray(resize_and_crop(np.asarray(read_image(path))[None], height, width)[0])
 
 
 def read_clip(

@@ -13,13 +13,13 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
 
+from vbench_i2v.images import ImageError, read_image
 from vpae.artifacts import ArtifactError, written
 from vpae.config import PATCH, VAE_STRIDE, Sampler
 from vpae.config.teacher import file_and_strength
 from vpae.data.encoding import Encoders, pad_text
-from vpae.data.image import ImageError, read_image, read_image_at
 from vpae.data.names import NAME_BYTES
-from vpae.data.video import write_video
+from vpae.data.video import read_image_at, write_video
 from vpae.experiment import ConfigError
 from vpae.models.loras import require_fit
 from vpae.models.small_decoder import SmallDecoder, load_small_decoder

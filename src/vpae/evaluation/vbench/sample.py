@@ -10,11 +10,11 @@ import torch
 
 from vbench_i2v.errors import VBenchError
 from vbench_i2v.folder import SAMPLING
+from vbench_i2v.images import read_image
 from vbench_i2v.scores import COLUMNS
 from vbench_i2v.suite import SEED_RULE, find_images, image_folder, read_suite, refuse_other_shape, seed_of, video_name
 from vpae.artifacts import ArtifactError, digest, reading, sha256, write_json
-from vpae.data.image import read_image, read_image_at
-from vpae.data.video import write_video
+from vpae.data.video import read_image_at, write_video
 from vpae.models.wan import GEOMETRY
 from vpae.parts import Part
 from vpae.placement import Placement, load_placed
