@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_seed_split_and_index_each_give_another_clip() -> None:
 
 def test_a_truth_survives_json(many: list[Truth]) -> None:
     for truth in many[:200]:
-        assert Truth.from_json(json.loads(json.dumps(truth.to_json()))) == truth
+        assert Truth.from_json(json.loads(json.dumps(asdict(truth)))) == truth
 
 
 @pytest.mark.parametrize("fps", [8, 16.0, 12.5, 29.97])

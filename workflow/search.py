@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ AT_ONCE = 256
 def draw_clip(key: tuple[int, ...], frames: int, size: int) -> tuple[np.ndarray, dict]:
     """One clip of the world: uint8 frames (T, H, W, 3) and its truth."""
     truth = draw_truth(key, frames, 1.0, hidden_direction=0.4, bystander_share=0.25)
-    return render(truth, size, size), truth.to_json()
+    return render(truth, size, size), asdict(truth)
 
 
 def make_data(counts: dict[str, int], teacher: Path, workers: int, frames: int, size: int) -> dict:

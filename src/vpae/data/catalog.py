@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def _render_world(settings: Experiment, out: Path, state: Path) -> dict:
     (out / "videos").mkdir()
     for clip, _ in rendered:
         link(state / clip.path, out / clip.path)
-    _write_lines(out / "truth.jsonl", ({"key": clip.key, **truth.to_json()} for clip, truth in rendered))
+    _write_lines(out / "truth.jsonl", ({"key": clip.key, **asdict(truth)} for clip, truth in rendered))
     _write_lines(out / "quarantine.jsonl", [])
     return _write_tables(out, (clip for clip, _ in rendered))
 
@@ -106,10 +106,7 @@ def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[
         (settings.seed, SPLITS.index(split), index),
         geometry.frames,
         geometry.width / geometry.height,
-        world.hidden_direction,
-        world.bystander_share,
-        world.grows_share,
-        world.spins_share,
+        **world.model_dump(exclude={"crf"}),
     )
     key = f"{split}-{index:06d}"
     path = Path("videos") / f"{key}.mp4"

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,9 +18,10 @@ def file_names(prompts: Sequence[str]) -> list[str]:
     Of a prompt that is too long, or holds what a file name cannot, stands there what can, and a digest; so with prompts
     that would give one name, also where upper and lower case are the same.
     """
-    stems, seen, names = _stems(prompts), Counter[str](), []
+    alike, seen, names = Counter(map(_folded, set(prompts))), Counter[str](), []
     for prompt in prompts:
-        names.append(f"{stems[prompt]}-{seen[prompt]}.mp4")
+        fits = alike[_folded(prompt)] == 1 and _safe(prompt) == prompt and len(prompt.encode()) <= STEM_BYTES
+        names.append(f"{prompt if fits else _with_digest(prompt)}-{seen[prompt]}.mp4")
         seen[prompt] += 1
     return names
 
@@ -43,16 +44,9 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
         ) from error
 
 
-def _stems(prompts: Iterable[str]) -> dict[str, str]:
-    alike: dict[str, list[str]] = defaultdict(list)
-    for prompt in dict.fromkeys(prompts):
-        alike[unicodedata.normalize("NFC", _safe(prompt)).casefold()].append(prompt)
-    found = {}
-    for group in alike.values():
-        for prompt in group:
-            as_it_is = len(group) == 1 and _safe(prompt) == prompt and len(prompt.encode()) <= STEM_BYTES
-            found[prompt] = prompt if as_it_is else _with_digest(prompt)
-    return found
+def _folded(prompt: str) -> str:
+    """Equal for prompts whose names some file system takes for one."""
+    return unicodedata.normalize("NFC", _safe(prompt)).casefold()
 
 
 def _safe(prompt: str) -> str:

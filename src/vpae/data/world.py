@@ -8,7 +8,7 @@ Lengths are fractions of the frame's height, or of what fits where it is narrowe
 whole clip, so that a world looks alike at every geometry. Axes: T frames, H height, W width, C colour.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,6 +34,8 @@ UNTIL_BOUNCE = 0.4  # share of the path before the first bounce, at least
 MARGIN = 0.02  # a sprite keeps this far from the border
 _HALF_SIDE = np.sqrt(np.pi) / 2  # of a square with the area of the unit disc
 _CIRCUMRADIUS = np.sqrt(4 * np.pi / (3 * np.sqrt(3)))  # of an equilateral triangle with the area of the unit disc
+# Largest distance from the centre to the border, in radii.
+_REACH = {"circle": 1.0, "square": _HALF_SIDE * np.sqrt(2), "triangle": _CIRCUMRADIUS}
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,11 @@ class Truth:
     direction_told: bool
     sprite: Sprite
     bystander: Sprite | None
-    texture: dict = field(default_factory=dict)
-
-    def to_json(self) -> dict:
-        """Return plain types for a JSON line."""
-        return asdict(self)
+    texture: dict
 
     @staticmethod
     def from_json(record: dict) -> "Truth":
-        """Rebuild a truth from `to_json`."""
+        """Rebuild a truth from what `asdict` made of it."""
         bystander = Sprite(**record["bystander"]) if record["bystander"] else None
         return Truth(**{**record, "sprite": Sprite(**record["sprite"]), "bystander": bystander})
 
@@ -115,11 +113,7 @@ def render_background(texture: dict, height: int, width: int) -> np.ndarray:
 
 
 def render(truth: Truth, height: int, width: int) -> np.ndarray:
-    """Render a clip.
-
-    Returns:
-        uint8 frames (T, H, W, 3).
-    """
+    """Render a clip, uint8 frames (T, H, W, 3)."""
     background = render_background(truth.texture, height, width)
     frames = []
     for t in range(len(truth.sprite.radii_T)):
@@ -146,10 +140,7 @@ def draw_truth(
         key: integers that name the clip, for instance (seed, split, index); equal keys give equal clips.
         frames: number of frames T.
         aspect: width / height.
-        hidden_direction: share of the moving clips whose caption does not tell the direction, in [0, 1].
-        bystander_share: share of the clips with a second sprite, which stands still, in [0, 1].
-        grows_share: share of the clips whose sprite grows, in [0, 1].
-        spins_share: share of the clips whose sprite spins, in [0, 1]; in the rest it moves.
+        hidden_direction, bystander_share, grows_share, spins_share: in [0, 1], see `config.clips.World`.
     """
     rng = np.random.default_rng(key)
     motion = str(rng.choice(MOTIONS, p=(max(0.0, 1 - grows_share - spins_share), grows_share, spins_share)))
@@ -175,7 +166,7 @@ def _draw_sprite(rng, shape, colour, size, motion, direction, frames, aspect) ->
     if growth > 1.0 and size == "large":
         growth = 1.0 + (growth - 1.0) * 0.6  # a large sprite must still fit the frame
     radii = radius * np.linspace(1.0, growth, frames)
-    reach = _reach(shape) * radii[-1] + MARGIN * unit
+    reach = _REACH[shape] * radii[-1] + MARGIN * unit
     low, high = np.array([reach, reach]), np.array([aspect - reach, 1.0 - reach])
     centres = np.repeat(rng.uniform(low, np.maximum(high, low))[None], frames, axis=0)
     if direction:
@@ -194,11 +185,11 @@ def _draw_bystander(rng, colour, sprite: Sprite, frames: int, aspect: float) -> 
     """Place a still sprite where the moving one never goes; None when there is no such place."""
     shape = str(rng.choice(SHAPES))
     radius = rng.uniform(*RADII["small"]) * min(1.0, aspect)
-    reach = _reach(shape) * radius + MARGIN
+    reach = _REACH[shape] * radius + MARGIN
     path = np.array(sprite.centres_T2)
     for _ in range(50):
         centre = rng.uniform([reach, reach], [aspect - reach, 1 - reach])
-        gap = np.hypot(*(path - centre).T) - _reach(sprite.shape) * np.array(sprite.radii_T)
+        gap = np.hypot(*(path - centre).T) - _REACH[sprite.shape] * np.array(sprite.radii_T)
         if gap.min() > reach:
             return Sprite(shape, colour, "small", [centre.tolist()] * frames, [radius] * frames, [0.0] * frames)
     return None
@@ -214,11 +205,6 @@ def _draw_texture(rng) -> dict:
         "dark": (dark + rng.uniform(-10, 10, 3)).tolist(),
         "light": (light + rng.uniform(-10, 10, 3)).tolist(),
     }
-
-
-def _reach(shape: str) -> float:
-    """Largest distance from the centre to the border, in radii."""
-    return {"circle": 1.0, "square": _HALF_SIDE * np.sqrt(2), "triangle": _CIRCUMRADIUS}[shape]
 
 
 def _bounce(position: np.ndarray, span: np.ndarray) -> np.ndarray:
