@@ -81,9 +81,10 @@ def _render_world(settings: Experiment, out: Path, state: Path) -> dict:
     (out / "videos").mkdir()
     for clip, _ in rendered:
         link(state / clip.path, out / clip.path)
-    _write_lines(out / "truth.jsonl", ({"key": clip.key, **asdict(truth)} for clip, truth in rendered))
-    _write_lines(out / "quarantine.jsonl", [])
-    return _write_tables(out, (clip for clip, _ in rendered))
+    lines = (json.dumps({"key": clip.key, **asdict(truth)}) + "\n" for clip, truth in rendered)
+    (out / "truth.jsonl").write_text("".join(lines))
+    (out / "quarantine.jsonl").touch()
+    return {**_write_tables(out, (clip for clip, _ in rendered)), "quarantine": 0}
 
 
 def _world(settings: Experiment) -> list[tuple[str, int]]:
@@ -134,14 +135,14 @@ def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:
                         bucket = buckets[int(one["sha256"][:2], 16) * BUCKETS // 256]
                         bucket.write(json.dumps([one["sha256"], row.start, number, good]) + "\n")
         clips = _split(_by_content(Path(folder)), settings, left_out)
-        counts = _write_tables(out, (replace(clip, path=_seen_from(out, clip.path)) for clip in clips), left_out)
+        counts = _write_tables(out, (replace(clip, path=_seen_from(out, clip.path)) for clip in clips))
     few = f", for clips.train = {settings.clips.train}" if counts["train"] < settings.clips.train else ""
     why = f", such as {'; '.join(left_out.first)}: quarantine.jsonl has all" if left_out.count else ""
     print(
         f"clips: {counts['train']} to train on{few}, {counts['held_out']} held out, {left_out.count} left out{why}",
         file=sys.stderr,
     )
-    return counts
+    return {**counts, "quarantine": left_out.count}
 
 
 def _seen_from(out: Path, path: str) -> str:
@@ -179,7 +180,8 @@ class _Quarantine:
     def __call__(self, path: str, reason: str) -> None:
         self.write(json.dumps({"path": path, "reason": reason}) + "\n")
         self.count += 1
-        self.first += [f"{path}: {reason}"] if len(self.first) < 5 else []
+        if self.count <= 5:
+            self.first.append(f"{path}: {reason}")
 
 
 def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) -> Iterator[Clip]:
@@ -191,24 +193,26 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
         ArtifactError: at the end, if there are fewer than later stages need.
     """
     wanted, (needed, why) = settings.clips.held_out, settings.training_clips_needed()
-    count, usable, before = dict.fromkeys(SPLITS, 0), 0, {"sha256": "", "start": -1.0, "path": ""}
-    last_held_out = ""
+    count, usable, first_path, content_before, held_out_file = dict.fromkeys(SPLITS, 0), 0, "", None, ""
     for row in rows:
-        same_file = row["sha256"] == before["sha256"]
-        if same_file and _milliseconds(row) == _milliseconds(before):
-            left_out(row["path"], f"same content as {before['path']}")
+        file, milliseconds = row["sha256"], round(1000 * row["start"])
+        if (file, milliseconds) == content_before:
+            left_out(row["path"], f"same content as {first_path}")
             continue
-        usable, before = usable + 1, row
-        split = "held_out" if count["held_out"] < wanted else "train"
-        if split == "train" and row["sha256"] == last_held_out:
+        usable, first_path, content_before = usable + 1, row["path"], (file, milliseconds)
+        if count["held_out"] < wanted:
+            split, held_out_file = "held_out", file
+        elif file == held_out_file:
             left_out(row["path"], "another clip of this file is held out")
-        elif split == "train" and count["train"] == settings.clips.train:
+            continue
+        elif count["train"] == settings.clips.train:
             left_out(row["path"], f"beyond clips.train = {settings.clips.train}")
+            continue
         else:
-            count[split] += 1
-            last_held_out = row["sha256"] if split == "held_out" else last_held_out
-            place = f"-{_milliseconds(row):08d}" if row["start"] else ""
-            yield Clip(key=f"{split}-{row['sha256'][:16]}{place}", split=split, **row)
+            split = "train"
+        count[split] += 1
+        place = f"-{milliseconds:08d}" if row["start"] else ""
+        yield Clip(key=f"{split}-{file[:16]}{place}", split=split, **row)
     if count["train"] < needed:
         reasons = "; ".join(left_out.first)
         raise ArtifactError(
@@ -216,11 +220,6 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
             f"{needed} to train on ({why}); add videos or hold out fewer. Left out: {left_out.count}"
             f"{': ' + reasons if reasons else ''}"
         )
-
-
-def _milliseconds(row: dict) -> int:
-    """Where in its file a clip begins, as exactly as keys say it."""
-    return round(1000 * row["start"])
 
 
 def stretches(plan: Path) -> list[range]:
@@ -324,8 +323,8 @@ def _leave_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _write_tables(out: Path, clips: Iterable[Clip], left_out: "_Quarantine | None" = None) -> dict:
-    """Write manifest and names; returns counts."""
+def _write_tables(out: Path, clips: Iterable[Clip]) -> dict[str, int]:
+    """Write manifest and names; returns the number of clips per split."""
     count, captions = dict.fromkeys(SPLITS, 0), []
 
     def counted() -> Iterator[Clip]:
@@ -339,8 +338,4 @@ def _write_tables(out: Path, clips: Iterable[Clip], left_out: "_Quarantine | Non
     names = file_names(captions)
     check_names(out, names)
     write_json(out / "names.json", dict(zip(names, captions, strict=True)))
-    return {**count, "quarantine": left_out.count if left_out else 0}
-
-
-def _write_lines(path: Path, records: Iterable[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return count
