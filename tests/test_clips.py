@@ -568,7 +568,7 @@ def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: 
         ("t.jsonl", '{"path": "a.mp4", "caption": 5}\n', "row 1: needs the columns path and caption, both text"),
         ("t.jsonl", '["a.mp4", "x"]\n', "row 1: needs the columns path and caption"),
         ("t.jsonl", '{"path": "a.mp4", "caption": "x"\n', "correct its line 1"),
-        ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "not UTF-8 text"),
+        ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "its text UTF-8: convert it"),
         ("t.csv", "path,caption\n", "no videos there"),
         ("t.csv", "path,caption\na.mp4,a red, round ball\n", "line 2 has 3 cells and the header 2; put texts"),
         ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "line 3: unexpected end of data; within a text"),

@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,6 @@ from vpae.data.manifest import ROWS, table_of, write_rows
 
 SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi")
 OTHERS = (".gif", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv")  # not looked for, but named
-TABLES = (".csv", ".jsonl", ".parquet")
 STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
 
 
@@ -59,13 +58,14 @@ def candidates(clips: Clips) -> Iterator[Candidate]:
     table = Path(clips.path)
     if not table.is_file():
         raise ArtifactError(f"clips.path = {table}: no such table")
-    if table.suffix.lower() not in TABLES:
+    if (kind := table.suffix.lower()) not in ROWS_OF:
         raise ArtifactError(
-            f"clips.path = {table}: tables are named {', '.join(TABLES)}, by what is in them; rename it"
+            f"clips.path = {table}: tables are named {', '.join(ROWS_OF)}, by what is in them; rename it"
         )
     root, read = str(clips.root or table.parent), _Reader(table, clips.columns, clips.filters)
-    for number, row in enumerate(_rows(table), 1):
-        yield read.candidate(root, number, row)
+    with reading(table, "a table is CSV, JSONL or parquet, and its text UTF-8: convert it"):
+        for number, row in enumerate(ROWS_OF[kind](table), 1):
+            yield read.candidate(root, number, row)
 
 
 def identity(clips: Clips) -> str:
@@ -118,58 +118,48 @@ def _of_folder(root: Path) -> Iterator[Candidate]:
         if video.suffix.lower() not in SUFFIXES:
             continue
         text = next((p for s in (".txt", ".TXT") if (p := video.with_suffix(s)).is_file()), None)
-        if text is None:
-            caption = os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
-            yield Candidate(str(video), caption)
-            continue
+        named = os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
         try:
-            yield Candidate(str(video), text.read_text(encoding="utf-8-sig").strip())
+            yield Candidate(str(video), text.read_text(encoding="utf-8-sig").strip() if text else named)
         except (OSError, UnicodeDecodeError):
             yield Candidate(str(video), "", reason=f"its caption {text.name} is not UTF-8 text that can be read")
 
 
-def _rows(table: Path) -> Iterator[dict]:
-    """Rows of a table, a few in memory at a time."""
-    try:
-        if table.suffix.lower() == ".parquet":
-            with pq.ParquetFile(table) as file:
-                for batch in file.iter_batches(ROWS):
-                    yield from batch.to_pylist()
-            return
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix.lower() == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        with reading(table, f"correct its line {number}"):
-                            row = json.loads(line)
-                        yield row
-            else:
-                lines = csv.reader(file, strict=True)
-                header = next(lines, [])
-                for line in _each(lines, table):
-                    if any(line[len(header) :]):
-                        raise ArtifactError(
-                            f"{table}: line {lines.line_num} has {len(line)} cells and the header {len(header)}; put "
-                            "texts that hold commas in double quotes"
-                        )
-                    if line:  # a row that is too short lacks its last columns
-                        yield dict(zip(header, line, strict=False))
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{table}: not UTF-8 text ({error}); convert it") from error
-    except ArtifactError:
-        raise
-    except Exception as error:  # parquet's OSError among others: parsers raise more than they say
-        raise ArtifactError(f"{table}: not a CSV, JSONL or parquet table: {error}") from error
+def _parquet_rows(table: Path) -> Iterator[dict]:
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(ROWS):
+            yield from batch.to_pylist()
 
 
-def _each(lines: Any, table: Path) -> Iterator[list[str]]:
-    """The rows of a CSV reader; what it does not understand is said with its line."""
-    try:
-        yield from lines
-    except csv.Error as error:
-        raise ArtifactError(
-            f"{table}: line {lines.line_num}: {error}; within a text in double quotes write each of them twice"
-        ) from error
+def _json_rows(table: Path) -> Iterator[object]:
+    with table.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with reading(table, f"correct its line {number}"):
+                    row = json.loads(line)
+                yield row
+
+
+def _csv_rows(table: Path) -> Iterator[dict]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            header = next(lines, [])
+            for line in lines:
+                if any(line[len(header) :]):
+                    raise ArtifactError(
+                        f"{table}: line {lines.line_num} has {len(line)} cells and the header {len(header)}; put texts "
+                        "that hold commas in double quotes"
+                    )
+                if line:  # a row that is too short lacks its last columns
+                    yield dict(zip(header, line, strict=False))
+        except csv.Error as error:
+            raise ArtifactError(
+                f"{table}: line {lines.line_num}: {error}; within a text in double quotes write each of them twice"
+            ) from error
+
+
+ROWS_OF = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}  # a few rows in memory at a time
 
 
 class _Reader:
@@ -178,11 +168,9 @@ class _Reader:
     def __init__(self, table: Path, columns: Columns, filters: Filters):
         self.table, self.columns, self.filters = table, columns, filters
         try:
-            parts = [name for _, name, *_ in Formatter().parse(columns.path) if name is not None]
+            self.path_columns = [name for _, name, *_ in Formatter().parse(columns.path) if name is not None]
         except ValueError as error:
             raise ArtifactError(f"clips.columns.path = {columns.path}: {error}") from error
-        self.path_columns = parts
-        self.text_columns = [*dict.fromkeys([*parts, columns.caption])]
         times = [name for name in (columns.start, columns.end, columns.span) if name]
         self.other_columns = {*times, *filters.at_least, *filters.at_most}
 
@@ -194,10 +182,10 @@ class _Reader:
             value = row.get(name)
             path = path.replace(f"{{{name}}}", value) if isinstance(value, str) and value else ""
         if not path or not isinstance(caption, str):
+            needed = " and ".join(dict.fromkeys([*self.path_columns, self.columns.caption]))
             there = ", ".join(map(str, row)) or "none"
             raise ArtifactError(
-                f"{self.table}: row {number}: needs the columns {' and '.join(self.text_columns)}, both text; it has "
-                f"{there}: set clips.columns"
+                f"{self.table}: row {number}: needs the columns {needed}, both text; it has {there}: set clips.columns"
             )
         if not self.other_columns <= row.keys():
             lacking = ", ".join(sorted(self.other_columns - row.keys()))
