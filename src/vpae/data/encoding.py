@@ -26,25 +26,22 @@ class Encoders:
 
     pipeline: WanImageToVideoPipeline
 
-    def longest_text(self, captions: Sequence[str]) -> int:
-        """Tokens of the longest caption, 512 at most."""
-        cleaned = [prompt_clean(caption) for caption in captions]
-        ids = self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
-        return max(len(one) for one in ids)
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, 512 at most."""
+        cleaned = [prompt_clean(caption) for caption in captions]  # as the pipeline does before it encodes
+        return [*map(len, self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids)]
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> list[Tensor]:
         """UMT5 embeddings of each caption without padding, [(L_i, D)]."""
-        cleaned = [prompt_clean(caption) for caption in captions]  # as the pipeline does before it encodes
-        lengths = self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
-        found = []
+        lengths, found = self.lengths(captions), []
         for start in range(0, len(captions), TEXTS_AT_ONCE):
             some = slice(start, start + TEXTS_AT_ONCE)
             padded, _ = self.pipeline.encode_prompt(
                 list(captions[some]), do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
             )
             # A clone: a view would keep the padding, which is most of it, in memory.
-            found += [text[: len(ids)].clone().cpu() for text, ids in zip(padded, lengths[some], strict=True)]
+            found += [text[:length].clone().cpu() for text, length in zip(padded, lengths[some], strict=True)]
         return found
 
     @torch.no_grad()
@@ -55,9 +52,12 @@ class Encoders:
 
     def clips(self, frames_BTHW3: np.ndarray, captions: Sequence[str]) -> dict[str, Sequence[Tensor]]:
         """All that is stored of each of these clips, by its name in a shard; uint8 frames (B, T, H, W, 3)."""
-        first = list(frames_BTHW3[:, 0])
-        x0, condition = self.videos(frames_BTHW3), self.conditions(first, frames_BTHW3.shape[1])
-        return {"x0": x0, "condition": condition, "image": self.images(first), "text": self.texts(captions)}
+        return {**self.pictures(frames_BTHW3), "text": self.texts(captions)}
+
+    def pictures(self, frames_BTHW3: np.ndarray) -> dict[str, Tensor]:
+        """The same of the clips' frames alone."""
+        x0, first = self.videos(frames_BTHW3), list(frames_BTHW3[:, 0])
+        return {"x0": x0, "condition": self.conditions(first, frames_BTHW3.shape[1]), "image": self.images(first)}
 
     @torch.no_grad()
     def videos(self, frames_BTHW3: np.ndarray) -> Tensor:

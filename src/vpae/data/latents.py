@@ -58,11 +58,11 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     encoded = _complete(_shards(settings, inputs), clips, settings, inputs, state, encoders, "latents")
     negative, shards = settings.latents.negative_prompt, 0
     save_file({"text": encoders().texts([negative])[0]}, out / "negative.safetensors")
-    longest = encoders().longest_text([negative])
+    longest = max(encoders().lengths([negative]))
     for shard in _shards(settings, inputs):
         link(_in_state(state, shard), out / shard.name)
         (out / f"{shard.name}.recipe").write_text(shard.recipe)
-        longest = max(longest, encoders().longest_text([*{clip.caption for clip in shard.clips}]))
+        longest = max(longest, *encoders().lengths([*{clip.caption for clip in shard.clips}]))
         shards += 1
     head = {"encoders": _encoder_hash(inputs["teacher"]), "text_tokens": text_tokens_for(longest)}
     shards_again = _shards(settings, inputs)
@@ -210,15 +210,12 @@ def encode_shard(
     return True
 
 
-def _entries(shard: Path, clips: list[Clip]) -> list[Entry]:
+def _entries(shard: Path, clips: list[Clip]) -> Iterator[Entry]:
     with tarfile.open(shard) as tar:
         members = {m.name: m for m in tar.getmembers()}
-    found = []
     for clip in clips:
         member = members[f"{clip.key}.safetensors"]
-        place = (shard.name, member.offset_data, member.size)
-        found.append(Entry(clip.key, clip.split, clip.caption, clip.sha256, *place))
-    return found
+        yield Entry(clip.key, clip.split, clip.caption, clip.sha256, shard.name, member.offset_data, member.size)
 
 
 class LatentDataset:

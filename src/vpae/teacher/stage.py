@@ -264,15 +264,13 @@ def _encoded(
 
 def _encode(frames_NTHW3: np.ndarray, clips: list[Clip], captions: list[str], encode: Encoders) -> dict[str, Tensor]:
     """Latents, conditions and image embeddings of every clip; text embeddings of every caption, and the empty one."""
-    tokens = text_tokens_for(encode.longest_text(captions))
+    tokens = text_tokens_for(max(encode.lengths(captions)))
     step, chunks = 16, []
     with Interruption.watch() as interruption:  # the loop, whose first batch this is, would heed a signal after it
         for start in track(range(0, len(clips), step), -(-len(clips) // step), "teacher/encode"):
-            frames = frames_NTHW3[start : start + step]
-            first = list(frames[:, 0])
-            chunks.append((encode.videos(frames), encode.conditions(first, frames.shape[1]), encode.images(first)))
+            chunks.append(encode.pictures(frames_NTHW3[start : start + step]))
             if interruption.requested:
                 raise Interruption("teacher/encode: stopped by a signal; the clips are encoded anew next time")
-    parts = dict(zip(("x0", "condition", "image"), (torch.cat(p) for p in zip(*chunks, strict=True)), strict=True))
+    parts = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     texts = [pad_text(text, tokens) for text in encode.texts([*captions, ""])]
     return {**parts, "text": torch.stack(texts[:-1]), "empty": texts[-1]}
