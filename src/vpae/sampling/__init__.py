@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vpae.config import Experiment, Sampler
-from vpae.flow import add_noise, schedule, x0_from_velocity
-from vpae.models.wan import Condition, guided_velocity
+from vpae.flow import add_noise, schedule
+from vpae.models.wan import Condition, guided_velocity, predict_x0
 from vpae.teacher.folder import shift_of
 
 
@@ -36,29 +36,16 @@ def few_step(
     rngs: list[torch.Generator],
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Predict x0, add fresh noise at the next smaller time, predict again.
+    """Predict x0, add fresh noise at the next smaller time, predict again; returns x0 like `noise_BCFHW`.
 
-    Args:
-        model: a one-step student.
-        noise_BCFHW: noise at t = 1.
-        condition: of each video.
-        steps: network steps.
-        shift: timestep shift of the times in between.
-        rngs: one generator per video, so that a video does not depend on its batch.
-        guidance_scale: w in u + w (c - u).
-
-    Returns:
-        x0 like `noise_BCFHW`.
+    `rngs` holds one generator per video, so that a video does not depend on its batch.
     """
-    times = schedule(steps, shift).tolist()
-    x = noise_BCFHW
+    x, times = noise_BCFHW, schedule(steps, shift).tolist()
     for t, t_next in pairwise(times):
-        t_B = x.new_full((len(x),), t)
-        x0 = x0_from_velocity(x, guided_velocity(model, x, t_B, condition, guidance_scale), t_B)
-        if t_next == 0:
-            return x0
-        x = add_noise(x0, noise_of(rngs, x.shape[1:], x.device), x.new_full((len(x),), t_next))
-    raise ValueError(f"steps = {steps}: at least one step is needed")
+        x = predict_x0(model, x, x.new_full((len(x),), t), condition, guidance_scale)
+        if t_next > 0:
+            x = add_noise(x, noise_of(rngs, x.shape[1:], x.device), x.new_full((len(x),), t_next))
+    return x
 
 
 def noise_of(rngs: list[torch.Generator], shape: tuple[int, ...], device: torch.device | str) -> Tensor:

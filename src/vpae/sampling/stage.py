@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vpae.artifacts import is_kept, kept, link
-from vpae.config import Experiment, Samples
+from vpae.config import Experiment, Sampler, Samples
 from vpae.data.latents import LatentDataset
 from vpae.data.names import file_names
 from vpae.data.video import write_video
@@ -42,11 +42,16 @@ EXACT_UP_TO = 128 * 128
 
 @dataclass(frozen=True)
 class Batch:
-    """Videos of one row that are drawn together: the unit of resuming, and of sharing the work."""
+    """Videos of one row that are drawn together: the unit of resuming, and of sharing the work.
+
+    `sampler` is None for the clips themselves; the first `decoded` become videos.
+    """
 
     row: str
+    sampler: Sampler | None
     start: int
     size: int
+    decoded: int
 
     def file(self, state: Path) -> Path:
         """Where its latents go, last of all: once they are there, so are its videos."""
@@ -76,25 +81,18 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
 def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part) -> None:
     """Draw and decode one part's share of the videos into the state folder."""
     batches = _batches(settings)
-    rows = settings.samples.rows
-
-    def cost(batch: Batch) -> int:
-        decoded = min(max(settings.samples.decode - batch.start, 0), batch.size)
-        return batch.size * (rows[batch.row].nfe if batch.row in rows else 0) + DECODING * decoded
-
+    costs = [batch.size * (batch.sampler.nfe if batch.sampler else 0) + DECODING * batch.decoded for batch in batches]
     # Neighbours are mostly of one row: few models to load.
-    costs = [cost(batch) for batch in batches]
     _complete(part.stretch(batches, costs), settings, inputs, state, f"samples {part}")
 
 
 def _batches(settings: Experiment) -> list[Batch]:
-    config = settings.samples
-    starts = range(0, config.count, config.batch_size)
-    return [
-        Batch(row, start, min(config.batch_size, config.count - start))
-        for row in (REAL, *config.rows)
-        for start in starts
-    ]
+    config, found = settings.samples, []
+    for row, sampler in {REAL: None, **config.rows}.items():
+        for start in range(0, config.count, config.batch_size):
+            size = min(config.batch_size, config.count - start)
+            found.append(Batch(row, sampler, start, size, min(max(config.decode - start, 0), size)))
+    return found
 
 
 @torch.no_grad()
@@ -109,20 +107,15 @@ def _complete(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = LatentDataset(inputs["latents"], "held_out")
     suite = make_suite(dataset, settings.samples.count, settings.seed)
-    rows = settings.samples.rows
-
-    def decoded(batch: Batch) -> list[dict]:
-        return suite[batch.start : min(batch.start + batch.size, settings.samples.decode)]
 
     def is_there(batch: Batch) -> bool:
-        videos = [state / batch.row / item["file"] for item in decoded(batch)]
-        return batch.file(state).is_file() and all(map(is_kept, [batch.file(state), *videos]))
-
-    missing = [batch for batch in batches if not is_there(batch)]
+        videos = [state / batch.row / item["file"] for item in suite[batch.start :][: batch.decoded]]
+        return all(map(is_kept, [batch.file(state), *videos]))
 
     def model_of(batch: Batch) -> str:
-        return rows[batch.row].model if batch.row in rows else ""
+        return batch.sampler.model if batch.sampler else ""
 
+    missing = [batch for batch in batches if not is_there(batch)]
     if not missing:
         return suite
     decoder = small_decoder(settings.samples) or load_vae(inputs["teacher"], settings.samples)
@@ -132,18 +125,18 @@ def _complete(
         for name, group in groupby(sorted(missing, key=model_of), key=model_of):  # each model is loaded once
             drawn = list(group)
             model = load_sampler(model_folder(inputs, name)).to(device) if name else None
-            evaluations = sum(rows[batch.row].nfe for batch in drawn if name)
+            evaluations = sum(batch.sampler.nfe for batch in drawn if batch.sampler)
             if model is not None and settings.samples.compile and compiling_pays(model, device, evaluations):
                 model.compile_repeated_blocks()
             for batch in drawn:
                 if request.requested:
                     raise Interruption(f"{label}: {progress.done} more videos are in {state}")
                 x0, condition = dataset.batch(list(range(batch.start, batch.start + batch.size)), device)
-                if model is not None:
-                    items = suite[batch.start : batch.start + batch.size]
-                    seeds, row = [item["seed"] for item in items], rows[batch.row]
+                items, row = suite[batch.start :][: batch.size], batch.sampler
+                if row:
+                    seeds = [item["seed"] for item in items]
                     x0 = draw(model, row, row_shift(settings, inputs, row), condition, tuple(x0.shape[1:]), seeds)
-                _keep(batch, x0, decoded(batch), decoder, settings, state)
+                _keep(batch, x0, items[: batch.decoded], decoder, settings, state)
                 progress.update(batch.size, batch.row)
             model = None  # two large models at a time may be too many
     progress.close()
