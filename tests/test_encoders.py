@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vpae.config import TinyEncoders, Training
+from conftest import MICRO
+from vpae.config import TinyEncoders
 from vpae.data.world import draw_truth
+from vpae.experiment import load
 from vpae.models.wan import TEXT_TOKENS
 from vpae.teacher.encoders import Reader, TextPhase, build_text_encoder, build_tokenizer
 from vpae.teacher.stage import _captions
@@ -61,7 +63,8 @@ def order(tokenizer, encoder) -> float:
 def test_captions_longer_than_the_text_encoder_reads_are_cut_off(captions):
     tokenizer, phase = start(captions)
     clips = [SimpleNamespace(caption=text) for text in (captions[0], "red " * 2000)]
-    batch = _captions(clips, tokenizer, Training(steps=1, batch_size=2), 0)(0)
+    settings = load(MICRO, ["teacher.encoders.training.batch_size=2"]).settings
+    batch = _captions(clips, tokenizer, settings)(0)
     assert batch["ids"].shape == batch["mask"].shape == (2, TEXT_TOKENS)
     loss, _ = phase.loss("reader", batch, torch.Generator(), 0)
     assert loss.isfinite()

@@ -122,13 +122,13 @@ def test_a_signal_while_the_teacher_encodes_its_clips_is_heeded_at_once(results,
 
 
 def test_clips_that_were_encoded_for_the_teacher_are_not_encoded_again(results, tmp_path, monkeypatch):
-    settings, folder = load(CONFIG).settings, results / "clips"
+    settings = load(CONFIG, ["teacher.transformer.training.batch_size=3"]).settings
+    folder = results / "clips"
     clips, encoders = read_manifest(folder, "train")[:4], Encoders(load_pipeline(results / "teacher"))
     frames = np.stack([clip.frames(settings.geometry, folder) for clip in clips])
-    training = settings.teacher.transformer.training.model_copy(update={"batch_size": 3})
-    x0, condition = _encoded(frames, clips, encoders, training, settings, tmp_path)(0)
+    x0, condition = _encoded(frames, clips, encoders, settings, tmp_path)(0)
     monkeypatch.setattr(Encoders, "videos", None)
-    again, condition_again = _encoded(frames, clips, encoders, training, settings, tmp_path)(0)
+    again, condition_again = _encoded(frames, clips, encoders, settings, tmp_path)(0)
     assert again.equal(x0) and condition_again.text_BLD.equal(condition.text_BLD)
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,30 +107,26 @@ def sample_one(
     """
     geometry, wrong = _geometry(model)
     faults = [
-        *(wrong or _lora_faults(loras, model)),
-        *number_faults(steps, guidance_scale),
-        *_unused_faults(negative_prompt, guidance_scale),
-        *_faults_of("--seed", seed, 0, LARGEST_SEED),
-        *_prompt_faults(prompt),
-        *output_faults("--out", out, ".mp4"),
-        *(output_faults("--frames", frames_out, ".npy") if frames_out else ()),
+        *wrong,
+        *_option_faults(steps, guidance_scale, negative_prompt, seed, prompt),
+        *_output_faults("--out", out, ".mp4"),
+        *(_output_faults("--frames", frames_out, ".npy") if frames_out else ()),
     ]
     length = geometry.get("frames", FRAMES) if num_frames is None else num_frames
     if length < 1 or length % VAE_STRIDE[0] != 1:
-        faults.append(f"--num-frames {length}: the VAE takes 4k + 1 frames; the nearest is {_nearest_length(length)}")
+        below = (length - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
+        nearest = f"{below} or {below + VAE_STRIDE[0]}" if below > 0 else "1"
+        faults.append(f"--num-frames {length}: the VAE takes 4k + 1 frames; the nearest is {nearest}")
     elif geometry and length > (most := _longest(model)):
         faults.append(f"--num-frames {length}: this model knows the places of {most} frames; take no more")
-    picture = None
-    try:
+    for named in () if wrong else loras:
+        with _noted(faults, "--lora"):
+            require_fit(file_and_strength(named)[0], model)
+    with _noted(faults, "--image"):
         picture = read_image_at(image, geometry["height"], geometry["width"]) if geometry else read_image(image)
         faults += [] if wrong or geometry else _size_faults(image, picture)
-    except (ImageError, FileNotFoundError) as error:
-        faults.append(f"--image {error}")
-    small = None
-    try:
+    with _noted(faults, "--decoder"):
         small = load_small_decoder(decoder, DTYPES[placement.vae_dtype]) if decoder else None
-    except ArtifactError as error:
-        faults.append(f"--decoder {error}")
     if faults:
         raise ConfigError("\n".join(faults))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,15 +146,36 @@ def sample_one(
             np.save(file, frames)
 
 
-def number_faults(steps: int, guidance_scale: float) -> list[str]:
-    """What is wrong with these options, a line each with the nearest possible value."""
-    faults = _faults_of("--steps", steps, 1)
+@contextmanager
+def _noted(faults: list[str], option: str) -> Iterator[None]:
+    """Go on where an option's file cannot be used, and note why."""
+    try:
+        yield
+    except (ArtifactError, ImageError, FileNotFoundError, ValueError) as error:
+        faults.append(f"{option} {error}")
+
+
+def _option_faults(steps: int, guidance_scale: float, negative_prompt: str, seed: int, prompt: str) -> list[str]:
+    """What is wrong with these options, a line each, of numbers with the nearest possible value."""
+    faults = []
+    if steps < 1:
+        faults.append(f"--steps {steps}: must be at least 1; the nearest is 1")
     if not math.isfinite(guidance_scale):
         faults.append(f"--guidance {guidance_scale}: must be a finite number; 1 is no guidance")
+    if negative_prompt and guidance_scale == 1.0:
+        faults.append(
+            "--negative-prompt: guidance 1 does not look at it; set --guidance to another value, or leave it out"
+        )
+    if (nearest := min(max(seed, 0), LARGEST_SEED)) != seed:
+        faults.append(f"--seed {seed}: must be from 0 to {LARGEST_SEED}; the nearest is {nearest}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        faults.append(f"--prompt {prompt!a}: is not UTF-8 text")
     return faults
 
 
-def output_faults(option: str, path: Path, suffix: str) -> list[str]:
+def _output_faults(option: str, path: Path, suffix: str) -> list[str]:
     """Why a file could not be written, which would only show after drawing."""
     if path.is_dir():
         return [f"{option} {path}: is a folder; name a file in it, for instance {path / f'clip{suffix}'}"]
@@ -196,44 +214,6 @@ def _longest(model: Path) -> int:
     """The most frames whose places a transformer's rotary tables tell apart."""
     config = json.loads((model / "transformer" / "config.json").read_text())
     return VAE_STRIDE[0] * (config.get("rope_max_seq_len", 1024) - 1) + 1
-
-
-def _lora_faults(loras: Sequence[str], model: Path) -> list[str]:
-    """Why LoRAs cannot be merged into a model, from the headers of their files."""
-    faults = []
-    for named in loras:
-        try:
-            require_fit(file_and_strength(named)[0], model)
-        except (ArtifactError, ValueError) as error:
-            faults.append(f"--lora {error}")
-    return faults
-
-
-def _faults_of(option: str, value: int, least: int, most: int | None = None) -> list[str]:
-    nearest = max(value, least) if most is None else min(max(value, least), most)
-    if nearest == value:
-        return []
-    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-    return [f"{option} {value}: must be {bounds}; the nearest is {nearest}"]
-
-
-def _nearest_length(length: int) -> str:
-    below = (length - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
-    return f"{below} or {below + VAE_STRIDE[0]}" if below > 0 else "1"
-
-
-def _unused_faults(negative_prompt: str, guidance_scale: float) -> list[str]:
-    if negative_prompt and guidance_scale == 1.0:
-        return ["--negative-prompt: guidance 1 does not look at it; set --guidance to another value, or leave it out"]
-    return []
-
-
-def _prompt_faults(prompt: str) -> list[str]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        return [f"--prompt {prompt!a}: is not UTF-8 text"]
-    return []
 
 
 def _size_faults(image: Path, picture: Image.Image) -> list[str]:

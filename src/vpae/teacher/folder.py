@@ -59,11 +59,10 @@ def _lora_identity(file: Path) -> str:
 
 def _hashes(files: list[Path]) -> list[str]:
     """The sha256 of each file; large ones are not read again while size, date and inode stay."""
-    try:
-        known = json.loads(KNOWN.read_text()) | _KNOWN_HERE
-    except (OSError, ValueError):  # nothing is known yet, or nothing any more
-        known = dict(_KNOWN_HERE)
-    learnt: dict[str, str] = {}
+    before: dict[str, str] = {}
+    with suppress(OSError, ValueError):  # nothing is known yet, or nothing any more
+        before = json.loads(KNOWN.read_text())
+    known = before | _KNOWN_HERE
 
     def hash_of(path: Path) -> str:
         stat = path.stat()
@@ -71,15 +70,15 @@ def _hashes(files: list[Path]) -> list[str]:
             return sha256(path)
         state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
         if state not in known:
-            learnt[state] = sha256(path)
-        return known.get(state) or learnt[state]
+            known[state] = sha256(path)
+        return known[state]
 
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(hash_of, files))
-    _KNOWN_HERE.update(learnt)
-    if learnt and KNOWN.parent.is_dir():  # elsewhere there is nothing to speed up
+    _KNOWN_HERE.update(known)
+    if known != before and KNOWN.parent.is_dir():  # elsewhere there is nothing to speed up
         with suppress(OSError):
-            write_json(KNOWN, known | learnt)
+            write_json(KNOWN, known)
     return hashes
 
 
@@ -206,26 +205,21 @@ def variant_of(folder: Path, networks: tuple[str, ...] = NETWORKS) -> str | None
     Raises:
         ArtifactError: there are several, and no plain one.
     """
-    bare = [folder / network for network in networks if not _plain(folder / network)]
+    bare = [path for path in (folder / name for name in networks) if not any(_listed(path, s, "") for s in STEMS)]
     found = {variant for network in bare for variant in _variants(network)}
     if len(found) > 1:
         raise ArtifactError(f"{folder}: it is there in several variants ({', '.join(sorted(found))}); keep one of them")
     return found.pop() if found else None
 
 
-def _plain(network: Path) -> list[Path]:
-    """The files of a network's plain weights: those its index names, or its one file."""
-    return [path for stem in STEMS for path in _listed(network, stem, "")]
-
-
 def _variants(network: Path) -> set[str]:
     names = (p.name.split(".") for p in network.glob("*.safetensors*") if not p.name.startswith("."))
     # stem.VARIANT.safetensors, stem.VARIANT-00001-of-00002.safetensors, stem.safetensors.index.VARIANT.json
-    kinds = {parts[1].partition("-")[0] for parts in names if len(parts) > 2 and parts[1] != "safetensors"}
-    return kinds
+    return {parts[1].partition("-")[0] for parts in names if len(parts) > 2 and parts[1] != "safetensors"}
 
 
 def _listed(network: Path, stem: str, variant: str) -> list[Path]:
+    """The files of a network's weights in this form: those that its index names, or the one file."""
     dotted = f".{variant}" if variant else ""
     index = network / f"{stem}.safetensors.index{dotted}.json"
     if index.is_file():
@@ -261,10 +255,7 @@ def headers(network: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ArtifactError: naming the file and what is wrong with it.
     """
-    found = {}
-    for path in weight_files(network):
-        found |= header(path)
-    return found
+    return {name: shape for path in weight_files(network) for name, shape in header(path).items()}
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -86,15 +86,10 @@ def _check_built_as_set(pipeline: WanImageToVideoPipeline, config: Teacher) -> N
     found = pipeline.transformer.config
     with torch.device("meta"):
         wanted = flow_matching.build(config.transformer, found.text_dim, found.image_dim).config
+    names = {"heads": "num_attention_heads", "head_dim": "attention_head_dim", "layers": "num_layers"}
+    names |= {"ffn_multiple": "ffn_dim", "freq_dim": "freq_dim"}
     pairs = {"teacher.shift": (config.shift, pipeline.scheduler.config.shift)}
-    for key, name in (
-        ("heads", "num_attention_heads"),
-        ("head_dim", "attention_head_dim"),
-        ("ffn_multiple", "ffn_dim"),
-        ("layers", "num_layers"),
-        ("freq_dim", "freq_dim"),
-    ):
-        pairs[f"teacher.transformer.{key}"] = (wanted[name], found[name])
+    pairs |= {f"teacher.transformer.{key}": (wanted[name], found[name]) for key, name in names.items()}
     other = [f"{key} makes {ours}, it has {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if other:
         raise ConfigError(
@@ -116,12 +111,12 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
     elif "text_encoder" in config.further:
         reader = _seeded(settings, "reader", lambda: encoders.Reader(pipeline.text_encoder)).to(accelerator.device)
         words = encoders.TextPhase(config.encoders, reader)
-        captions = _captions(clips, pipeline.tokenizer, config.encoders.training, settings.seed)
+        captions = _captions(clips, pipeline.tokenizer, settings)
         _fit(words, captions, config.encoders.training, settings, state, accelerator)
         pipeline.text_encoder = words.ema.text
     phase = flow_matching.FlowMatchingPhase(config.transformer, config.shift, pipeline.transformer)
     pipeline.transformer = phase.ema
-    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), config.transformer.training, settings, state)
+    encoded = _encoded(frames_NTHW3, clips, Encoders(pipeline), settings, state)
     _fit(phase, encoded, config.transformer.training, settings, state, accelerator)
     pipeline.to("cpu")
     if config.start:
@@ -149,7 +144,7 @@ def _untrained(
     text_encoder = _seeded(settings, "text", lambda: encoders.build_text_encoder(config.encoders, len(tokenizer)))
     towers = _seeded(settings, "towers", lambda: encoders.Towers(text_encoder, image_encoder)).to(accelerator.device)
     phase = encoders.EncoderPhase(config.encoders, towers)
-    pairs = _pairs(frames_NTHW3, clips, tokenizer, processor, config.encoders.training, settings.seed)
+    pairs = _pairs(frames_NTHW3, clips, tokenizer, processor, settings)
     _fit(phase, pairs, config.encoders.training, settings, state, accelerator)
 
     build = lambda: flow_matching.build(config.transformer, config.encoders.text_dim, config.encoders.image_dim)  # noqa: E731
@@ -175,7 +170,7 @@ def _train_vae(settings: Experiment, frames_NTHW3: np.ndarray, state: Path, acce
         ("teacher/vae-decoder", config.decoder_training, config.decoder_optimizer, lambda _: whole),
     ):
         phase = vae.VaePhase(config, network, optimizer, frames, name, decoder_only=name.endswith("decoder"))
-        _fit(phase, _videos(frames_NTHW3, training, settings.seed), training, settings, state, accelerator)
+        _fit(phase, _videos(frames_NTHW3, training, settings), training, settings, state, accelerator)
         network = phase.ema
     return network.requires_grad_(False).eval()
 
@@ -191,19 +186,20 @@ def _fit(phase, batches, training: Training, settings: Experiment, state: Path, 
     train(phase, batches, training, settings.seed, state / phase.name.replace("/", "-"), accelerator)
 
 
-def _numbers(clips: int, batch_size: int, seed: int, name: str):
-    order = Shuffled(clips, seed, name)
-    return lambda drawn: [order(drawn * batch_size + i) for i in range(batch_size)]
+def _numbers(settings: Experiment, clips: int, training: Training, name: str):
+    """Number of a batch -> the clips in it."""
+    order, size = Shuffled(clips, settings.seed, name), training.batch_size
+    return lambda drawn: [order(drawn * size + i) for i in range(size)]
 
 
-def _videos(frames_NTHW3: np.ndarray, training: Training, seed: int):
-    numbers = _numbers(len(frames_NTHW3), training.batch_size, seed, "vae")
+def _videos(frames_NTHW3: np.ndarray, training: Training, settings: Experiment):
+    numbers = _numbers(settings, len(frames_NTHW3), training, "vae")
     return lambda drawn: to_signed(frames_NTHW3[numbers(drawn)])
 
 
-def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, training: Training, seed: int):
-    numbers = _numbers(len(clips), training.batch_size, seed, "encoders")
-    captions = _captions(clips, tokenizer, training, seed)
+def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, settings: Experiment):
+    numbers = _numbers(settings, len(clips), settings.teacher.encoders.training, "encoders")
+    captions = _captions(clips, tokenizer, settings)
 
     def batch(drawn: int) -> dict[str, Tensor]:
         chosen = numbers(drawn)
@@ -213,8 +209,8 @@ def _pairs(frames_NTHW3: np.ndarray, clips: list[Clip], tokenizer, processor, tr
     return batch
 
 
-def _captions(clips: list[Clip], tokenizer, training: Training, seed: int):
-    numbers = _numbers(len(clips), training.batch_size, seed, "encoders")
+def _captions(clips: list[Clip], tokenizer, settings: Experiment):
+    numbers = _numbers(settings, len(clips), settings.teacher.encoders.training, "encoders")
     captions = [c.caption for c in clips]
     longest = max(map(len, tokenizer(captions, truncation=True, max_length=TEXT_TOKENS).input_ids))
 
@@ -226,19 +222,12 @@ def _captions(clips: list[Clip], tokenizer, training: Training, seed: int):
     return batch
 
 
-def _encoded(
-    frames_NTHW3: np.ndarray,
-    clips: list[Clip],
-    encode: Encoders,
-    training: Training,
-    settings: Experiment,
-    state: Path,
-):
+def _encoded(frames_NTHW3: np.ndarray, clips: list[Clip], encode: Encoders, settings: Experiment, state: Path):
     """Batches of latents and conditions, encoded at the first call: not at all when nothing is left to train.
 
     They are held in memory: a tiny corpus is some hundred megabytes. The state folder keeps them for the next start.
     """
-    numbers = _numbers(len(clips), training.batch_size, settings.seed, "transformer")
+    numbers = _numbers(settings, len(clips), settings.teacher.transformer.training, "transformer")
     device = encode.pipeline.vae.device
     captions = sorted({c.caption for c in clips})
     row = {caption: number for number, caption in enumerate(captions)}
