@@ -558,6 +558,12 @@ def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: 
     assert quarantine(run_stage(source, "clips", tmp_path / "results")) == {"missing.mp4": "no such file"}
 
 
+def test_where_the_paths_of_a_table_count_from_is_said_where_no_video_is_found(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,caption\nelsewhere/a.mp4,x\n")
+    with pytest.raises(ArtifactError, match=r"no such file\. The paths of a table count from clips\.root"):
+        run_stage(experiment(tmp_path, source="table", path=str(tmp_path / "t.csv")), "clips", tmp_path / "results")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -215,10 +215,12 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
         yield Clip(key=f"{split}-{file[:16]}{place}", split=split, **row)
     if count["train"] < needed:
         reasons = "; ".join(left_out.first)
+        rooted = settings.clips.source == "table" and "no such file" in reasons
         raise ArtifactError(
             f"clips.path = {settings.clips.path}: {usable} usable clips cannot give clips.held_out = {wanted} and "
             f"{needed} to train on ({why}); add videos or hold out fewer. Left out: {left_out.count}"
             f"{': ' + reasons if reasons else ''}"
+            f"{'. The paths of a table count from clips.root, or else from its own folder' if rooted else ''}"
         )
 
 
