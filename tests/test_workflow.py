@@ -188,7 +188,7 @@ def test_a_stage_told_to_end_saves_and_says_so(tmp_path: Path) -> None:
         ("rivals", ("experiment=micro", "seeds=a"), "write whole numbers separated by commas"),
         ("rivals", ("experiment=micro,tiny",), "takes the name of one experiment"),
         ("ablations", ("experiment=micro@1",), "takes the name of one experiment; seeds=N"),
-        ("ablations", ("experiment=micro-magic",), "compares it with configs/micro-magic-no-"),
+        ("ablations", ("experiment=micro-magic",), "there is no configs/micro-magic-no-"),
     ],
 )
 def test_seeds_that_nobody_heeds_or_reads_are_refused(clone: Clone, target: str, given: tuple, words: str) -> None:

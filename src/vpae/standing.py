@@ -106,7 +106,8 @@ def require_true(source: Source, stages: Sequence[str] = (), results: Path = RES
     if found:
         remedy = f"run `snakemake all --config experiment={source.name}`; if it sees nothing to do, force these stages:"
         force = f"`snakemake --forcerun STAGE -- results/{source.name}/STAGE`"
-        raise ArtifactError("\n  ".join(["these results are not there, or not to be relied on:", *found, f"{remedy} {force}"]))
+        head = "these results are not there, or not to be relied on:"
+        raise ArtifactError("\n  ".join([head, *found, f"{remedy} {force}"]))
 
 
 def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[str]:
