@@ -29,11 +29,12 @@ from vpae.planning import remedies as remedies_module
 from vpae.planning.command import as_text, parse_bytes
 from vpae.planning.inference import network_use
 from vpae.planning.meter import LiveBytes, Meter
-from vpae.planning.network import Network, Sequence, count, pipeline_of, tokens_of
+from vpae.planning.network import Network, Sequence, count, parameters_of, pipeline_of, tokens_of
 from vpae.planning.phase import Execution
 from vpae.planning.plan import Cluster, _phase, make_plan
 from vpae.planning.presence import incomplete, missing_teacher
 from vpae.planning.remedies import _more_gpus, remedies, switches, with_switches
+from vpae.teacher.vae import build as build_vae
 
 FULL_SCALE = [path for path in shipped(ROOT / "configs") if path.stem.startswith("wan")]
 CONFIG = ROOT / "configs" / "wan2.1-i2v-14b-480p.yaml"
@@ -153,6 +154,13 @@ def test_adapters_of_known_ranks_have_the_known_sizes() -> None:
     for rank in (64, 128):
         with torch.device("meta"):
             assert count(SharedBase(I2V_14B.build()).add("student", Lora(rank=rank))) == rank / 64 * expected
+
+
+def test_a_teacher_that_is_trained_is_planned_as_it_will_be_built() -> None:
+    source = load(ROOT / "configs" / "micro.yaml", environment=False)
+    with torch.device("meta"):
+        built = build_vae(source.settings.teacher.vae)
+    assert parameters_of(pipeline_of(source))["vae"] == count(built)
 
 
 # What is counted

@@ -100,11 +100,7 @@ def read_facts(model: Path) -> dict[str, Any]:
     if (model / FACTS).is_file():
         with reading(model / FACTS, "copy the model again, or delete this file"):
             facts = json.loads((model / FACTS).read_text())
-            return {
-                **facts,
-                "provenance": {**facts["provenance"]},
-                "settings": {**facts["settings"]},
-            }
+            return {**facts, "provenance": {**facts["provenance"]}, "settings": {**facts["settings"]}}
     for folder in (model, model.parent):
         if (folder / PROVENANCE).is_file():
             known = read_provenance(folder)

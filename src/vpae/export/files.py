@@ -91,11 +91,8 @@ def write_lora(
     """
     factors = read_adapter(adapter)
     require_fit(adapter, model, factors)
-    tensors = {
-        PREFIXES[form] + (to_original(key) if form == "lora-wan" else key): tensor.to(dtype)
-        for key, tensor in factors.items()
-    }
-    save_file(tensors, out, _metadata(facts))
+    named = {PREFIXES[form] + (to_original(key) if form == "lora-wan" else key): t for key, t in factors.items()}
+    save_file({key: t.to(dtype) if dtype else t for key, t in named.items()}, out, _metadata(facts))
 
 
 def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -67,8 +67,8 @@ def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str
 
     def decoder() -> nn.Module:
         with torch.device("meta"):
-            small = SmallDecoder() if settings.samples.decoder else build_encoder(pipeline, "vae")
-        return nn.Module.to(small, DTYPES[settings.samples.vae_dtype])
+            module = SmallDecoder() if settings.samples.decoder else build_encoder(pipeline, "vae")
+        return nn.Module.to(module, DTYPES[settings.samples.vae_dtype])
 
     def placed(vae: nn.Module) -> nn.Module:
         if settings.samples.vae_tiles and isinstance(vae, AutoencoderKLWan):

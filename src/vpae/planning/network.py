@@ -165,13 +165,17 @@ def _found(folder: Path) -> Pipeline:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     image = config("image_encoder")
-    vae = {key: value for key, value in config("vae").items() if not key.startswith("_")}
     return Pipeline(
         Network.of_config(config("transformer")),
         _picked(config("text_encoder"), UMT5_XXL),
         _picked(image.get("vision_config", image), CLIP_VIT_H),  # a whole CLIP's config holds its vision half's
-        vae,
+        _arguments(config("vae")),
     )
+
+
+def _arguments(config: Mapping) -> dict:
+    """Of a network of diffusers, without its notes on itself."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _picked(config: Mapping, like: Mapping) -> dict:
@@ -182,17 +186,19 @@ def _tiny(settings: Experiment) -> Pipeline:
     """The shapes that `vpae.teacher` trains."""
     from vpae.teacher.encoders import build_image_encoder, build_text_encoder
     from vpae.teacher.flow_matching import build
+    from vpae.teacher.vae import build as build_vae
 
     teacher, geometry, encoders = settings.teacher, settings.geometry, settings.teacher.encoders
     with torch.device("meta"):
         transformer = build(teacher.transformer, encoders.text_dim, encoders.image_dim)
         text_encoder = build_text_encoder(encoders, encoders.vocabulary)
         image_encoder, _ = build_image_encoder(encoders, min(geometry.height, geometry.width))
+        vae = build_vae(teacher.vae)
     return Pipeline(
         Network.of_config(transformer.config),
         _picked(text_encoder.config.to_dict(), UMT5_XXL),
         _picked(image_encoder.config.to_dict(), CLIP_VIT_H),
-        {"base_dim": teacher.vae.base_dim, "dim_mult": list(teacher.vae.dim_mult)},
+        _arguments(vae.config),
     )
 
 
