@@ -195,6 +195,7 @@ def test_what_is_found_is_kept_although_the_machine_goes_away(tmp_path: Path, mo
     assert found["vae"]["encode"]["seconds"] > 0 and found["command"] and found["unfinished"] == ["fake"]
 
 
+@pytest.mark.slow
 def test_a_large_pipeline_is_sampled_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done on a GPU from a billion parameters on; compiled as well, but without a compiler."""
     source = load(MICRO, environment=False)

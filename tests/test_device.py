@@ -25,6 +25,7 @@ def measure(part: str, out: Path, *options: str) -> dict[str, dict]:
     return {row["name"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_all_that_is_around_the_transformer(tmp_path):
     rows = measure("video", tmp_path / "rows.jsonl")
     for name in ("text", "image", "condition", "condition, frame by frame", "mp4, all threads", "mp4, reproducible"):

@@ -152,6 +152,7 @@ def test_what_is_kept_is_what_the_ema_of_that_step_makes_of_the_fixed_noise_and_
     assert all(path.stat().st_size < 1.2 * 3 * x[0].nbytes for path in (tmp_path / LOOKS).iterdir())  # no fourth video
 
 
+@pytest.mark.slow
 def test_a_run_that_died_at_a_look_keeps_each_look_once_and_as_an_undisturbed_one(tmp_path, accelerator):
     watched(tmp_path / "whole", accelerator, KEEPS)
     with pytest.raises(Crash):  # step 3 is saved, the look at 4 is kept but not its state: it is done again
@@ -164,6 +165,7 @@ def test_a_run_that_died_at_a_look_keeps_each_look_once_and_as_an_undisturbed_on
     assert whole.keys() == again.keys() and all(again[name].equal(videos) for name, videos in whole.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_watched_from_its_middle_on_is_compared_with_its_start(tmp_path, accelerator):
     whole = watched(tmp_path / "whole", accelerator, KEEPS)
     training = Training(steps=2, batch_size=2, ema_decay=0.5)
@@ -176,6 +178,7 @@ def test_a_run_that_is_watched_from_its_middle_on_is_compared_with_its_start(tmp
     assert kept(tmp_path / "later")[start].equal(kept(tmp_path / "whole")[start])
 
 
+@pytest.mark.slow
 def test_looks_and_what_they_keep_change_no_loss_and_no_weight(tmp_path, accelerator):
     ends, lines = [], []
     for name, monitor in {"off": Monitor(), "looks": KEEPS.model_copy(update={"videos": 0}), "keeps": KEEPS}.items():

@@ -248,6 +248,7 @@ def test_a_phase_takes_the_operations_and_bytes_that_are_planned(name: str, phas
         assert checkpointing or plan.recomputed == 0
 
 
+@pytest.mark.slow
 def test_more_micro_batches_take_as_many_times_the_operations() -> None:
     one, five = (execute(variant("micro", "priming", n), "priming", SHALLOW, TOKENS, 1) for n in (1, 5))
     for turn, plan in five.turns.items():
@@ -255,6 +256,7 @@ def test_more_micro_batches_take_as_many_times_the_operations() -> None:
         assert plan.peak > one.turns[turn].peak  # gradients are there while the next micro-batch runs
 
 
+@pytest.mark.slow
 def test_turns_are_counted_as_a_run_makes_them() -> None:
     settings = variant("micro", "equilibrium")
     head = settings.equilibrium.head.model_copy(update={"taps": (0, 1, 2)})
@@ -351,6 +353,7 @@ def test_more_gpus_take_less_memory_each_and_the_same_hours_for_the_same_clips(t
         assert many[phase]["clips_per_step"] == few[phase]["clips_per_step"]
 
 
+@pytest.mark.slow
 def test_a_slow_interconnect_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = variant("micro", "priming", strategy="full")
     executed = execute(settings, "priming", SHALLOW, TOKENS, 2)
@@ -390,6 +393,7 @@ def test_the_shipped_experiments_fit_the_clusters_they_ask_for(name: str, gpus: 
         assert plan["stages"][phase]["clips_per_step"] == 64
 
 
+@pytest.mark.slow
 def test_a_vae_that_works_on_tiles_is_planned_so() -> None:
     whole, tiled = (
         load(ROOT / "configs" / "micro.yaml", ["geometry.height=512", f"samples.vae_tiles={tiles}"], environment=False)
@@ -422,6 +426,7 @@ def test_more_gpus_are_whole_nodes_and_whole_groups_that_share_a_clip() -> None:
     assert all(gpus % 3 == 0 for gpus in asked)
 
 
+@pytest.mark.slow
 def test_one_gpu_without_shards_is_told_of_more_gpus_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vpae.planning.remedies.MOST_GPUS", 64)  # as many as these networks have rows to share out
     settings, gpus = variant("micro", "priming"), 1
@@ -465,11 +470,13 @@ def test_stages_that_no_method_is_part_of_name_what_makes_them_fit(name: str) ->
     assert stage["remedies"][0]["total"] == pytest.approx(enough)
 
 
+@pytest.mark.slow
 def test_the_clips_of_the_classifier_test_are_drawn_and_counted() -> None:
     without, within = small_plan(), small_plan("evaluation.c2st.clips=16", "samples.batch_size=16")
     assert within["evaluation"]["gpu_hours"] > without["evaluation"]["gpu_hours"]
 
 
+@pytest.mark.slow
 def test_a_small_decoder_or_a_bfloat16_vae_is_planned_so() -> None:
     whole, half, small = (
         small_plan(*overrides)["samples"]
@@ -479,6 +486,7 @@ def test_a_small_decoder_or_a_bfloat16_vae_is_planned_so() -> None:
     assert len({stage["gpu_hours"] for stage in (whole, half, small)}) == 3
 
 
+@pytest.mark.slow
 def test_float32_takes_its_own_share_of_the_peak() -> None:
     cluster, settings = Cluster(1, 80e9, overhead=0.0), variant("micro", "priming")
     seconds = {
@@ -618,6 +626,7 @@ def test_no_job_is_planned_before_the_weights_are_there(tmp_path: Path) -> None:
 # Full-scale settings at tiny size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FULL_SCALE, ids=lambda path: path.stem)
 @pytest.mark.parametrize("phase", ["priming", "equilibrium"])
 def test_the_settings_of_full_scale_train_at_tiny_width(path: Path, phase: str) -> None:

@@ -204,6 +204,7 @@ def test_the_speed_of_training_is_shown_where_it_was_measured(made, text):
     assert "Median: 0.25 s a step, 1,200 tokens a second." in text and text.count("Median:") == 1
 
 
+@pytest.mark.slow
 def test_a_method_whose_monitor_kept_videos_has_a_picture_with_a_row_for_each_look(made, tmp_path, monkeypatch):
     settings, stages, _ = made
     shutil.copytree(stages["priming"], tmp_path / "micro/priming")

@@ -144,6 +144,7 @@ def test_a_kept_attention_under_bf16_is_found_by_every_pass_of_a_network_that_ru
     AcceleratorState._reset_state()
 
 
+@pytest.mark.slow
 def test_a_frozen_network_that_passes_no_gradient_on_runs_once_and_keeps_nothing():
     plain, again, attention = (
         execute(variant("micro", "equilibrium", activation_checkpointing=a), "equilibrium", SMALL, TOKENS, 1).turns

@@ -244,6 +244,7 @@ def test_it_takes_a_twentieth_of_the_operations():
     assert found == pytest.approx({"small": 11.43, "VAE": 275.4}, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_decoder_follows_the_video_s_own_device_and_format(file, latents):
     half = decode_latents(load_small_decoder(file, torch.bfloat16), latents).int()
     whole = decode_latents(load_small_decoder(file), latents).int()

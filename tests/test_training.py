@@ -202,6 +202,7 @@ def test_a_head_without_semantics_resumes_although_some_of_its_weights_never_get
     assert_equal(everything(resumed), everything(whole))
 
 
+@pytest.mark.slow
 def test_rmsprop_resumes_bit_for_bit_with_its_averages(tmp_path, accelerator):
     def build(seed: int = 0):
         rmsprop = Optimizer(algorithm="rmsprop", learning_rate=1e-4)

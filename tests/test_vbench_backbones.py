@@ -785,6 +785,7 @@ def judge(tmp_path_factory) -> tuple[quality.QualityNet, Path]:
     return quality.quality(state), state
 
 
+@pytest.mark.slow
 def test_quality_falls_with_each_distortion(judge):
     model, _ = judge
     rng = np.random.default_rng(99)

@@ -575,6 +575,7 @@ def test_shuffled_frames_are_less_smooth(mover, stand_ins):
     assert rough < smooth - 0.005
 
 
+@pytest.mark.slow
 def test_blur_lowers_imaging_quality(mover, stand_ins):
     sharp = torch.from_numpy(mover[::4]).permute(0, 3, 1, 2) / 255
     scores = []
