@@ -286,6 +286,16 @@ def test_folders_that_are_linked_are_read_and_hidden_ones_and_circles_are_not(vi
     assert found == [*(f"clip_no-{n}.mp4" for n in range(1, 6)), "deeper/seventh.MP4", "more/deep/eighth.mp4"]
 
 
+def test_the_stage_says_how_many_captions_are_file_names(videos: Path, tmp_path: Path, capsys) -> None:
+    (videos / "clip_no-0.txt").write_text("a red disc moves to the left")
+    run_stage(experiment(tmp_path, source="folder", path=str(videos), train=3, held_out=3), "clips", tmp_path / "some")
+    assert f"clips: 6 videos in {videos} have no NAME.txt beside them: their own names" in capsys.readouterr().err
+    for file in (*videos.glob("*.mp4"), videos / "deeper" / "seventh.MP4"):
+        file.with_suffix(".txt").write_text("a red disc moves to the left")
+    run_stage(experiment(tmp_path, source="folder", path=str(videos), train=3, held_out=3), "clips", tmp_path / "none")
+    assert "NAME.txt" not in capsys.readouterr().err
+
+
 def test_a_folder_that_may_not_be_read_ends_the_stage(videos: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     whole = os.scandir
 

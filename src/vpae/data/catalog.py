@@ -158,7 +158,12 @@ def _candidates(settings: Experiment, state: Path) -> Path:
     if not is_kept(plan):
         state.mkdir(parents=True, exist_ok=True)
         with kept(plan) as temporary:
-            corpus.write_candidates(temporary, settings.clips)
+            if named := corpus.write_candidates(temporary, settings.clips):
+                print(
+                    f"clips: {named} videos in {settings.clips.path} have no NAME.txt beside them: their own names are "
+                    "their captions",
+                    file=sys.stderr,
+                )
     if not corpus.count_candidates(plan):
         raise ArtifactError(f"clips.path = {settings.clips.path}: no videos there ({', '.join(corpus.SUFFIXES)})")
     return plan

@@ -79,9 +79,22 @@ def identity(clips: Clips) -> str:
     return digest.hexdigest()
 
 
-def write_candidates(path: Path, clips: Clips) -> None:
-    """Write all candidates where `read_candidates` finds a few of them."""
-    write_rows(path, SCHEMA, ({**one._asdict(), "path": os.fsencode(one.path)} for one in candidates(clips)))
+def write_candidates(path: Path, clips: Clips) -> int:
+    """Write all candidates where `read_candidates` finds a few of them.
+
+    Returns:
+        How many of a folder's videos have their own name for a caption.
+    """
+    named = 0
+
+    def rows() -> Iterator[dict]:
+        nonlocal named
+        for one in candidates(clips):
+            named += clips.source == "folder" and not one.reason and one.caption == _told_by_name(Path(one.path))
+            yield {**one._asdict(), "path": os.fsencode(one.path)}
+
+    write_rows(path, SCHEMA, rows())
+    return named
 
 
 def count_candidates(path: Path) -> int:
@@ -118,11 +131,15 @@ def _of_folder(root: Path) -> Iterator[Candidate]:
         if video.suffix.lower() not in SUFFIXES:
             continue
         text = next((p for s in (".txt", ".TXT") if (p := video.with_suffix(s)).is_file()), None)
-        named = os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
         try:
-            yield Candidate(str(video), text.read_text(encoding="utf-8-sig").strip() if text else named)
+            caption = text.read_text(encoding="utf-8-sig").strip() if text else _told_by_name(video)
+            yield Candidate(str(video), caption)
         except (OSError, UnicodeDecodeError):
             yield Candidate(str(video), "", reason=f"its caption {text.name} is not UTF-8 text that can be read")
+
+
+def _told_by_name(video: Path) -> str:
+    return os.fsencode(video.stem).decode(errors="replace").replace("_", " ").replace("-", " ")
 
 
 def _parquet_rows(table: Path) -> Iterator[dict]:
