@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vpae.artifacts import ArtifactError, digest, write_json
+from vpae.distill import METHODS
 from vpae.evaluation import truth
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import stage_folder, stage_settings, stages_of, upstream
@@ -86,11 +87,41 @@ def test_a_trained_teacher_s_rows_are_not_compared_with_a_given_one_s(first, tmp
 
 
 @pytest.mark.parametrize(
-    "tree", ["{adversarial_weight: 0.0}", "{csds_weight: 0.0}", "{r1: {weight: 0.0}}"], ids=["adversary", "csds", "r1"]
+    "tree",
+    [
+        "{adversarial_weight: 0.0}",
+        "{csds_weight: 0.0}",
+        "{r1: {weight: 0.0}}",
+        "{backbone: teacher}",
+        "{backbone: copy}",
+        "{head: {form: convolutions}}",
+        "{head: {semantics: false}}",
+    ],
 )
 def test_an_ablation_by_itself_has_not_the_paper_s_figure(tree, tmp_path):
     rows = compared(overlays(tmp_path, ablation=f"equilibrium: {tree}\n"), ["ablation"])
     assert "paper_score" not in rows["vpae"] and "paper_score" in rows["priming"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "there"),
+    [
+        ("dmd2", "{}", True),
+        ("dmd2", "{real_share: 1.0}", False),
+        ("dmd2", "{adversarial_weight: 0.0, head_weight: 0.0}", False),
+        ("magic", "{}", True),
+        ("magic", "{alpha_weak: 0.0}", False),
+    ],
+)
+def test_a_rival_has_the_paper_s_figure_as_it_was_published_only(name, tree, there, tmp_path):
+    settings = load(overlays(tmp_path, rival=f"methods: {{{name}: teacher}}\n{name}: {tree}\n") / "rival.yaml").settings
+    assert METHODS[name].as_published(settings) == there
+
+
+def test_phase_two_from_another_start_has_not_the_paper_s_figure(tmp_path):
+    text = "methods: {consistency: teacher, equilibrium: consistency}\nsamples: {rows: {priming-1nfe: null}}\n"
+    settings = load(overlays(tmp_path, start=text) / "start.yaml").settings
+    assert not METHODS["equilibrium"].as_published(settings)
 
 
 def test_without_priming_it_has_not_the_paper_s_figure_either(tmp_path):

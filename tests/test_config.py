@@ -121,6 +121,19 @@ def test_what_only_saves_or_watches_a_training_otherwise_is_no_other_result(base
     assert that_matter(other) != that_matter(plain)
 
 
+@pytest.mark.parametrize("run", ["vae.training", "vae.decoder_training", "encoders.training", "transformer.training"])
+def test_what_only_saves_a_teacher_s_training_otherwise_is_no_other_teacher(run: str, base: Path) -> None:
+    plain, saved, other = (
+        stage_settings(load(base, ["teacher.source=train", *keys]).settings, "teacher")
+        for keys in (
+            [],
+            [f"teacher.{run}.checkpoint_every=7", f"teacher.{run}.log_every=7"],
+            [f"teacher.{run}.steps=7"],
+        )
+    )
+    assert plain != saved and that_matter(plain) == that_matter(saved) != that_matter(other)
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write(tmp_path, "base", BASE)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,10 @@ from vpae.artifacts import (
     read_provenance,
     recover,
 )
-from vpae.experiment import ConfigError, load
+from vpae.data.index import INDEX, Entry, write_index
+from vpae.experiment import ConfigError, Source, load
+from vpae.graph import stage_settings
+from vpae.stages import run_stage
 from vpae.teacher import folder
 from vpae.training import checkpoint
 
@@ -125,6 +129,72 @@ def test_finished_clips_do_not_ask_for_their_videos(project: Clone) -> None:
     shutil.rmtree(project.folder / "results/micro/clips")
     code, printed = project.run("snakemake", "--dry-run", *MICRO)
     assert code != 0 and "clips.path: videos does not exist" in printed
+
+
+def write_latents(folder: Path, train: str, held_out: str) -> Path:
+    """A finished latents folder whose clips have these letters for hashes."""
+    entries = [
+        Entry(f"{split}-{one}", split, "a disc", one, "0.tar", 0, 1)
+        for split, ones in (("train", train), ("held_out", held_out))
+        for one in ones
+    ]
+    with building(folder, {}, {}) as (out, _):
+        write_index(out / INDEX, {"dtype": "float32"}, entries)
+    return folder
+
+
+def test_a_student_is_not_scored_on_clips_that_it_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    results = tmp_path / "results"
+    theirs = write_latents(results / "theirs/latents", train="cdef", held_out="ab")
+    student = results / "theirs/equilibrium"
+    with building(student, {}, {"latents": identity(theirs)}):
+        pass
+    tree = f"students: {{found: {student}}}\nclips: {{source: folder, path: videos}}\n"
+    (tmp_path / "micro.yaml").write_text((ROOT / "configs/micro.yaml").read_text())
+    (tmp_path / "ours.yaml").write_text(f"extends: micro\n{tree}")
+    source = load(tmp_path / "ours.yaml", environment=False)
+    ours = write_latents(results / "ours/latents", train="ef", held_out="abcd")
+    with pytest.raises(ConfigError, match=r"students\.found: 2 of the 4 held-out clips are .* trained on"):
+        stages._require_unseen(source, ours, results)
+    stages._require_unseen(source, write_latents(results / "fewer/latents", train="c", held_out="ab"), results)
+    assert not capsys.readouterr().err
+    shutil.rmtree(theirs)
+    stages._require_unseen(source, ours, results)
+    assert "students.found: the latents that " in capsys.readouterr().err
+
+
+def task_of(source: Source, stage: str, results: Path) -> stages._Task:
+    folder, settings = results / source.name / stage, stage_settings(source.settings, stage)
+    return stages._Task(None, None, folder, settings, {}, {})
+
+
+def test_other_numbers_of_clips_go_on_with_those_that_are_checked(tmp_path: Path) -> None:
+    own = ["clips.source=folder", "clips.path=videos"]
+    one, other, wider = (
+        task_of(load(ROOT / "configs/micro.yaml", [*own, *keys], environment=False), "clips", tmp_path).state
+        for keys in ([], ["clips.held_out=9", "clips.train=9"], ["geometry.width=96"])
+    )
+    assert one == other != wider
+
+
+@pytest.mark.parametrize(("key", "stays"), [("checkpoint_every", True), ("log_every", True), ("accumulate", False)])
+def test_a_teacher_s_training_goes_on_when_it_is_only_saved_otherwise(key: str, stays: bool, tmp_path: Path) -> None:
+    keys = [], [f"teacher.transformer.training.{key}=7"]
+    one, other = (task_of(load(ROOT / "configs/micro.yaml", k, environment=False), "teacher", tmp_path) for k in keys)
+    assert (one.state == other.state) == stays
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("teacher", True), ("priming", True), ("latents", False)])
+def test_an_unfinished_training_under_other_settings_is_kept_and_named(
+    stage: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    source = load(ROOT / "configs/micro.yaml", environment=False)
+    task = replace(task_of(source, stage, tmp_path), run=lambda *_: {})
+    monkeypatch.setattr(stages, "_task", lambda *_: task)
+    other = task.state.with_name(f"{stage}-000000000000")
+    other.mkdir(parents=True)
+    run_stage(source, stage, tmp_path)
+    assert other.is_dir() == kept == (f"{other}: an unfinished run under other settings" in capsys.readouterr().err)
 
 
 FAILING = TOY.replace("settings, inputs, out, state = given", "1 / 0  # given")

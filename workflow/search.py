@@ -10,8 +10,9 @@ a small network's kernels than they run; the variants of a seed run side by side
 other processes judge what is trained while the next variants are. Matrix products are TF32 there.
 
 Every line of the result has C2ST (0.5 is the goal), Frechet distance, motion and the truth metrics of one student, what
-its training took in network evaluations (a backward pass counts as two), and the pull of each loss. Nothing is tuned
-on the clips it is judged on: all three sets have seeds of their own.
+its training took in network evaluations (a backward pass counts as two), and the pull of each loss. No student is
+judged on clips that it or its classifier learned from: the three sets have seeds of their own. All variants are
+judged, and so compared and chosen, on the same test clips.
 """
 
 import argparse
@@ -218,18 +219,18 @@ class Run:
         self._on_stream(set_numbers)
         for turn in self.phase.turns(step):
             self.logs |= self.turns[turn]()
-            self.evaluations += self.cost[turn] * self.training.batch_size
+            self.evaluations += self.cost[turn]
 
 
 def evaluations(phase: Method, work: Callable[[], object]) -> float:
-    """Network evaluations of one turn per clip: a pass counts 1, with a backward pass 3."""
-    passes: list[float] = []
-    note = lambda _network, _inputs, output: passes.append(3.0 if output[0].requires_grad else 1.0)  # noqa: E731
+    """Network evaluations of one turn: each clip of a pass counts 1, with a backward pass 3."""
+    clips: list[int] = []
+    note = lambda _network, _inputs, x: clips.append(len(x[0]) * (3 if x[0].requires_grad else 1))  # noqa: E731
     hooks = [network.register_forward_hook(note) for network in phase.networks.values()]
     work()
     for hook in hooks:
         hook.remove()
-    return sum(passes)
+    return float(sum(clips))
 
 
 def train_together(runs: list[Run]) -> None:

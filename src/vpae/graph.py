@@ -142,11 +142,13 @@ def that_matter(settings: dict) -> dict:
 
 
 def without(settings: dict, keys: Sequence[str]) -> dict:
-    """A stage's settings without some keys of the training of a method."""
-    found = dict(settings)
-    for method in METHODS.keys() & found.keys():
-        training = {key: value for key, value in found[method]["training"].items() if key not in keys}
-        found[method] = {**found[method], "training": training}
+    """A stage's settings without some keys of its trainings, a method's or the several of a teacher."""
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            dropped = keys if name.endswith("training") else ()
+            value = without({key: inner for key, inner in value.items() if key not in dropped}, keys)
+        found[name] = value
     return found
 
 

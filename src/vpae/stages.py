@@ -21,6 +21,7 @@ from vpae.artifacts import (
     identity,
     locked,
     read_provenance,
+    reading,
     recover,
 )
 from vpae.config import Experiment
@@ -43,6 +44,7 @@ BULK = (".tar", ".mp4")
 
 # Settings of a training that change no run: how it is shared out, watched and saved, and when it ends.
 SHARES = ("accumulate", "sharding", *WATCHES)
+COUNTS = ("train", "held_out")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ class _Task:
 
         The name holds a digest of settings and inputs, so that a state is never taken up under other ones.
         """
-        key = digest([without(self.settings, SHARES), self.digests])[:12]
+        name = self.folder.name
+        settings = without(self.settings, SHARES) if name in METHODS else that_matter(self.settings)
+        if name == "clips":  # what is rendered or checked already does not depend on how many clips are wanted
+            kept = {key: value for key, value in settings["clips"].items() if key not in COUNTS}
+            settings = {**settings, "clips": kept}
+        key = digest([settings, self.digests])[:12]
         return self.folder.parent / ".state" / f"{self.folder.name}-{key}"
 
     def is_done(self) -> bool:
@@ -120,6 +127,39 @@ def _require_own_teacher(source: Source, teacher: Path) -> None:
             )
 
 
+def _require_unseen(source: Source, latents: Path, results: Path) -> None:
+    """Refuse students that were trained on clips held out here: their scores would be those of what they know.
+
+    A clip of the procedural world belongs to one split of one seed, and can be in no other.
+    """
+    if source.settings.clips.source == "world":
+        return
+    from vpae.data.index import INDEX, read_index  # brings pyarrow, of which the workflow's planning has no need
+
+    def hashes(folder: Path, split: str) -> set[str]:
+        with reading(folder / INDEX, "run the stage latents again"):
+            return {*read_index(folder / INDEX, split)[1].table["clip_sha256"].to_pylist()}
+
+    for name, folder in source.settings.students.items():
+        trained_on = read_provenance(Path(folder))["inputs"].get("latents")
+        places = {*results.glob("*/latents"), *Path(folder).parent.parent.glob("*/latents")}
+        place = next((p for p in sorted(places) if read_provenance(p) and identity(p) == trained_on), None)
+        if place is None:
+            print(
+                f"vpae: students.{name}: the latents that {folder} was trained on are not here: that none of them is "
+                "held out in this experiment cannot be checked",
+                file=sys.stderr,
+            )
+            continue
+        held_out = hashes(latents, "held_out")
+        if known := held_out & hashes(place, "train"):
+            raise ConfigError(
+                f"{source.path}: students.{name}: {len(known)} of the {len(held_out)} held-out clips are among those "
+                f"that {folder} was trained on ({place}), and their scores would flatter it; hold out as many clips of "
+                "the same videos as there, or others"
+            )
+
+
 def _encoder_weights(folder: Path, prefix: str) -> set[str]:
     """Hashes of the weights around the transformer, from a finished folder's provenance."""
     places = tuple(f"{prefix}{network}/" for network in ("vae", "text_encoder", "image_encoder"))
@@ -148,6 +188,7 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
     digests = {name: identity(path) for name, path in folders.items()}
     if TEACHER in folders and folders.keys() & source.settings.students.keys():
         _require_own_teacher(source, folders[TEACHER])
+        _require_unseen(source, folders["latents"], results)
     module = importlib.import_module(STAGES[stage].module)
     if hasattr(module, "external_inputs"):
         digests |= module.external_inputs(source.settings)
@@ -211,9 +252,10 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         return task.folder
     task.require_whole_inputs()
     # An unfinished training may hold weeks of GPUs, which are nobody's but the user's to throw away.
+    trains = stage in METHODS or (stage == TEACHER and source.settings.teacher.source == "train")
     others = sorted(set(task.state.parent.glob(f"{stage}-*")) - {task.state})
-    spent = [task.state] if stage in METHODS else [task.state, *others]
-    for other in filter(Path.is_dir, others if stage in METHODS else ()):
+    spent = [task.state] if trains else [task.state, *others]
+    for other in filter(Path.is_dir, others if trains else ()):
         print(f"vpae: {other}: an unfinished run under other settings; delete it once it is of no use", file=sys.stderr)
     built = building(task.folder, task.settings, task.digests, spent=spent, began=task.began)
     with _with_advice(source, stage), built as (out, counts):

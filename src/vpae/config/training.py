@@ -6,14 +6,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vpae.config.section import NonNegative, Positive, Section, Share
 
+Average = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Optimizer(Section):
     """AdamW or RMSProp, and its learning rate."""
 
     algorithm: Literal["adamw", "rmsprop"] = Field("adamw", description="AdamW, or RMSProp (APT's).")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    alpha: float = Field(0.9, ge=0, lt=1, description="RMSProp's average of the squared gradient (APT: 0.9).")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's averages of gradient and squared gradient.")
+    alpha: Average = Field(0.9, description="RMSProp's average of the squared gradient (APT: 0.9).")
+    betas: tuple[Average, Average] = Field(
+        (0.9, 0.999), description="Adam's averages of gradient and squared gradient."
+    )
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     cosine: bool = Field(False, description="After the warm-up, fall to 2% along half a cosine; otherwise constant.")
@@ -88,7 +92,7 @@ class Training(Section):
     compile: bool = Field(
         False, description="Compile the transformer's blocks: faster on a GPU after the first steps, other last bits."
     )
-    ema_decay: float = Field(0.995, ge=0, lt=1, description="EMA of the main role after each step (paper: 0.995).")
+    ema_decay: Average = Field(0.995, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl; the monitor's looks have theirs.")
     stop_after_skipped: Positive = Field(

@@ -157,6 +157,12 @@ class Dmd2(score.ScoreDistillation):
         """As `Method`: without its head it is score distillation alone."""
         return cls.about if section.get("head_weight", 1) or cls is not Dmd2 else "score distillation"
 
+    @classmethod
+    def as_published(cls, settings: Experiment) -> bool:
+        """As `Method`: DMD2 has its adversary, and no scores at real clips."""
+        section = getattr(settings, cls.name)
+        return section.adversarial_weight > 0 and section.real_share == 0
+
     def where_the_teacher_looks(self, xh_t: Tensor, noise: Tensor, t: Tensor, clips: Clips) -> Tensor:
         """xh_t', but for a share of the clips the real one with the same noise at the same t' (Data-Forcing)."""
         if not self.config.real_share:

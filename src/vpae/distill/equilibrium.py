@@ -225,10 +225,13 @@ class Equilibrium(Method):
 
     @classmethod
     def as_published(cls, settings: Experiment) -> bool:
-        """As `Method`: without priming, or one of the terms of its losses, it is another method."""
+        """As `Method`: the paper's ablations are other methods; what is kept on beside its losses does not count."""
+        from vpae.distill import CHAIN
+
         section = getattr(settings, cls.name)
         terms = (section.adversarial_weight, section.csds_weight, section.r1.weight)
-        return min(terms) > 0 and cls.start_of(settings) != TEACHER
+        discriminator = section.backbone == "ema" and section.head.form == "attention" and section.head.semantics
+        return min(terms) > 0 and discriminator and cls.start_of(settings) == CHAIN[0].name
 
     @classmethod
     def fake_left(cls, settings: Experiment) -> Lora | None:

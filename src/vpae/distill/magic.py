@@ -17,6 +17,7 @@ from vpae.lazy import lazy
 if TYPE_CHECKING:
     from torch import nn
 
+    from vpae.config import Experiment
     from vpae.models.adapters import SharedBase
 
 adapters = lazy("vpae.models.adapters")
@@ -37,6 +38,11 @@ class Magic(score.ScoreDistillation):
     label = "MagicDistillation"
     about = "variational score distillation from a weak-to-strong teacher"
     Settings = Settings
+
+    @classmethod
+    def as_published(cls, settings: Experiment) -> bool:
+        """As `Method`: with a teacher that is not weakened it is plain score distillation."""
+        return getattr(settings, cls.name).alpha_weak > 0
 
     @classmethod
     def teacher_on(cls, shared: SharedBase, config: Settings) -> nn.Module:
