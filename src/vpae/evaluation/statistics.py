@@ -26,7 +26,8 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
     """Point value and normal 95% interval of a statistic of n videos, leaving out one group at a time.
 
     For a distance between distributions the bootstrap is no use: repeated videos look like a narrower distribution,
-    and the whole interval can lie above the value.
+    and the whole interval can lie above the value. The interval is that of the value for n videos: a Frechet distance
+    falls with n, and that of many more can lie below it.
 
     Returns:
         mean (the statistic of all videos, which is not negative), low (0 at least), high.
