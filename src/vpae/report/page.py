@@ -48,8 +48,8 @@ METRICS = {
         "Fréchet distance",
         "↓",
         "between the latents of generated and of held-out real clips, in the features of a fixed random network. The "
-        "first row holds training clips against held-out ones: the floor. Small samples raise this distance, so that it "
-        "compares rows of as many videos alone. Its interval is a jackknife's, of the raised distance.",
+        "first row holds training clips against held-out ones: the floor. Small samples raise this distance: "
+        "compare it among rows of as many videos alone. Its interval is a jackknife's, of the raised distance.",
     ),
     "motion": Metric("Motion", "1", "mean change between latent frames, in units of the held-out clips'; 1 is theirs."),
     "single_sprite": Metric(
