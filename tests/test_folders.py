@@ -1,6 +1,7 @@
 """Teacher folders as people have them: taken where diffusers can load them, refused by name before any job."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,25 @@ def half_a_text_encoder(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def without_image_encoder(spoil: Callable[[Path], None], **index: object) -> Callable[[Path], None]:
+    """As the models that look at no image's embedding are published."""
+
+    def change(folder: Path) -> None:
+        spoil(folder)
+        configured("model_index.json", image_encoder=[None, None], image_processor=[None, None], **index)(folder)
+        for name in ("image_encoder", "image_processor"):
+            shutil.rmtree(folder / name)
+
+    return change
+
+
+def without_transformer(folder: Path) -> None:
+    configured("model_index.json", _class_name="WanPipeline")(folder)
+    shutil.rmtree(folder / "transformer")
+
+
 EXPERTS = configured("model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+NO_FRAME = configured("transformer/config.json", in_channels=16, image_dim=None)
 WRONG = {
     "LFS pointer": (pointer, "Git LFS pointer.*git lfs pull"),
     "cut in half": (halved, "cut off or damaged"),
@@ -79,9 +98,12 @@ WRONG = {
     "FLF2V": (configured("transformer/config.json", pos_embed_seq_len=514), "FLF2V"),
     "Fun-Control": (configured("transformer/config.json", in_channels=52), "Fun-Control"),
     "Wan2.2-A14B": (EXPERTS, "two experts"),
+    "Wan2.2-A14B as published": (without_image_encoder(EXPERTS), "two experts"),
     "Wan2.2-TI2V-5B": (configured("model_index.json", expand_timesteps=True), "Wan2.2-TI2V-5B"),
     "Wan2.2, one expert": (configured("transformer/config.json", image_dim=None), "image's embedding"),
-    "T2V": (configured("transformer/config.json", in_channels=16, image_dim=None), "text-to-video"),
+    "T2V": (NO_FRAME, "text-to-video"),
+    "T2V as published": (without_image_encoder(NO_FRAME, _class_name="WanPipeline"), "text-to-video"),
+    "T2V in part": (without_transformer, "it is a WanPipeline, not a WanImageToVideoPipeline"),
     "48 latent channels": (configured("transformer/config.json", out_channels=48), "out_channels"),
     "another pipeline": (configured("model_index.json", _class_name="WanVACEPipeline"), "WanVACEPipeline"),
 }
@@ -99,7 +121,10 @@ def test_a_folder_that_cannot_be_distilled_is_refused_by_name_before_any_job(
     text = f"extends: {Path('configs/micro').absolute()}\nteacher: {{source: folder, path: {tmp_path / 'copy'}}}\n"
     (tmp_path / "mine.yaml").write_text(text)
     assert main(["config", "check", "--strict", str(tmp_path / "mine.yaml")]) == 2
-    assert "mine.yaml: teacher.path: " in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "mine.yaml: teacher.path: " in refused and re.search(said, refused)
+    command = ["sample", "--model", str(tmp_path / "copy"), "--image", "x.png", "--prompt", "x", "--out", "x.mp4"]
+    assert main(command) == 2 and re.search(said, capsys.readouterr().err)
 
 
 def test_a_whole_folder_is_taken(teacher: Path) -> None:

@@ -586,6 +586,14 @@ def test_a_folder_that_lacks_a_shard_is_incomplete(teacher: Path, tmp_path: Path
         assert incomplete(copy) == ["transformer/model.safetensors.index.json (this one is damaged)"]
 
 
+def test_another_kind_of_model_in_the_hub_s_cache_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text('{"in_channels": 16}')
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    (found,) = missing_teacher(load(CONFIG, environment=False), tmp_path)
+    assert "teacher.path: Wan-AI/Wan2.1-I2V-14B-480P-Diffusers: " in found and "text-to-video" in found
+
+
 def test_a_finished_teacher_needs_no_hub(tmp_path: Path) -> None:
     source = load(CONFIG, environment=False)
     assert missing_teacher(source, tmp_path)

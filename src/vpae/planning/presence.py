@@ -9,7 +9,7 @@ from vpae.config.teacher import file_and_strength
 from vpae.experiment import Source
 from vpae.graph import RESULTS, stage_folder
 from vpae.stages import missing_students
-from vpae.teacher.folder import faults, header
+from vpae.teacher.folder import faults, header, unsupported
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 OTHERS = ("model_index.json", "tokenizer", "image_processor", "scheduler")
@@ -39,6 +39,8 @@ def _missing_decoder(source: Source) -> list[str]:
 def missing_teacher(source: Source, results: Path = RESULTS) -> list[str]:
     """What is not there of a teacher that is not trained here, each with its remedy."""
     teacher = source.settings.teacher
+    if teacher.source == "folder" and (wrong := unsupported(Path(teacher.path))):
+        return [f"{source.path}: teacher.path: {problem}" for problem in wrong]
     if teacher.source == "folder" and (lacks := incomplete(Path(teacher.path))):
         return [
             f"{source.path}: teacher.path: {teacher.path} lacks {', '.join(lacks)}; correct the key, `dvc pull` what "
@@ -108,8 +110,10 @@ def _hub(hub_id: str, revision: str) -> list[str]:
 
     remedy = f"run `hf download {hub_id} --revision {revision}` where there is network and the same cache"
     try:
-        lacks = incomplete(Path(snapshot_download(hub_id, revision=revision, local_files_only=True)))
-        if not lacks:
+        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+        if wrong := unsupported(folder):
+            return [f"{hub_id}: {problem}" for problem in wrong]
+        if not (lacks := incomplete(folder)):
             return []
         state = f"the local cache lacks {', '.join(lacks)}"
     except LocalEntryNotFoundError:
@@ -124,7 +128,7 @@ def _hub(hub_id: str, revision: str) -> list[str]:
         return [f"{hub_id}: {state}, and the hub does not answer ({_brief(error)}); {remedy}"]
     lacks = [part for part in (*OTHERS, *PARTS) if not any(f == part or f.startswith(f"{part}/") for f in files)]
     if lacks:
-        return [f"{hub_id}: no WanImageToVideoPipeline, it lacks {', '.join(lacks)}; name its diffusers form"]
+        return [f"{hub_id}: no WanImageToVideoPipeline, it lacks {', '.join(lacks)}; name the diffusers form of one"]
     return []
 
 

@@ -116,28 +116,35 @@ def checked(folder: Path) -> Path:
 
 def faults(folder: Path) -> list[str]:
     """Why a pipeline folder cannot be loaded, from its configuration and the headers of its weights."""
+    if found := unsupported(folder):
+        return found
     missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
     if missing:
         return [
             f"{folder} is not a WanImageToVideoPipeline folder: it lacks {', '.join(missing)}; download the model in "
             "diffusers format, or run `dvc pull` if DVC versions it"
         ]
-    try:
-        index, config = _table(folder / "model_index.json"), _table(folder / "transformer" / "config.json")
-    except ArtifactError as error:
-        return [str(error)]
-    if kind := _unsupported(index, config):
-        return [f"{folder}: {kind}; name a Wan2.1 image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"]
-    found = []
     for network in NETWORKS:
         try:
-            there, _ = headers(folder / network), _table(folder / network / "config.json")
+            there, config = headers(folder / network), _table(folder / network / "config.json")
             if network == "transformer":
                 with reading(folder / network / "config.json", "download it again"):
                     found += _other_than(config, there)
         except ArtifactError as error:
             found.append(str(error))
     return [line if line.startswith(str(folder)) else f"{folder}/transformer: {line}" for line in found]
+
+
+def unsupported(folder: Path) -> list[str]:
+    """Why a folder's model is of another kind than this project distils, by what is there: its parts are others."""
+    try:
+        files = folder / "model_index.json", folder / "transformer" / "config.json"
+        kind = _unsupported(*(_table(file) if file.exists() else None for file in files))
+    except ArtifactError as error:
+        return [str(error)]
+    if kind:
+        return [f"{folder}: {kind}; name a Wan2.1 image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"]
+    return []
 
 
 def _table(path: Path) -> dict:
@@ -147,9 +154,9 @@ def _table(path: Path) -> dict:
         raise TypeError(f"a {type(found).__name__}")
 
 
-def _unsupported(index: dict, config: dict) -> str:
+def _unsupported(pipeline: dict | None, transformer: dict | None) -> str:
     """The kind of a model that is not the one this project distils; empty for Wan2.1's image-to-video models."""
-    kind = index.get("_class_name")
+    index, config = pipeline or {}, transformer or {}
     if index.get("transformer_2") not in (None, [None, None]):
         return "it has two experts (transformer_2, as Wan2.2-A14B), of which the second would be ignored"
     if index.get("expand_timesteps"):
@@ -160,12 +167,15 @@ def _unsupported(index: dict, config: dict) -> str:
         return "it takes a control video (Fun-Control: transformer in_channels = 52)"
     if config.get("in_channels") == 16:
         return "it takes no first frame (text-to-video: transformer in_channels = 16)"
-    if (channels := (config.get("in_channels"), config.get("out_channels"))) != (36, 16):
+    channels = config.get("in_channels"), config.get("out_channels")
+    if transformer is not None and channels != (36, 16):
         return f"its transformer has in_channels and out_channels = {channels}, not (36, 16)"
-    if config.get("image_dim") is None or config.get("added_kv_proj_dim") is None:
+    if transformer is not None and None in (config.get("image_dim"), config.get("added_kv_proj_dim")):
         return "its transformer does not look at the image's embedding (image_dim, as in Wan2.2)"
     known = ("WanImageToVideoPipeline", "WanI2VDMD2Pipeline")  # the second in what is exported for vLLM-Omni
-    return "" if kind in known else f"it is a {kind}, not a WanImageToVideoPipeline"
+    if pipeline is not None and (kind := index.get("_class_name")) not in known:
+        return f"it is a {kind}, not a WanImageToVideoPipeline"
+    return ""
 
 
 def _other_than(config: dict, found: dict[str, tuple[int, ...]]) -> list[str]:
