@@ -90,6 +90,27 @@ def test_a_score_that_is_no_number_is_not_enough(value: object, tmp_path: Path) 
     assert [one.reason for one in found] == ["score = nan is less than 1", ""]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_row_without_a_path_or_a_caption_goes_to_quarantine(suffix: str, tmp_path: Path) -> None:
+    rows = [{"path": "a.mp4", "caption": None}, {"path": None, "caption": "x"}, {"path": "b.mp4", "caption": "x"}]
+    table = write_table(tmp_path / f"t{suffix}", rows)
+    assert list(candidates(clips(table))) == [
+        Candidate(f"{tmp_path}/a.mp4", "", reason="it has no caption"),
+        Candidate(f"{table}: row 2", "", reason="its path is empty"),
+        Candidate(f"{tmp_path}/b.mp4", "x"),
+    ]
+
+
+def test_values_that_are_no_text_and_rows_that_are_too_short_are_that_row_s_reason(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.jsonl", [{"path": 5, "caption": "x"}, {"path": "a.mp4", "caption": 5}])
+    reasons = [one.reason for one in candidates(clips(table))]
+    assert reasons == ["its path is no text, but 5", "its caption is no text, but 5"]
+    (tmp_path / "t.csv").write_text("path,caption,score\na.mp4\n,x,1\nb.mp4,x\nc.mp4,x,1\n")
+    found = candidates(clips(tmp_path / "t.csv", filters={"at_least": {"score": 1}}))
+    reasons = ["it has no caption", "its path is empty", "score = nan is less than 1", ""]
+    assert [one.reason for one in found] == reasons
+
+
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [{"path": "a.mp4", "caption": "x"}])
     with pytest.raises(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
@@ -168,8 +168,8 @@ def _csv_rows(table: Path) -> Iterator[dict]:
                         f"{table}: line {lines.line_num} has {len(line)} cells and the header {len(header)}; put texts "
                         "that hold commas in double quotes"
                     )
-                if line:  # a row that is too short lacks its last columns
-                    yield dict(zip(header, line, strict=False))
+                if line:  # a row that is too short has nothing in its last columns
+                    yield dict(zip(header, chain(line, repeat(None)), strict=False))
         except csv.Error as error:
             raise ArtifactError(
                 f"{table}: line {lines.line_num}: {error}; within a text in double quotes write each of them twice"
@@ -191,25 +191,28 @@ class _Reader:
         times = [name for name in (columns.start, columns.end, columns.span) if name]
         self.other_columns = {*times, *filters.at_least, *filters.at_most}
 
-    def candidate(self, root: str, number: int, row: object) -> Candidate:
-        if not isinstance(row, dict):
-            row = {}
-        path, caption = self.columns.path, row.get(self.columns.caption)
-        for name in self.path_columns:
-            value = row.get(name)
-            path = path.replace(f"{{{name}}}", value) if isinstance(value, str) and value else ""
-        if not path or not isinstance(caption, str):
-            needed = " and ".join(dict.fromkeys([*self.path_columns, self.columns.caption]))
-            there = ", ".join(map(str, row)) or "none"
+    def candidate(self, root: str, number: int, row: dict) -> Candidate:
+        needed = list(dict.fromkeys([*self.path_columns, self.columns.caption]))
+        if not row.keys() >= set(needed):
             raise ArtifactError(
-                f"{self.table}: row {number}: needs the columns {needed}, both text; it has {there}: set clips.columns"
+                f"{self.table}: row {number}: needs the columns {' and '.join(needed)}; it has "
+                f"{', '.join(map(str, row)) or 'none'}: set clips.columns"
             )
         if not self.other_columns <= row.keys():
             lacking = ", ".join(sorted(self.other_columns - row.keys()))
             raise ArtifactError(
                 f"{self.table}: row {number}: has no column {lacking}, which clips.columns or filters name"
             )
+        path, caption = self.columns.path, row[self.columns.caption]
+        for name in self.path_columns:
+            if not isinstance(value := row[name], str) or not value:
+                found = "empty" if value in (None, "") else f"no text, but {value!r}"
+                return Candidate(f"{self.table}: row {number}", "", reason=f"its {name} is {found}")
+            path = path.replace(f"{{{name}}}", value)
         path = os.path.join(root, path)
+        if not isinstance(caption, str):
+            found = "it has no caption" if caption is None else f"its caption is no text, but {caption!r}"
+            return Candidate(path, "", reason=found)
         try:
             caption.encode()
             start, stop = self._span(row)
