@@ -27,6 +27,7 @@ from vpae.data.manifest import ROWS, table_of, write_rows
 
 SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi")
 OTHERS = (".gif", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv")  # not looked for, but named
+SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}  # of what is called CSV and has no commas
 STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
 
 
@@ -148,21 +149,26 @@ def _parquet_rows(table: Path) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def _json_rows(table: Path) -> Iterator[object]:
+def _json_rows(table: Path) -> Iterator[dict]:
     with table.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                with reading(table, f"correct its line {number}"):
-                    row = json.loads(line)
+                with reading(table, f"correct its line {number}: JSONL has one object in each line"):
+                    if not isinstance(row := json.loads(line), dict):
+                        raise TypeError(f"a {type(row).__name__}")
                 yield row
 
 
 def _csv_rows(table: Path) -> Iterator[dict]:
     with table.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, strict=True)
+        lines, ended = csv.reader(file, strict=True), 0
         try:
             header = next(lines, [])
+            if len(header) == 1 and (other := next((s for s in SEPARATORS if s in header[0]), "")):
+                raise ArtifactError(f"{table}: its cells are separated by {SEPARATORS[other]}: save it with commas")
+            ended = lines.line_num
             for line in lines:
+                ended = lines.line_num
                 if any(line[len(header) :]):
                     raise ArtifactError(
                         f"{table}: line {lines.line_num} has {len(line)} cells and the header {len(header)}; put texts "
@@ -171,6 +177,11 @@ def _csv_rows(table: Path) -> Iterator[dict]:
                 if line:  # a row that is too short has nothing in its last columns
                     yield dict(zip(header, chain(line, repeat(None)), strict=False))
         except csv.Error as error:
+            if "field limit" in str(error):  # as an open quote makes it, too
+                raise ArtifactError(
+                    f"{table}: line {ended + 1}: a cell has more than {csv.field_size_limit()} characters; shorten it, "
+                    "or close the double quote that opens it"
+                ) from error
             raise ArtifactError(
                 f"{table}: line {lines.line_num}: {error}; within a text in double quotes write each of them twice"
             ) from error
