@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -378,6 +379,19 @@ def test_sample_refuses_what_is_no_image(
     (tmp_path / "bad.png").write_bytes(b"hello" if fault == "text" else whole[: len(whole) // 2])
     assert asked(image=tmp_path / "bad.png") == 2
     assert "bad.png: cannot be read as an image" in capsys.readouterr().err
+
+
+def test_an_image_of_too_many_pixels_is_to_be_scaled_and_of_fewer_there_is_no_warning(
+    asked: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 799)
+    assert asked(image=tmp_path / "large.png") == 2
+    assert "large.png: has more than 1598 pixels, the most that is read; scale it down" in capsys.readouterr().err
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "large.png").size == (40, 40)
 
 
 def test_sample_names_all_faults_at_once(asked: Callable[..., int], capsys: pytest.CaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """The one reader of still images: what comes from here is upright, opaque and RGB with 8 bits a colour."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,16 @@ def read_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image")
     try:
-        with Image.open(path) as opened:
-            opened.load()  # all of it: a truncated file opens without a word
-            return _opaque(_eight_bits(ImageOps.exif_transpose(opened)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of its limit on
+            with Image.open(path) as opened:
+                opened.load()  # all of it: a truncated file opens without a word
+                return opaque(_eight_bits(ImageOps.exif_transpose(opened)))
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise ImageError(f"{path}: has more than {most} pixels, the most that is read; scale it down") from error
     except Exception as error:  # Pillow's plug-ins raise what they like on damaged files
         raise ImageError(f"{path}: cannot be read as an image ({first_line(error)}); copy or save it again") from error
 
@@ -46,7 +52,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
     """RGB, over the background where it is transparent: what lies under full transparency is not meant to be seen."""
     if not image.has_transparency_data:
         return image.convert("RGB")
