@@ -279,6 +279,28 @@ def test_colours_that_are_hidden_stay_hidden(make: Callable, options: dict, tmp_
     assert (np.asarray(read_image(tmp_path / "sticker.png")) == 255).all()
 
 
+@pytest.mark.parametrize(
+    ("codec", "form", "suffix"),
+    [
+        ("prores_ks", "yuva444p10le", ".mov"),
+        ("png", "rgba", ".mov"),
+        ("qtrle", "argb", ".mov"),
+        ("ffv1", "bgra", ".mkv"),
+    ],
+)
+def test_colours_that_a_video_hides_stay_hidden(codec: str, form: str, suffix: str, tmp_path: Path) -> None:
+    pixels = np.full((64, 64, 4), (255, 0, 0, 255), np.uint8)
+    pixels[:, :32, 3], pixels[:32, :32, 3] = 51, 0
+    with av.open(str(tmp_path / f"sticker{suffix}"), "w") as file:
+        stream = file.add_stream(codec, rate=8, width=64, height=64, pix_fmt=form)
+        for _ in range(5):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        file.mux(stream.encode())
+    found = read_clip(tmp_path / f"sticker{suffix}", 5, 64, 64, 8)[0].astype(int)
+    for place, colour in {(8, 8): (255, 255, 255), (56, 8): (255, 204, 204), (8, 56): (255, 0, 0)}.items():
+        assert np.abs(found[place] - colour).max() <= 3
+
+
 def test_half_transparent_colours_are_mixed_with_white(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (0, 100, 200, 51)).save(tmp_path / "glass.png")  # 51 of 255: a fifth
     assert np.asarray(read_image(tmp_path / "glass.png"))[0, 0].tolist() == [204, 224, 244]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 from vbench_i2v.damage import Watch, heard, without_past
+from vbench_i2v.images import opaque
 
 
 class VideoError(ValueError):
@@ -139,8 +141,13 @@ def pyav_frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as uint8 (H, W, 3), turned as its display matrix asks for."""
-    return np.rot90(frame.reformat(format="rgb24", threads=1).to_ndarray(), -_turns(frame))
+    """A decoded frame as uint8 (H, W, 3), turned as its display matrix asks for, over white where it is transparent."""
+    form = frame.format
+    if form.has_palette or any(component.is_alpha for component in form.components):
+        picture = np.asarray(opaque(Image.fromarray(frame.reformat(format="rgba", threads=1).to_ndarray())))
+    else:
+        picture = frame.reformat(format="rgb24", threads=1).to_ndarray()
+    return np.rot90(picture, -_turns(frame))
 
 
 def decoded(path: Path, start: float = 0.0) -> Iterator[av.VideoFrame]:
