@@ -39,6 +39,20 @@ def test_the_list_of_experiments_has_each_of_them_once_with_what_it_extends() ->
     assert len(rows) == len(there) and all(file == f"{name}.yaml" for name, file, *_ in rows)
 
 
+def test_videos_in_data_stay_out_of_git_and_what_versions_them_does_not(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    ours = [
+        "data/my-videos/a.mp4",
+        "data/my-videos/deep/a.txt",
+        "data/clips.csv",
+        "data/teachers/mine/model_index.json",
+    ]
+    gits = ["data/README.md", "data/my-videos.dvc", "data/sets/x.dvc", "data/.gitignore", "data/teachers/.gitignore"]
+    found = subprocess.run(["git", "check-ignore", *ours, *gits], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.split() == ours
+
+
 # The catalogue of workflows
 
 
