@@ -471,6 +471,18 @@ def test_the_workflow_sees_a_caption_and_a_video_that_were_replaced_in_a_subfold
         assert list(problems(source, "clips", tmp_path / "results"))
 
 
+def test_videos_brought_with_old_dates_are_seen_by_the_stage_or_after_a_touch(videos: Path, tmp_path: Path) -> None:
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
+    run_stage(source, "clips", tmp_path / "results")
+    write_coded(videos / "new.mp4", 6, start=60)
+    for path in (videos, videos / "new.mp4"):
+        os.utime(path, (time.time() - 1000,) * 2)
+    assert standing(source, tmp_path / "results")["clips"]  # as docs/data.md says
+    os.utime(videos)
+    assert not standing(source, tmp_path / "results")["clips"]
+    assert len(read_manifest(run_stage(source, "clips", tmp_path / "results"))) == 8
+
+
 def test_a_copy_of_results_and_videos_has_nothing_to_do(videos: Path, tmp_path: Path) -> None:
     source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")

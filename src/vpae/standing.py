@@ -58,7 +58,7 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
     """Stage -> whether its result is what it would make now; only of results of which that can be told.
 
     A copy, a checkout or a `touch` makes no difference. Of videos, whose content takes hours to read, the date counts:
-    they must not be newer than their catalogue.
+    they must not be newer than their catalogue. What was brought with old dates, only the stage `clips` itself sees.
     """
     settings = source.settings
     found = dict.fromkeys(settings.students, True)
