@@ -196,6 +196,19 @@ def test_seeds_that_nobody_heeds_or_reads_are_refused(clone: Clone, target: str,
     assert code != 0 and re.search(words, printed) and "Traceback" not in printed
 
 
+@pytest.mark.parametrize("given", ["007", "'007'", "1e5", "True"])
+def test_a_name_of_which_snakemake_makes_a_number_is_refused(clone: Clone, given: str) -> None:
+    for name in ("7", "100000.0", "True"):
+        clone.edit(name, lambda tree: tree.update(extends="micro"))
+    code, printed = clone.snakemake("--dry-run", "--config", f"experiment={given}")
+    assert code != 0 and "which is no name; write the name in brackets" in printed and "Traceback" not in printed
+
+
+def test_a_number_in_brackets_is_a_name(clone: Clone) -> None:
+    shutil.copy(clone.folder / "configs/micro.yaml", clone.folder / "configs/007.yaml")
+    assert clone.planned("--config", "experiment=[007]") == sorted(folders("007", *STAGES))
+
+
 @pytest.mark.slow
 def test_a_comparison_asks_for_every_method_once_a_seed(clone: Clone) -> None:
     made = clone.planned("rivals", "--config", "experiment=micro", "seeds='0,1'")

@@ -59,14 +59,21 @@ def experiment(name):
 if unknown := config.keys() - {"experiment", "seeds"}:
     stop(f"--config {', '.join(sorted(unknown))}: the workflow knows experiment=NAME[,NAME] and seeds=N[,N] alone")
 
+# Snakemake makes numbers of 007 and 1e5, whatever quotes are around them: then it would be another experiment's name.
+GIVEN = config.get("experiment", "tiny")
+NAMES = GIVEN if isinstance(GIVEN, list) else str(GIVEN).split(",")
+if not isinstance(GIVEN, (str, list)) or not all(isinstance(name, str) for name in NAMES):
+    stop(
+        f"--config experiment: Snakemake reads {GIVEN} there, which is no name; write the name in brackets, --config "
+        "'experiment=[NAME]', or rename its file in configs/ such that it is no number, True or False"
+    )
+
 
 def all_folders(wildcards):
     """Input function: every stage of the experiments asked for; what an overlay leaves alone is its base's."""
-    names = config.get("experiment", "tiny")
-    names = names if isinstance(names, list) else str(names).split(",")
     if "seeds" in config:
-        stop(f"--config seeds: of `rivals` and `ablations`; here name each, for instance experiment={names[0]}@1")
-    wanted = [(experiment(name), stage) for name in names for stage in stages_of(experiment(name).settings)]
+        stop(f"--config seeds: of `rivals` and `ablations`; here name each, for instance experiment={NAMES[0]}@1")
+    wanted = [(experiment(name), stage) for name in NAMES for stage in stages_of(experiment(name).settings)]
     return sorted({str(stage_folder(source, stage)) for source, stage in wanted})
 
 
@@ -226,7 +233,7 @@ def words_compared(kind):
 @cache
 def names_compared(kind):
     """Names of the experiments, NAME@SEED where the seed is not the file's own."""
-    base = str(config.get("experiment", "tiny"))
+    base = ",".join(NAMES)
     if not re.fullmatch("[^,@[]+", base):
         stop(f"--config experiment={base}: `{kind}` takes the name of one experiment; seeds=N[,N] says which seeds")
     if kind == "rivals":

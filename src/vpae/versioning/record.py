@@ -169,7 +169,7 @@ def _pull(remote: str | None, targets: Sequence[str], folders: Sequence[str]) ->
 
 
 def _all_of(experiment: str) -> tuple[str, ...]:
-    return "--cores", "1", "--config", f"experiment={experiment}", "--", "all"
+    return "--cores", "1", "--config", f"experiment=[{experiment}]", "--", "all"
 
 
 def _require_nothing_to_do(experiment: str) -> None:
