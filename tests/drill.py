@@ -10,7 +10,6 @@ import io
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from conftest import STAGES
+from started import Started
 from test_fuzz import EXAMPLES
 from test_inputs import WRONG, cut_out, experiment, moving, write_clip, zeros
 from vpae.artifacts import file_hashes, read_provenance
@@ -39,17 +39,9 @@ SECONDS = ("scores.json", "table.md")  # hold measured seconds; so does the repo
 Row = tuple[str, int, int, str]  # what was tried, how often, how often with a defined outcome, and a remark
 
 
-def start(stage: str, place: Path, **options: object) -> subprocess.Popen:
-    """Begin a stage as a user does, in a process group of its own; results are in `place`/results."""
-    command = [sys.executable, "-m", "vpae.cli", stage, "--config", str(MICRO)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, start_new_session=True, cwd=place, text=True, **pipes, **options)
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit code and what was said."""
-    said = process.communicate(timeout=PATIENCE)[1]
-    return process.returncode, said
+def start(stage: str, place: Path, **options: int) -> Started:
+    """Begin a stage as a user does; results are in `place`/results."""
+    return Started([stage, "--config", str(MICRO)], place, **options)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -66,7 +58,7 @@ def undisturbed(place: Path, stages: list[str]) -> dict[str, float]:
     took = {}
     for stage in stages:
         begun = time.monotonic()
-        code, said = finish(start(stage, place))
+        code, said = start(stage, place).finish(PATIENCE)
         if code:
             raise RuntimeError(f"{stage} fails without any disturbance:\n{said}")
         took[stage] = time.monotonic() - begun
@@ -82,18 +74,15 @@ def kills(place: Path, whole: Path, took: dict[str, float], plan: list[tuple[str
             shutil.rmtree(folder, ignore_errors=True)
             for _, share, number in mine[first : first + CHAIN]:
                 process = start(stage, place)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(share * seconds)
-                within += process.poll() is None
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                code, said = finish(process)
+                within += not process.ends_within(share * seconds)
+                process.kill(number)
+                code, said = process.finish(PATIENCE)
                 done += code in ENDS
                 repairs += "damaged" in said
                 print(f"  {stage}: {signal.Signals(number).name} after {share * seconds:.1f} s: {code}", flush=True)
                 if code not in ENDS:
                     print(said)
-            code, said = finish(start(stage, place))
+            code, said = start(stage, place).finish(PATIENCE)
             repairs += "damaged" in said
             if code:
                 raise RuntimeError(f"{stage} does not go on after it was killed:\n{said}")
@@ -228,8 +217,7 @@ def full_disk(whole: Path, place: Path, stages: list[str]) -> list[Row]:
         folder = place / "results/micro" / stage
         largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         shutil.rmtree(folder)
-        limit = lambda size=largest // 2: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
-        code, said = finish(start(stage, place, preexec_fn=limit))
+        code, said = start(stage, place, largest_file=largest // 2).finish(PATIENCE)
         fine = code == 2 and "make room" in said and not folder.exists()
         good += fine
         if not fine:
