@@ -61,12 +61,12 @@ def animate(
     encoders, device = Encoders(pipeline), get_module_execution_device(pipeline.transformer)
     first = np.asarray(picture)
     frame = by_vae(lambda: encoders.conditions([first], num_frames))
-    texts = encoders.texts([prompt, negative_prompt])
+    texts = encoders.texts([prompt] if guidance_scale == 1.0 else [prompt, negative_prompt])
     condition = Condition(
         frame_BCFHW=torch.cat([first_frame_mask(1, *frame.shape[2:]), frame], dim=1).to(device),
         image_BND=encoders.images([first]).to(device),
         text_BLD=pad_text(texts[0])[None].to(device),
-        empty_text_LD=pad_text(texts[1]).to(device),
+        empty_text_LD=pad_text(texts[-1]).to(device),  # without guidance nothing asks for it
     )
     student = bool(pipeline.scheduler.config.get("stochastic_sampling", False))
     row = Sampler(model="student" if student else "teacher", steps=steps, guidance_scale=guidance_scale)
