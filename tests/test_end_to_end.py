@@ -4,9 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import STAGES
+from started import Started
 from vpae.artifacts import ArtifactError, file_hashes, read_provenance, write_json
 from vpae.cli import main
 from vpae.data.catalog import read_truth
@@ -36,6 +34,7 @@ from vpae.stages import run_stage
 from vpae.teacher.stage import _encoded
 
 CONFIG = Path(__file__).parents[1] / "configs" / "micro.yaml"
+PATIENCE = 900  # seconds that a stage may take
 ROWS = {"real", "teacher-100nfe", "teacher-1nfe", "priming-1nfe", "vpae-1nfe", "vpae-2nfe", "vpae-4nfe"}
 
 
@@ -292,14 +291,15 @@ def test_a_killed_run_ends_with_the_same_weights(results, tmp_path):
     folder.mkdir()
     for stage in ("clips", "teacher", "latents"):
         (folder / stage).symlink_to(results / stage)
-    command = [sys.executable, "-m", "vpae.cli", "priming", "--config", str(CONFIG), "--results", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(folder.glob(".state/priming-*/step-00000001")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    killed = process.wait() == -signal.SIGKILL
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert not killed or re.search(r"priming: goes on after step \d of", done.stderr)
+    words = ["priming", "--config", str(CONFIG), "--results", str(tmp_path)]
+    process = Started(words, tmp_path)
+    while not process.ends_within(0.02) and not list(folder.glob(".state/priming-*/step-00000001")):
+        pass
+    process.kill(signal.SIGKILL)
+    killed = process.finish(PATIENCE)[0] == -signal.SIGKILL
+    code, said = Started(words, tmp_path).finish(PATIENCE)
+    assert code == 0, said
+    assert not killed or re.search(r"priming: goes on after step \d of", said)
     weights = "student/transformer/diffusion_pytorch_model.safetensors"
     again, uninterrupted = (file_hashes(f / "priming") for f in (folder, results))
     assert again[weights] == uninterrupted[weights]

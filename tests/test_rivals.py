@@ -1,6 +1,7 @@
 """The rivals on tiny models: what each network is shown, who learns, and what a setting turns one method into."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -392,7 +393,8 @@ def test_apt_starts_from_consistency_s_student_and_so_may_the_equilibrium():
 
 
 @pytest.mark.slow
-def test_all_rivals_go_through_every_stage_into_one_report(tmp_path):
+def test_all_rivals_go_through_every_stage_into_one_report(finished_micro, tmp_path):
+    shutil.copytree(finished_micro, tmp_path, dirs_exist_ok=True)  # what they share with it
     source = load(CONFIGS / "micro-rivals.yaml", ["samples.rows.teacher-100nfe=null"])
     for stage in stages_of(source.settings):
         run_stage(source, stage, tmp_path)
