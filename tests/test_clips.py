@@ -598,7 +598,7 @@ def test_where_the_paths_of_a_table_count_from_is_said_where_no_video_is_found(t
         ("t.csv", "path\tcaption\na.mp4\tred, round\n", "its cells are separated by tabs: save it with commas"),
         ("t.csv", f"path,caption\na.mp4,{'x' * 2**18}\n", "line 2: a cell has more than 131072 characters; shorten"),
         ("t.csv", 'path,caption\na.mp4,"open\n' + "b.mp4,x\n" * 2**15, "line 2: .* close the double quote that"),
-        ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "its text UTF-8: convert it"),
+        ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "UnicodeDecodeError.*; save it as UTF-8 text"),
         ("t.csv", "path,caption\n", "no videos there"),
         ("t.csv", "path,caption\na.mp4,a red, round ball\n", "line 2 has 3 cells and the header 2; put texts"),
         ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "line 3: unexpected end of data; within a text"),

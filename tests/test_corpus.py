@@ -101,6 +101,14 @@ def test_a_row_without_a_path_or_a_caption_goes_to_quarantine(suffix: str, tmp_p
     ]
 
 
+def test_a_path_that_can_be_no_file_s_name_is_that_row_s_reason(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"path": "a\\ud800.mp4", "caption": "x"}\n{"path": "b.mp4", "caption": "x"}\n')
+    write_candidates(tmp_path / "plan.parquet", clips(table))
+    bad, good = read_candidates(tmp_path / "plan.parquet", 0, 2)
+    assert "can be no file's name" in bad.reason and bad.path == f"{table}: row 1" and not good.reason
+
+
 def test_values_that_are_no_text_and_rows_that_are_too_short_are_that_row_s_reason(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.jsonl", [{"path": 5, "caption": "x"}, {"path": "a.mp4", "caption": 5}])
     reasons = [one.reason for one in candidates(clips(table))]

@@ -133,6 +133,7 @@ def test_a_wrong_file_is_refused_by_what_is_missing_and_too_many(tmp_path, monke
     wrong["decoder.1.weight"] = torch.zeros(256, 48, 3, 3)  # taew2.2's
     save_file(wrong, "wrong.safetensors")
     torch.save({**weights(), "decoder.trap": Trap()}, "trap.pth")
+    save_file({"a": torch.zeros(1)}, "another.safetensors")
     Path("cut.safetensors").write_bytes(b"short")
     Path("other.bin").write_bytes(b"")
     for name, said in {
@@ -141,6 +142,7 @@ def test_a_wrong_file_is_refused_by_what_is_missing_and_too_many(tmp_path, monke
             '"decoder.23.weight"',
             "[256, 48, 3, 3]",
         ),
+        "another.safetensors": ("It holds a, which are none of its weights", "Missing key(s)"),
         "trap.pth": ("damaged, or no file of weights",),
         "cut.safetensors": ("damaged, or no file of weights",),
         "other.bin": (".safetensors or .pth",),

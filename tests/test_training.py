@@ -182,6 +182,14 @@ def test_saves_that_were_cut_off_leave_nothing_and_a_damaged_line_stops_nothing(
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
 
 
+@pytest.mark.parametrize("content", ["[]", "7", "{}", "{"])
+def test_a_state_whose_position_is_none_is_damaged(content, tmp_path):
+    checkpoint.save(tmp_path, build_priming(), {"step": 1, "drawn": 0})
+    (tmp_path / "step-00000001" / checkpoint.POSITION).write_text(content)
+    with pytest.raises(ArtifactError, match="no state in it is whole"):
+        checkpoint.load_latest(tmp_path, build_priming())
+
+
 def test_a_state_holds_no_frozen_weights(tmp_path):
     phase = build_priming()
     frozen = {name for name, p in phase.networks["base"].named_parameters() if not p.requires_grad}

@@ -211,6 +211,12 @@ def test_clip_reads_a_torchscript_archive(archive):
     assert half.dtype == torch.float16 and torch.allclose(half.float(), expected, atol=0.1, rtol=0.05)
 
 
+def test_a_folder_in_the_place_of_clip_s_archive_is_named(tmp_path):
+    (tmp_path / "ViT-B-32.pt").mkdir()
+    with pytest.raises(NotComputed, match=r"ViT-B-32\.pt is no CLIP archive"):
+        clip.load(tmp_path / "ViT-B-32.pt")
+
+
 def test_layer_norms_of_clip_stay_in_float32():
     model = clip.in_dtype(clip.from_openai(openai_state(128)), torch.float16)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]

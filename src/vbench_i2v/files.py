@@ -111,16 +111,16 @@ def folder_digest(folder: Path) -> str:
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path, remedy: str = "is the file complete?") -> object:
     """The content of a JSON file.
 
     Raises:
-        VBenchError: it is none.
+        VBenchError: it is none; ends with the remedy.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-        raise VBenchError(f"{path}: not JSON ({error}); is the file complete?") from error
+        raise VBenchError(f"{path}: not JSON ({error}); {remedy}") from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -94,7 +94,7 @@ def _as_published(settings: Folder) -> bool:
 def _sampling(settings: Folder) -> dict:
     """How the videos were made: what was noted beside them, and what the settings add."""
     noted = user_path(settings.videos) / SAMPLING
-    found = read_json(noted) if noted.is_file() else {}
+    found = read_json(noted, "correct or remove it") if noted.is_file() else {}
     if not isinstance(found, dict):
         raise VBenchError(f"{noted}: no JSON object; correct or remove it")
     return found | settings.sampling

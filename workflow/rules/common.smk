@@ -242,7 +242,10 @@ def names_compared(kind):
         found = Path("configs").glob(f"{base}-*.yaml")
         names = [base, *sorted(file.stem for file in found if file.stem.startswith((f"{base}-no-", f"{base}-with-")))]
         if len(names) == 1:
-            stop(f"--config experiment={base}: there is no configs/{base}-no-*.yaml or {base}-with-*.yaml to compare")
+            stop(
+                f"--config experiment={base}: there is no configs/{base}-no-*.yaml or {base}-with-*.yaml to compare; "
+                f"write one, with `extends: {base}` and the keys that differ"
+            )
     given = config.get("seeds", "0,1,2" if kind == "rivals" else "0")
     seeds = [str(seed).strip() for seed in (given if isinstance(given, list) else str(given).split(","))]
     if not all(seed.isdigit() for seed in seeds):

@@ -39,7 +39,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModelWithP
     try:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
         return in_dtype(from_openai(state), dtype)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:  # of a folder the last
         raise NotComputed(f"{path} is no CLIP archive of OpenAI's ({first_line(error)}); fetch it again") from error
 
 

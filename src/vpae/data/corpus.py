@@ -64,7 +64,8 @@ def candidates(clips: Clips) -> Iterator[Candidate]:
             f"clips.path = {table}: tables are named {', '.join(ROWS_OF)}, by what is in them; rename it"
         )
     root, read = str(clips.root or table.parent), _Reader(table, clips.columns, clips.filters)
-    with reading(table, "a table is CSV, JSONL or parquet, and its text UTF-8: convert it"):
+    remedy = "copy or download it again" if kind == ".parquet" else "save it as UTF-8 text"
+    with reading(table, remedy):
         for number, row in enumerate(ROWS_OF[kind](table), 1):
             yield read.candidate(root, number, row)
 
@@ -221,6 +222,10 @@ class _Reader:
                 return Candidate(f"{self.table}: row {number}", "", reason=f"its {name} is {found}")
             path = path.replace(f"{{{name}}}", value)
         path = os.path.join(root, path)
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError:
+            return Candidate(f"{self.table}: row {number}", "", reason=f"its path {path!a} can be no file's name")
         if not isinstance(caption, str):
             found = "it has no caption" if caption is None else f"its caption is no text, but {caption!r}"
             return Candidate(path, "", reason=found)

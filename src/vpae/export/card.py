@@ -14,6 +14,7 @@ import yaml
 import vpae
 from vpae.artifacts import (
     PROVENANCE,
+    ArtifactError,
     identity,
     package_versions,
     read_provenance,
@@ -125,7 +126,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     with reading(path, "it is no scores.json of the evaluation stage: name one"):
         scores = json.loads(path.read_text())
         if not isinstance(scores, dict) or not isinstance(scores.get("rows"), dict):
-            raise ValueError('it has no "rows"')
+            raise ArtifactError(f'{path} has no "rows" of scores; name a scores.json of the evaluation stage')
         _table(scores)
     return scores
 

@@ -109,9 +109,12 @@ def load_small_decoder(file: Path | str, dtype: torch.dtype = torch.float32) -> 
     try:
         decoder.load_state_dict(found, assign=True)
     except RuntimeError as error:
+        strange = sorted(found.keys() - wanted)[:3]
+        holds = f"It holds {', '.join(strange)}, which are none of its weights. " if strange else ""
         raise ArtifactError(
             f"{file}: these are not the weights of taew2.1; take taew2_1.safetensors or taew2_1.pth of "
-            f"github.com/madebyollin/taehv (those of other models have other names). {shorten(str(error), MOST_SAID)}"
+            "github.com/madebyollin/taehv (those of other models have other names). "
+            f"{holds}{shorten(str(error), MOST_SAID)}"
         ) from error
     return decoder.to(dtype).eval().requires_grad_(False)
 

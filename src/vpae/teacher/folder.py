@@ -275,7 +275,8 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
         ArtifactError: it is missing, a Git LFS pointer, cut off, or no safetensors file.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path}: missing; download it again, or `dvc pull` what DVC versions")
+        strength = ". Only a number after the last colon is a LoRA's strength" if ":" in path.name else ""
+        raise ArtifactError(f"{path}: missing; download it again, or `dvc pull` what DVC versions{strength}")
     with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":

@@ -160,7 +160,7 @@ def _damaged(state: Path) -> Path | None:
 
 def _read_position(state: Path) -> dict:
     position = json.loads((state / POSITION).read_text())
-    if position.pop("digest", None) != digest(position):
+    if not isinstance(position, dict) or position.pop("digest", None) != digest(position):
         raise ValueError(f"{state / POSITION} is not as it was written")
     return position
 
