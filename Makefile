@@ -29,7 +29,7 @@ demo: $(READY) ## Distil the tiny teacher to one step (minutes on two cores) and
 test: $(READY) ## Run the tests; more arguments for pytest in ARGS="..."
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-rehearsal: $(READY) ## All stages of the 14B configuration with two blocks of its width: 12 GB, some 10 CPU-minutes
+rehearsal: $(READY) ## All stages of the 14B configuration with two blocks of its width: 12 GB, some 11 CPU-minutes
 	VPAE_REHEARSAL=1 $(BIN)/pytest tests/test_full_width.py $(ARGS)
 
 drill: $(READY) ## Kill every stage of micro at random, spoil its inputs, fill its disk; more in ARGS="--kills 50 --seed 0"

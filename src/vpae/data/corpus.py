@@ -64,7 +64,7 @@ def candidates(clips: Clips) -> Iterator[Candidate]:
             f"clips.path = {table}: tables are named {', '.join(ROWS_OF)}, by what is in them; rename it"
         )
     root, read = str(clips.root or table.parent), _Reader(table, clips.columns, clips.filters)
-    remedy = "copy or download it again" if kind == ".parquet" else "save it as UTF-8 text"
+    remedy = "copy or download it again, or name it by what is in it" if kind == ".parquet" else "save it as UTF-8 text"
     with reading(table, remedy):
         for number, row in enumerate(ROWS_OF[kind](table), 1):
             yield read.candidate(root, number, row)
