@@ -39,6 +39,7 @@ def tiny() -> dict[str, tuple]:
     return last_step(CONFIGS / "tiny.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_an_ablation_changes_what_a_step_computes(path: Path, tiny: dict[str, tuple]) -> None:
     found = last_step(path)

@@ -139,6 +139,7 @@ def rows_of(monkeypatch, error: Exception | None, refuses: Exception | None = No
     return [row | bench._evaluation(row["mode"], row["attention"], 1) for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "words", "modes"),
     [
@@ -167,6 +168,7 @@ def test_a_backend_that_is_not_there_is_left_out_with_its_reason(monkeypatch, re
     assert all(row["skipped"] == f"the backend is not to be had: {refuses}" for row in rows[1::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("wrong"), TypeError("wrong")])
 def test_mistakes_end_a_measurement(monkeypatch, error) -> None:
     with pytest.raises(type(error), match=str(error)):

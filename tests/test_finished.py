@@ -340,6 +340,7 @@ def flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [truncated, flipped, Path.unlink])
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "position.json"])
 def test_after_a_damaged_state_the_one_before_is_taken_loudly(

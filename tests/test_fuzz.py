@@ -191,6 +191,7 @@ def lines(tree: object) -> bytes:
     return "\n".join(json.dumps(row) for row in (tree if isinstance(tree, list) else [tree])).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @QUICK
 @given(content=st.binary(max_size=200))

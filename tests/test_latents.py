@@ -374,6 +374,7 @@ def change_a_caption(place: Workplace) -> None:
     (place.videos / "clip-3.txt").write_text("something else")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change_a_video, add_a_video, change_a_caption])
 def test_only_shards_whose_clips_changed_are_encoded_again(
     change: Callable[[Workplace], None], place: Workplace, encoded: list[int]
@@ -421,6 +422,7 @@ def test_cuts_between_shards_fall_where_they_fell_before(size: int) -> None:
         assert len(parts([k for k in range(1000) if k != seed * 89]) - before) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "image_encoder"])
 def test_a_changed_encoder_encodes_everything_again(part: str, place: Workplace, encoded: list[int]) -> None:
     folder = place.run(world=True)
@@ -550,6 +552,7 @@ class Stop(BaseException):
     """Stands for whatever ends a process in the middle."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_a_killed_run_is_taken_up_after_its_last_finished_shard(
     calls: int, finished: tuple[Workplace, Path], place: Workplace, encoded: list[int], monkeypatch: pytest.MonkeyPatch

@@ -213,6 +213,7 @@ def test_the_generator_sees_the_noised_real_clip_at_times_of_its_interval(turn):
 # Both phases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, 0.3])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("build", "first"), [(build_priming, 0.9), (build_equilibrium, 1.0)])

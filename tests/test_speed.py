@@ -204,6 +204,7 @@ class Waits(TorchDispatchMode):
         self.paused = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
 def test_between_logs_the_loop_reads_one_number_an_update(name, tmp_path):
     phase, waits, counts, made = BUILD[name](), Waits(), [0], []

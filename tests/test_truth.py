@@ -62,6 +62,7 @@ def spliced(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate([first[: T // 2 + 1], second[T // 2 + 1 :]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda frames, _: frames, compressed, blurred], ids=["real", "h264", "blurred"])
 def test_real_clips_pass(world, change, tmp_path):
     scores = means([(truth, change(frames, tmp_path)) for truth, frames in world])

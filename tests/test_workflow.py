@@ -181,6 +181,7 @@ def test_a_stage_told_to_end_saves_and_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "results/micro/logs/clips.log").read_text() == "at work\nsaved\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "given", "words"),
     [
