@@ -154,6 +154,8 @@ def test_a_student_is_not_scored_on_clips_that_it_was_trained_on(tmp_path: Path,
     (tmp_path / "ours.yaml").write_text(f"extends: micro\n{tree}")
     source = load(tmp_path / "ours.yaml", environment=False)
     ours = write_latents(results / "ours/latents", train="ef", held_out="abcd")
+    (results / "another/latents").mkdir(parents=True)
+    (results / "another/latents" / PROVENANCE).write_text("{")  # an experiment's that has nothing to do with it
     with pytest.raises(ConfigError, match=r"students\.found: 2 of the 4 held-out clips are .* trained on"):
         stages._require_unseen(source, ours, results)
     stages._require_unseen(source, write_latents(results / "fewer/latents", train="c", held_out="ab"), results)

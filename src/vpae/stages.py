@@ -143,7 +143,7 @@ def _require_unseen(source: Source, latents: Path, results: Path) -> None:
     for name, folder in source.settings.students.items():
         trained_on = read_provenance(Path(folder))["inputs"].get("latents")
         places = {*results.glob("*/latents"), *Path(folder).parent.parent.glob("*/latents")}
-        place = next((p for p in sorted(places) if read_provenance(p) and identity(p) == trained_on), None)
+        place = next((p for p in sorted(places) if _is(p, trained_on)), None)
         if place is None:
             print(
                 f"vpae: students.{name}: the latents that {folder} was trained on are not here: that none of them is "
@@ -158,6 +158,14 @@ def _require_unseen(source: Source, latents: Path, results: Path) -> None:
                 f"that {folder} was trained on ({place}), and their scores would flatter it; hold out as many clips of "
                 "the same videos as there, or others"
             )
+
+
+def _is(folder: Path, wanted: str | None) -> bool:
+    """Whether a folder is a finished one of this identity; of other experiments' some may be damaged or locked away."""
+    try:
+        return identity(folder) == wanted
+    except (ArtifactError, OSError):
+        return False
 
 
 def _encoder_weights(folder: Path, prefix: str) -> set[str]:
