@@ -4,6 +4,7 @@ import json
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -107,3 +108,16 @@ def test_means_and_differences_are_over_the_same_seeds(tmp_path):
         search.over_seeds([tmp_path / "fewer.jsonl"], [["a", "c"]])
     with pytest.raises(SystemExit, match="no variant d; there are a, b, c"):
         search.over_seeds([tmp_path / "rows.jsonl"], [["a", "d"]])
+
+
+def test_an_evaluation_is_one_clip_and_a_backward_pass_two_more():
+    class Network(search.nn.Linear):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    phase = SimpleNamespace(networks={"one": (network := Network(1, 1))})
+    together, apart = (lambda: network(search.torch.ones(4, 1))), (lambda: [network(search.torch.ones(2, 1))] * 2)
+    assert search.evaluations(phase, together) == 12
+    with search.torch.no_grad():
+        assert search.evaluations(phase, together) == 4
+        assert search.evaluations(phase, apart) == 2  # one pass, of which the result is taken twice
