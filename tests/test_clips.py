@@ -289,7 +289,7 @@ def test_folders_that_are_linked_are_read_and_hidden_ones_and_circles_are_not(vi
 def test_the_stage_says_how_many_captions_are_file_names(videos: Path, tmp_path: Path, capsys) -> None:
     (videos / "clip_no-0.txt").write_text("a red disc moves to the left")
     run_stage(experiment(tmp_path, source="folder", path=str(videos), train=3, held_out=3), "clips", tmp_path / "some")
-    assert f"clips: 6 videos in {videos} have no NAME.txt beside them: their own names" in capsys.readouterr().err
+    assert f"clips: no NAME.txt beside 6 of the videos in {videos}: there the video's name" in capsys.readouterr().err
     for file in (*videos.glob("*.mp4"), videos / "deeper" / "seventh.MP4"):
         file.with_suffix(".txt").write_text("a red disc moves to the left")
     run_stage(experiment(tmp_path, source="folder", path=str(videos), train=3, held_out=3), "clips", tmp_path / "none")

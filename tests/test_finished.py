@@ -30,8 +30,10 @@ from vpae.artifacts import (
     locked,
     read_provenance,
     recover,
+    write_json,
 )
 from vpae.data.index import INDEX, Entry, write_index
+from vpae.data.manifest import Clip, write_manifest
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import stage_settings
 from vpae.stages import run_stage
@@ -157,12 +159,30 @@ def test_a_student_is_not_scored_on_clips_that_it_was_trained_on(tmp_path: Path,
     (results / "another/latents").mkdir(parents=True)
     (results / "another/latents" / PROVENANCE).write_text("{")  # an experiment's that has nothing to do with it
     with pytest.raises(ConfigError, match=r"students\.found: 2 of the 4 held-out clips are .* trained on"):
-        stages._require_unseen(source, ours, results)
-    stages._require_unseen(source, write_latents(results / "fewer/latents", train="c", held_out="ab"), results)
+        stages._require_unseen(source, stages._hashes(ours, "held_out"), results)
+    stages._require_unseen(source, {"a", "b"}, results)
     assert not capsys.readouterr().err
     shutil.rmtree(theirs)
-    stages._require_unseen(source, ours, results)
+    stages._require_unseen(source, {"a", "b", "c", "d"}, results)
     assert "students.found: the latents that " in capsys.readouterr().err
+
+
+def test_a_student_that_knows_held_out_clips_is_refused_before_they_are_encoded(tmp_path: Path) -> None:
+    results, student = tmp_path / "results", tmp_path / "results/theirs/equilibrium"
+    theirs = write_latents(results / "theirs/latents", train="cd", held_out="")
+    with building(student, {}, {"latents": identity(theirs)}) as (out, _):
+        (out / "student").mkdir()
+        write_json(out / "student/model_index.json", {})
+    keys = [f"students.found={student}", "clips.source=folder", "clips.path=videos"]
+    source = load(ROOT / "configs/micro.yaml", keys, environment=False)
+    clips = results / "micro/clips"
+    with building(clips, stage_settings(source.settings, "clips"), {}) as (out, _):
+        write_manifest(out, [Clip(one, f"{one}.mp4", "held_out", "a disc", 64, 64, 8.0, one) for one in "bc"])
+    made = {"clips": identity(clips)}
+    with building(results / "micro/teacher", stage_settings(source.settings, "teacher"), made):
+        pass
+    with pytest.raises(ConfigError, match=r"students\.found: 1 of the 2 held-out clips"):
+        stages._task(source, "latents", results)
 
 
 def task_of(source: Source, stage: str, results: Path) -> stages._Task:

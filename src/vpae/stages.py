@@ -127,19 +127,11 @@ def _require_own_teacher(source: Source, teacher: Path) -> None:
             )
 
 
-def _require_unseen(source: Source, latents: Path, results: Path) -> None:
+def _require_unseen(source: Source, held_out: set[str], results: Path) -> None:
     """Refuse students that were trained on clips held out here: their scores would be those of what they know.
 
     A clip of the procedural world belongs to one split of one seed, and can be in no other.
     """
-    if source.settings.clips.source == "world":
-        return
-    from vpae.data.index import INDEX, read_index  # brings pyarrow, of which the workflow's planning has no need
-
-    def hashes(folder: Path, split: str) -> set[str]:
-        with reading(folder / INDEX, "run the stage latents again"):
-            return {*read_index(folder / INDEX, split)[1].table["clip_sha256"].to_pylist()}
-
     for name, folder in source.settings.students.items():
         trained_on = read_provenance(Path(folder))["inputs"].get("latents")
         places = {*results.glob("*/latents"), *Path(folder).parent.parent.glob("*/latents")}
@@ -150,14 +142,23 @@ def _require_unseen(source: Source, latents: Path, results: Path) -> None:
                 "held out in this experiment cannot be checked",
                 file=sys.stderr,
             )
-            continue
-        held_out = hashes(latents, "held_out")
-        if known := held_out & hashes(place, "train"):
+        elif known := held_out & _hashes(place, "train"):
             raise ConfigError(
                 f"{source.path}: students.{name}: {len(known)} of the {len(held_out)} held-out clips are among those "
                 f"that {folder} was trained on ({place}), and their scores would flatter it; hold out as many clips of "
                 "the same videos as there, or others"
             )
+
+
+def _hashes(folder: Path, split: str) -> set[str]:
+    """Of the files of a split's clips, as a finished folder of clips or latents has them."""
+    from vpae.data.index import INDEX, read_index  # brings pyarrow, of which the workflow's planning has no need
+    from vpae.data.manifest import MANIFEST, iterate_manifest
+
+    if (folder / MANIFEST).is_file():
+        return {clip.sha256 for clip in iterate_manifest(folder, split)}
+    with reading(folder / INDEX, "run the stage latents again"):
+        return {*read_index(folder / INDEX, split)[1].table["clip_sha256"].to_pylist()}
 
 
 def _is(folder: Path, wanted: str | None) -> bool:
@@ -196,7 +197,9 @@ def _task(source: Source, stage: str, results: Path) -> _Task:
     digests = {name: identity(path) for name, path in folders.items()}
     if TEACHER in folders and folders.keys() & source.settings.students.keys():
         _require_own_teacher(source, folders[TEACHER])
-        _require_unseen(source, folders["latents"], results)
+    clips = folders.get("clips", folders.get("latents"))  # clips are there before they are encoded
+    if clips and source.settings.students and source.settings.clips.source != "world":
+        _require_unseen(source, _hashes(clips, "held_out"), results)
     module = importlib.import_module(STAGES[stage].module)
     if hasattr(module, "external_inputs"):
         digests |= module.external_inputs(source.settings)

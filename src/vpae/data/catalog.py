@@ -160,8 +160,8 @@ def _candidates(settings: Experiment, state: Path) -> Path:
         with kept(plan) as temporary:
             if named := corpus.write_candidates(temporary, settings.clips):
                 print(
-                    f"clips: {named} videos in {settings.clips.path} have no NAME.txt beside them: their own names are "
-                    "their captions",
+                    f"clips: no NAME.txt beside {named} of the videos in {settings.clips.path}: there the video's name "
+                    "is the caption",
                     file=sys.stderr,
                 )
     if not corpus.count_candidates(plan):
