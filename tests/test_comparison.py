@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ from vpae.artifacts import ArtifactError, digest, write_json
 from vpae.distill import METHODS
 from vpae.evaluation import truth
 from vpae.experiment import ConfigError, Source, load
-from vpae.graph import stage_folder, stage_settings, stages_of, upstream
+from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, upstream
 from vpae.report import comparison
+from vpae.report.alike import is_of, require_alike
 from vpae.stages import run_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -78,12 +78,9 @@ def test_the_bare_name_and_the_paper_s_figure_are_the_base_s_whatever_comes_firs
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_trained_teacher_s_rows_are_not_compared_with_a_given_one_s(first, tmp_path):
     folder = overlays(tmp_path, other="teacher: {source: folder, path: data/teachers/tiny}\n")
-    finish(source := load(folder / "micro.yaml"), folder / "results")
-    runs = comparison.runs_of(source, folder / "results")
-    other = comparison._measure(load(folder / "other.yaml").settings)
-    sides = [runs, [replace(run, experiment="other", measure=other) for run in runs]]
+    sources = [load(folder / f"{name}.yaml") for name in ("micro", "other")]
     with pytest.raises(ConfigError, match=r"teacher.source is .*evaluate both alike"):
-        comparison.compare([*sides[first], *sides[1 - first]])
+        require_alike([sources[first], sources[1 - first]])
 
 
 @pytest.mark.parametrize(
@@ -228,6 +225,18 @@ def test_experiments_that_were_measured_differently_are_not_compared(change, tmp
     folder = overlays(tmp_path, other=f"seed: 1\n{change}")
     with pytest.raises(ConfigError, match=r"micro and .*other.* so that their scores cannot be compared"):
         compared(folder, ["micro", "other"])
+
+
+def test_a_table_is_of_the_evaluations_that_were_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(overlays(tmp_path))
+    source, table = load("micro.yaml"), Path("comparison.json")
+    finish(source, RESULTS)
+    assert not is_of(table, [source])
+    comparison.run(["micro"], table.with_suffix(""), configs=Path())
+    assert is_of(table, [source])
+    provenance = RESULTS / "micro/evaluation/provenance.json"
+    write_json(provenance, {**json.loads(provenance.read_text()), "outputs": {"scores.json": "another run's"}})
+    assert not is_of(table, [source])
 
 
 def test_what_changes_the_training_alone_is_compared(tmp_path):

@@ -595,6 +595,27 @@ def test_a_stage_belongs_to_the_furthest_base_with_the_same_settings(base: Path)
     assert set(owners(undone).values()) == {"base"}
 
 
+@pytest.mark.parametrize("order", [["ben", "ana"], ["ana", "ben"]])
+def test_of_two_bases_a_result_is_taken_with_what_it_was_made_from(order: list[str], base: Path) -> None:
+    """Both train the same priming, which ends in other bits on another machine."""
+    primed = {"priming": {"guidance_scale": 2.5}}
+    overlay(base, primed, "ana")
+    overlay(base, {**primed, "equilibrium": {"csds_weight": 0.5}}, "ben")
+    tree = {"extends": order, "equilibrium": {"csds_weight": 0.5}, "samples": {"crf": 11}}
+    found = owners(load(write(base.parent, "both", tree)))
+    assert found == {
+        **dict.fromkeys(STAGES[:3], "base"),
+        **dict.fromkeys(STAGES[3:5], "ben"),
+        **dict.fromkeys(STAGES[5:], "both"),
+    }
+
+
+def test_a_name_with_its_own_seed_is_the_name(base: Path) -> None:
+    assert [load(base.with_stem(f"base@{seed}")).name for seed in ("0", "00", "1", "01")] == ["base"] * 2 + [
+        "base@1"
+    ] * 2
+
+
 def test_clips_do_not_matter_to_a_teacher_that_is_not_trained_on_them(base: Path) -> None:
     write(base.parent, "base", {**BASE, "teacher": {"source": "folder", "path": "x"}})
     found = owners(load(overlay(base, {"clips": {"train": 99}})))

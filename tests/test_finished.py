@@ -37,8 +37,10 @@ from vpae.data.manifest import Clip, write_manifest
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import stage_settings
 from vpae.stages import run_stage
+from vpae.standing import require_true
 from vpae.teacher import folder
 from vpae.training import checkpoint
+from vpae.versioning.record import _require_inside
 
 MICRO = ("--cores", "2", "--config", "experiment=micro", "--", "all")
 
@@ -131,6 +133,28 @@ def test_finished_clips_do_not_ask_for_their_videos(project: Clone) -> None:
     shutil.rmtree(project.folder / "results/micro/clips")
     code, printed = project.run("snakemake", "--dry-run", *MICRO)
     assert code != 0 and "clips.path: videos does not exist" in printed
+
+
+def test_a_file_of_the_user_s_in_a_result_is_named_with_its_remedy_and_hidden_ones_do_no_harm(tmp_path: Path) -> None:
+    source = load(ROOT / "configs/micro.yaml", environment=False)
+    folder = tmp_path / "micro/clips"
+    with building(folder, stage_settings(source.settings, "clips"), {}):
+        pass
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "clips-checkpoint.json").write_text("{}")
+    require_true(source, ["clips"], tmp_path)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt: not of this result: delete it, or move it [a-z ]+$"):
+        require_true(source, ["clips"], tmp_path)
+
+
+def test_results_behind_a_link_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/results").symlink_to(tmp_path / "scratch")
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(ArtifactError, match=r"results/micro/clips is a link.* outside of the repository"):
+        _require_inside(load(ROOT / "configs/micro.yaml", environment=False))
 
 
 def write_latents(folder: Path, train: str, held_out: str) -> Path:

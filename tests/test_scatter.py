@@ -97,6 +97,16 @@ def test_parts_of_the_evaluation_measure_and_the_rest_finds_it_done(tmp_path: Pa
     assert counts == [4, 9, 9]  # of three rows with three videos
 
 
+def test_a_model_that_gives_no_numbers_is_named_and_nothing_is_finished(
+    tmp_path: Path, teacher: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, draw = Place(tmp_path, teacher, whole, "samples"), sampling.draw
+    monkeypatch.setattr(sampling, "draw", lambda model, row, *rest: draw(model, row, *rest) / (row.steps - 1))
+    with pytest.raises(ArtifactError, match=r"samples\.rows\.b: .*teacher gave no finite numbers: its training"):
+        place.run()
+    assert not (place.results / "own" / "samples").exists()
+
+
 @pytest.fixture(params=list(MAKERS))
 def place(request: pytest.FixtureRequest, tmp_path: Path, teacher: Path, whole: Path) -> Place:
     return Place(tmp_path, teacher, whole, request.param)

@@ -217,3 +217,19 @@ def test_a_comparison_asks_for_every_method_once_a_seed(clone: Clone) -> None:
     for seed in ("", "@1"):
         for folder in ("micro{}/latents", "micro{}/priming", "micro-dmd2{}/dmd2", "micro-rivals{}/evaluation"):
             assert made.count(f"results/{folder.format(seed)}") == 1
+
+
+@pytest.mark.slow
+def test_ablations_have_the_seed_of_their_base(clone: Clone) -> None:
+    clone.edit("mine", lambda tree: tree.update(extends="micro", seed=42))
+    clone.edit("mine-no-csds", lambda tree: tree.update(extends="mine", equilibrium={"csds_weight": 0.0}))
+    made = clone.planned("ablations", "--config", "experiment=mine")
+    assert {"results/mine/evaluation", "results/mine-no-csds/evaluation"} <= {*made} and "@" not in " ".join(made)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compared_is_refused_before_any_job(clone: Clone) -> None:
+    clone.edit("micro-no-csds", lambda tree: tree.update(extends="micro", evaluation={"bootstrap": 30}))
+    code, printed = clone.snakemake("--dry-run", "ablations", "--config", "experiment=micro")
+    assert code != 0 and "evaluation.bootstrap is 20 in micro and 30 in micro-no-csds" in printed
+    assert "Traceback" not in printed

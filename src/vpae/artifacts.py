@@ -96,9 +96,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file of a folder, without hidden files and the provenance itself."""
+    """Relative path -> sha256 of every file of a folder, without what is hidden and the provenance itself."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != PROVENANCE]
-    files = [p for p in files if not p.name.startswith(".")]
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     with ThreadPoolExecutor() as pool:
         return {p.relative_to(folder).as_posix(): h for p, h in zip(files, pool.map(sha256, files), strict=True)}
 

@@ -25,7 +25,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the remedy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A loaded experiment: its settings, its name (the file's stem), its file and what it extends."""
 
@@ -45,7 +45,8 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     """Load and validate an experiment.
 
     Args:
-        path: a YAML file; or NAME@SEED.yaml, which need not be there: NAME.yaml, and its bases, with that seed.
+        path: a YAML file; or NAME@SEED.yaml, which need not be there: NAME.yaml, and its bases, with that seed. With
+            NAME's own seed it is NAME.
         overrides: `section.key=value` pairs; values are YAML.
         environment: whether VPAE_... variables count.
 
@@ -54,7 +55,7 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
     """
     path = Path(path)
     name, at, seed = path.stem.rpartition("@")
-    another_seed = f"@{seed}" if at and seed.isdecimal() else ""
+    another_seed = f"@{int(seed)}" if at and seed.isdecimal() else ""
     file = path.with_stem(name) if another_seed else path
     if another_seed and path.is_file():
         raise ConfigError(f"{path}: NAME@SEED stands for NAME with another seed and needs no file; rename this one")
@@ -74,7 +75,9 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
             layer = {**layer, "methods": chained(methods)}
         _merge(tree, layer)
     if another_seed:
-        tree["seed"] = int(seed)
+        if int(seed) == tree.get("seed", Experiment.model_fields["seed"].default):
+            return load(file, overrides, environment)
+        path, tree["seed"] = file.with_stem(f"{name}{another_seed}"), int(seed)
     set_tree: dict = {}
     for override in overrides:
         _merge(set_tree, _parse_override(override))

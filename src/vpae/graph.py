@@ -6,6 +6,7 @@ only what it changes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from vpae.artifacts import digest
@@ -160,18 +161,40 @@ def _without_newer(values: dict) -> dict:
 
 def fingerprint(settings: Experiment, stage: str) -> str:
     """Digest of everything in the configuration that determines a stage's result; of a given student, its folder."""
-    if stage in settings.students:
-        return digest(["student", settings.students[stage]])
-    above = {name: fingerprint(settings, name) for name in upstream(settings, stage)}
-    return digest([stage, stage_settings(settings, stage), above])
+    return _fingerprints(settings)[stage]
+
+
+def _fingerprints(settings: Experiment) -> dict[str, str]:
+    found = {name: digest(["student", folder]) for name, folder in settings.students.items()}
+    for stage in stages_of(settings):
+        above = {name: found[name] for name in upstream(settings, stage)}
+        found[stage] = digest([stage, stage_settings(settings, stage), above])
+    return found
 
 
 def owner(source: Source, stage: str) -> Source:
-    """The experiment in whose folder a stage's result stands: the furthest base with the same fingerprint."""
-    wanted, found = fingerprint(source.settings, stage), source
-    for base in source.ancestors():
-        if stage in stages_of(base.settings) and fingerprint(base.settings, stage) == wanted:
-            found = base
+    """The experiment in whose folder a stage's result stands: the furthest base that has it, of the same settings."""
+    return _owners(source)[stage]
+
+
+@cache
+def _owners(source: Source) -> dict[str, Source]:
+    """Stage -> its owner.
+
+    A base's result is taken only with all that it was made from: of two bases beside each other, each may have made
+    what a third needs, from an equal training of its own. Which base has the most in common comes first.
+    """
+    wanted = _fingerprints(source.settings)
+    bases = [(_owners(base), _fingerprints(base.settings)) for base in source.ancestors()]
+    bases.sort(key=lambda base: -sum(base[1].get(stage) == wanted[stage] for stage in wanted))
+    found: dict[str, Source] = {}
+    for stage in stages_of(source.settings):
+        above = [name for name in upstream(source.settings, stage) if name in found]
+        found[stage] = source
+        for theirs, has in bases:
+            if has.get(stage) == wanted[stage] and all(theirs[name].name == found[name].name for name in above):
+                found[stage] = theirs[stage]
+                break
     return found
 
 

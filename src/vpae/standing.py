@@ -15,6 +15,7 @@ from vpae.teacher.folder import decoder_inputs, external_inputs
 
 NOTED_WITHIN = 120.0  # seconds after its end Snakemake has noted the end of a job
 SHOWN = 3  # of many keys or files that differ: one damaged file says as much as a thousand
+FOREIGN = "not of this result: delete it, or move it out of the folder"
 _ABSENT = object()
 
 
@@ -103,6 +104,8 @@ def require_true(source: Source, stages: Sequence[str] = (), results: Path = RES
     """
     wanted = [stage for stage in stages_of(source.settings) if stage in stages or not stages]
     found = [problem for stage in wanted for problem in problems(source, stage, results)]
+    if found and all(problem.endswith(FOREIGN) for problem in found):
+        raise ArtifactError("\n  ".join(["these files stand where only results belong:", *found]))
     if found:
         remedy = f"run `snakemake all --config experiment={source.name}`; if it sees nothing to do, force these stages:"
         force = f"`snakemake --forcerun STAGE -- results/{source.name}/STAGE`"
@@ -130,7 +133,7 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
             yield f"{folder}: made from {above}, which is missing or unfinished"
     recorded, present = provenance["outputs"], file_hashes(folder)
     for name in _few(lambda n: recorded.get(n) != present.get(n), sorted(recorded.keys() | present.keys())):
-        what = "missing" if name not in present else "not of this result" if name not in recorded else "damaged"
+        what = "missing" if name not in present else FOREIGN if name not in recorded else "damaged"
         yield f"{folder / name}: {what}"
     if stage == "teacher" and source.settings.teacher.source == "folder":
         origin = Path(source.settings.teacher.path)

@@ -12,6 +12,7 @@ from vpae.config.teacher import file_and_strength
 from vpae.experiment import ConfigError, load
 from vpae.graph import STAGES, owner, stage_folder, stage_settings, stages_of, upstream
 from vpae.planning.presence import missing_teacher
+from vpae.report.alike import is_of, require_alike
 from vpae.stages import missing_students
 from vpae.standing import standing
 
@@ -220,9 +221,22 @@ def needs(stage):
     }
 
 
-def compared(kind):
-    """Input function: evaluations of the experiment and of what it is compared with, over all seeds."""
-    return lambda wildcards: [str(stage_folder(experiment(name), "evaluation")) for name in names_compared(kind)]
+def compared(kind, table):
+    """Input function: evaluations of the experiment and of what it is compared with, over all seeds.
+
+    Content, and not their dates, says whether the table is up to date.
+    """
+
+    def read(wildcards):
+        names = names_compared(kind)
+        sources = [experiment(name) for name in names]
+        folders = [str(stage_folder(source, "evaluation")) for source in sources]
+        stand = all(stands(name).get("evaluation") for name in names)
+        if not stand:
+            return folders
+        return [*map(ancient, folders)] if is_of(Path(f"results/{table}.json"), sources) else [*folders, NOW]
+
+    return read
 
 
 def words_compared(kind):
@@ -232,7 +246,7 @@ def words_compared(kind):
 
 @cache
 def names_compared(kind):
-    """Names of the experiments, NAME@SEED where the seed is not the file's own."""
+    """Names of the experiments, NAME@SEED where the seed is not the file's own; they measure alike."""
     base = ",".join(NAMES)
     if not re.fullmatch("[^,@[]+", base):
         stop(f"--config experiment={base}: `{kind}` takes the name of one experiment; seeds=N[,N] says which seeds")
@@ -246,10 +260,13 @@ def names_compared(kind):
                 f"--config experiment={base}: there is no configs/{base}-no-*.yaml or {base}-with-*.yaml to compare; "
                 f"write one, with `extends: {base}` and the keys that differ"
             )
-    given = config.get("seeds", "0,1,2" if kind == "rivals" else "0")
+    given = config.get("seeds", "0,1,2" if kind == "rivals" else experiment(base).settings.seed)
     seeds = [str(seed).strip() for seed in (given if isinstance(given, list) else str(given).split(","))]
     if not all(seed.isdigit() for seed in seeds):
         stop(f"--config seeds={given}: write whole numbers separated by commas, for instance seeds=0,1,2")
-    return [
-        name if int(seed) == experiment(name).settings.seed else f"{name}@{seed}" for seed in seeds for name in names
-    ]
+    sources = [experiment(f"{name}@{seed}") for seed in seeds for name in names]
+    try:
+        require_alike(sources)
+    except ConfigError as error:
+        stop(error)
+    return [source.name for source in sources]

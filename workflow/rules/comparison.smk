@@ -6,7 +6,7 @@ for kind, table in {"rivals": "comparison", "ablations": "ablations"}.items():
         name:
             kind
         input:
-            compared(kind),
+            compared(kind, table),
         output:
             multiext(f"results/{table}", ".json", ".csv", ".md"),
         log:

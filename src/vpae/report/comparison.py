@@ -22,6 +22,7 @@ from vpae.evaluation import truth
 from vpae.evaluation.statistics import half_width, markdown, of_mean
 from vpae.experiment import ConfigError, Source, load
 from vpae.graph import RESULTS, fingerprint, stage_folder
+from vpae.report.alike import made_of, require_alike
 from vpae.standing import departures, made_from, standing
 
 Interval = dict[str, float | None]  # mean, low, high; both ends None: not known
@@ -49,7 +50,6 @@ class Run:
         scores: metric -> its interval over videos; the mean score among them.
         score_of: what the mean score is the mean of.
         cost: of training, from the teacher to the row's model: sums, and of the memory the most.
-        measure: the settings that say how many videos were measured, and how.
         depth: of how many other files the experiment is an overlay.
         papers: whether what led to the row is what the paper reports, and no ablation of it.
     """
@@ -63,7 +63,6 @@ class Run:
     score_of: str
     cost: dict[str, float]
     commit: str
-    measure: dict[str, object]
     depth: int = 0
     papers: bool = True
 
@@ -105,27 +104,11 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 score_of=OF_TRUTH if official is None else OF_VBENCH,
                 cost=_cost(source.settings, trained),
                 commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
-                measure=_measure(source.settings),
                 depth=len([*source.ancestors()]),
                 papers=all(METHODS[stage].as_published(source.settings) for stage in stages),
             )
         )
     return found
-
-
-def _measure(settings: Experiment) -> dict[str, object]:
-    """Settings by key of which the scores depend beside the methods; rows may differ, and what changes no score."""
-    samples = settings.samples.model_dump(mode="json", exclude={"rows", "batch_size", "compile"})
-    evaluation = settings.evaluation.model_dump(mode="json")
-    evaluation["vbench"].pop("weights")
-    clips = settings.clips.model_dump(mode="json", exclude={"train", "workers"})
-    parts = {"samples": samples, "evaluation": evaluation, "clips": clips, "geometry": settings.geometry.model_dump()}
-    found = {f"{section}.{key}": value for section, values in parts.items() for key, value in values.items()}
-    if settings.evaluation.c2st.clips:
-        found["clips.train, up to evaluation.c2st.clips"] = min(settings.clips.train, settings.evaluation.c2st.clips)
-    # Latents, and what is decoded of them, are those of its VAE.
-    names = ("source", "vae") if settings.teacher.source == "train" else ("source", "path", "revision")
-    return found | {f"teacher.{name}": settings.teacher.model_dump(mode="json")[name] for name in names}
 
 
 def _provenance(folder: Path) -> dict:
@@ -191,13 +174,6 @@ def compare(runs: Sequence[Run]) -> dict[str, dict]:
                 f"the mean score is that of {runs[0].score_of} in {runs[0].experiment}, and that of {run.score_of} in "
                 f"{run.experiment}: give both the same evaluation.vbench.backbones"
             )
-        for key in dict.fromkeys((*runs[0].measure, *run.measure)):
-            first, other = (one.measure.get(key, "nothing") for one in (runs[0], run))
-            if first != other:
-                raise ConfigError(
-                    f"{key} is {first} in {runs[0].experiment} and {other} in {run.experiment}, so that their scores "
-                    "cannot be compared: evaluate both alike"
-                )
     methods: dict[str, list[Run]] = {}
     for run in runs:
         known = methods.setdefault(run.method, [])
@@ -251,15 +227,17 @@ def _line(runs: list[Run]) -> dict:
 
 def run(experiments: Sequence[str], out: Path, configs: Path = Path("configs"), results: Path = RESULTS) -> list[Path]:
     """Compare the experiments CONFIGS/NAME.yaml and write the tables; returns their paths."""
-    runs = [run for name in experiments for run in runs_of(load(configs / f"{name}.yaml"), results)]
-    return write(compare(runs), runs[0].score_of, out)
+    sources = [load(configs / f"{name}.yaml") for name in experiments]
+    require_alike(sources)
+    runs = [run for source in sources for run in runs_of(source, results)]
+    return write(compare(runs), runs[0].score_of, made_of(sources, results), out)
 
 
-def write(rows: dict[str, dict], score_of: str, out: Path) -> list[Path]:
-    """Write `OUT.json`, `OUT.csv` and `OUT.md`; returns their paths."""
+def write(rows: dict[str, dict], score_of: str, of: dict[str, str], out: Path) -> list[Path]:
+    """Write `OUT.json`, `OUT.csv` and `OUT.md`; returns their paths. `of` says which evaluations are in them."""
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out.with_name(f"{out.name}.{kind}") for kind in ("json", "csv", "md")]
-    write_json(paths[0], {"mean_score_of": score_of, "rows": rows})
+    write_json(paths[0], {"mean_score_of": score_of, "made_of": of, "rows": rows})
     with written(paths[1]) as temporary, temporary.open("w", newline="") as file:
         lines = [{"method": name, **_flat(row)} for name, row in rows.items()]
         columns = list(dict.fromkeys(key for line in lines for key in line))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpae.artifacts import is_kept, kept, link
+from vpae.artifacts import ArtifactError, is_kept, kept, link
 from vpae.config import Experiment, Sampler, Samples
 from vpae.data.latents import LatentDataset
 from vpae.data.names import file_names
@@ -103,6 +103,7 @@ def _complete(
 
     Raises:
         Interruption: asked to end; finished batches are kept.
+        ArtifactError: a row's model gave no finite numbers.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = LatentDataset(inputs["latents"], "held_out")
@@ -136,11 +137,21 @@ def _complete(
                 if row:
                     seeds = [item["seed"] for item in items]
                     x0 = draw(model, row, row_shift(settings, inputs, row), condition, tuple(x0.shape[1:]), seeds)
+                    _require_numbers(x0, batch.row, model_folder(inputs, name))
                 _keep(batch, x0, items[: batch.decoded], decoder, settings, state)
                 progress.update(batch.size, batch.row)
             model = None  # two large models at a time may be too many
     progress.close()
     return suite
+
+
+def _require_numbers(x0: Tensor, row: str, model: Path) -> None:
+    if not x0.isfinite().all():
+        raise ArtifactError(
+            f"samples.rows.{row}: {model} gave no finite numbers: its training diverged, see its metrics.jsonl, or the "
+            "row's guidance_scale is too large; train it at a lower rate, or leave the row out "
+            f"(samples.rows.{row}: null)"
+        )
 
 
 def load_vae(folder: Path, config: Samples) -> AutoencoderKLWan:

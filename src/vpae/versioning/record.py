@@ -34,6 +34,7 @@ def record(source: Source, stages: Sequence[str] = ()) -> list[str]:
         ArtifactError: something is missing, stale or damaged; nothing was recorded.
     """
     targets = _targets(source, stages)
+    _require_inside(source)
     require_true(source)
     _require_nothing_to_do(source.name)
     for experiment in owners(source).values():
@@ -69,13 +70,25 @@ def restore(source: Source, pull: bool = True, remote: str | None = None) -> lis
             _, changes = _run("dvc", "status", *targets)
             raise ArtifactError(
                 "dvc.lock was recorded for other settings or inputs than the present ones; `git checkout` those that "
-                f"belong to it:\n{changes.strip()}"
+                f"belong to it, or, where the present ones are meant (two people's work was merged, say), run "
+                f"`snakemake all --config experiment={source.name}` and record that:\n{changes.strip()}"
             )
     require_true(source)
     # Only now: Snakemake takes whatever is there for made from the present settings.
     _must("snakemake", "--touch", "--forceall", *_all_of(source.name))
     _require_nothing_to_do(source.name)
     return folders
+
+
+def _require_inside(source: Source) -> None:
+    """DVC versions what lies in the repository, and follows no link out of it."""
+    for stage in stages_of(source.settings):
+        folder = stage_folder(source, stage)
+        if not (place := folder.resolve()).is_relative_to(Path.cwd().resolve()):
+            raise ArtifactError(
+                f"{folder} is a link, or lies behind one, to {place}, outside of the repository, where DVC records "
+                "nothing; keep results/ in the repository: clone it to where there is room, or mount that place there"
+            )
 
 
 def _targets(source: Source, stages: Sequence[str] = ()) -> list[str]:
