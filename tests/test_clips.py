@@ -349,7 +349,7 @@ def test_unusable_videos_go_to_quarantine_with_the_reason(videos: Path, tmp_path
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
     expected = {
-        "short.mp4": "too short: 5 frames at 8 fps need 5 at its 8 fps",
+        "short.mp4": ("too short: it gives ", " of 5 frames at 8 fps, for which it needs 5 at its own 8 fps"),
         "cut_in_the_middle.mp4": "damaged after 3 frames: a packet is corrupt or cut off",
         "cut_in_the_header.mp4": ("unreadable", "no video stream"),  # as much of it as FFmpeg can make out
         "text.mp4": "unreadable",
@@ -660,7 +660,9 @@ def test_a_clip_is_too_short_exactly_when_its_last_frame_is_missing(tmp_path: Pa
     write_coded(tmp_path / "enough.mp4", 9, 16)
     write_coded(tmp_path / "short.mp4", 8, 16)
     assert decoded(read_clip(tmp_path / "enough.mp4", 5, 32, 64, 8)) == [0, 2, 4, 6, 8]
-    with pytest.raises(VideoError, match="too short: 5 frames at 8 fps need 9 at its 16 fps"):
+    with pytest.raises(
+        VideoError, match="too short: it gives 4 of 5 frames at 8 fps, for which it needs 9 at its own 16 fps"
+    ):
         read_clip(tmp_path / "short.mp4", 5, 32, 64, 8)
 
 

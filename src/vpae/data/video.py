@@ -199,7 +199,10 @@ def read_clip(
         indices = _nearest(times, np.arange(frames) / fps, 1 / info.fps)
     found = _stacked(_pick(decoded(path), indices, fit))
     if len(found) < frames:
-        raise VideoError(f"too short: {frames} frames at {fps:g} fps need {indices[-1] + 1} at its {info.fps:g} fps")
+        raise VideoError(
+            f"too short: it gives {len(found)} of {frames} frames at {fps:g} fps, for which it needs {indices[-1] + 1} "
+            f"at its own {info.fps:g} fps"
+        )
     return found
 
 
