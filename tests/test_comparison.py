@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from test_workflow import Clone
 from vpae.artifacts import ArtifactError, digest, write_json
 from vpae.distill import METHODS
 from vpae.evaluation import truth
@@ -237,6 +240,24 @@ def test_a_table_is_of_the_evaluations_that_were_there(tmp_path, monkeypatch):
     provenance = RESULTS / "micro/evaluation/provenance.json"
     write_json(provenance, {**json.loads(provenance.read_text()), "outputs": {"scores.json": "another run's"}})
     assert not is_of(table, [source])
+
+
+@pytest.mark.slow
+def test_the_workflow_makes_a_table_anew_when_other_results_came_with_old_dates(tmp_path):
+    program = f"#!{sys.executable}\nimport sys\nfrom vpae.cli import main\nsys.exit(main())\n"
+    clone, asked = Clone(tmp_path / "clone", program), ("--config", "experiment=micro", "--", "ablations")
+    clone.edit("micro-no-csds", lambda tree: tree.update(extends="micro", equilibrium={"csds_weight": 0.0}))
+    for name in ("micro", "micro-no-csds"):
+        finish(load(clone.folder / f"configs/{name}.yaml"), clone.folder / RESULTS)
+    table = [", ".join(f"results/ablations.{kind}" for kind in ("json", "csv", "md"))]
+    assert clone.planned(*asked) == table
+    code, printed = clone.snakemake(*asked)
+    assert code == 0, printed
+    assert clone.planned(*asked) == []
+    provenance = clone.folder / RESULTS / "micro-no-csds/evaluation/provenance.json"
+    write_json(provenance, {**json.loads(provenance.read_text()), "outputs": {"scores.json": "another run's"}})
+    os.utime(provenance, (1, 1))
+    assert clone.planned(*asked) == table
 
 
 def test_what_changes_the_training_alone_is_compared(tmp_path):
