@@ -49,6 +49,18 @@ def test_features_are_the_same_network_everywhere_and_see_motion():
     assert (RandomFeatures()(still) - one).abs().mean() > 0.01
 
 
+def test_features_are_means_and_deviations_over_space_and_time():
+    x = torch.randn(2, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = RandomFeatures()
+    h = torch.nn.functional.leaky_relu(torch.nn.functional.conv3d(x, made.first, padding=1), 0.2)
+    h = torch.nn.functional.leaky_relu(
+        torch.nn.functional.conv3d(h, made.second, padding=1, stride=(1, 2, 2)), 0.2
+    ).flatten(2)
+    mean, deviation = made(x).chunk(2, dim=1)
+    torch.testing.assert_close(mean, h.mean(-1))
+    torch.testing.assert_close(deviation, (h - h.mean(-1, keepdim=True)).square().sum(-1).div(h.shape[-1] - 1).sqrt())
+
+
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
     covered = 0
     for trial in range(100):

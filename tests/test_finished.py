@@ -19,7 +19,7 @@ import pytest
 import vpae
 from conftest import STAGES, build_priming
 from test_dvc import ROOT, TOY, Clone
-from vpae import locks, stages
+from vpae import artifacts, locks, stages
 from vpae.artifacts import (
     PROVENANCE,
     ArtifactError,
@@ -290,6 +290,31 @@ def test_an_exchange_that_was_cut_short_is_ended(tmp_path: Path) -> None:
     assert read_provenance(folder)["settings"] == {"is": "old"}
 
 
+def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    flushed: list[tuple[str, bool]] = []
+    monkeypatch.setattr(artifacts, "flush_entry", lambda path: flushed.append((path.name, (tmp_path / "x").exists())))
+    with building(tmp_path / "x", {}, {}) as (out, _):
+        (out / "inner").mkdir()
+        (out / "inner" / "weights").touch()
+    before = {name for name, stood in flushed if not stood}
+    assert before >= {".x.tmp", "inner", "weights"} and any(name.endswith(PROVENANCE) for name in before)
+    assert flushed[-1] == (tmp_path.name, True)  # and then the name itself
+
+
+def test_a_state_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    flushed, original = [], checkpoint.flush_entry
+
+    def watched(path: Path) -> None:
+        flushed.append((path.name, (tmp_path / "step-00000003").exists()))
+        original(path)
+
+    monkeypatch.setattr(checkpoint, "flush_entry", watched)
+    checkpoint.save(tmp_path, build_priming(), {"step": 3})
+    files = {path.name for path in (tmp_path / "step-00000003").iterdir()} - {checkpoint.POSITION}
+    assert files and {name for name, stood in flushed if not stood} == {*files, ".step-00000003.tmp"}
+    assert flushed[-1] == (tmp_path.name, True)
+
+
 def test_a_half_made_successor_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / ".stage.tmp").mkdir()
     (tmp_path / ".stage.tmp/file").write_text("half")
@@ -492,3 +517,17 @@ def test_a_node_without_git_and_an_environment_in_another_repository_name_no_com
     assert code_version() == {"version": vpae.__version__, "commit": None, "dirty": None}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert code_version()["commit"] is None
+
+
+def test_a_commit_with_changes_that_are_not_in_it_is_marked(tmp_path: Path, monkeypatch) -> None:
+    package = tmp_path / "src" / "vpae" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    monkeypatch.setattr(vpae, "__file__", str(package))
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "x")):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "notes").touch()  # which git does not know
+    assert code_version()["commit"] and code_version()["dirty"] is False
+    package.write_text("changed")
+    assert code_version()["dirty"] is True

@@ -1,5 +1,6 @@
 """Phase II with the score loss kept on, and a discriminator that sees."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import SHIFT, build_batch, build_equilibrium, seeded
 from planned import SMALL, TOKENS, variant
 from vpae.bench.networks import RandomNetworks
 from vpae.bench.training import Workbench
+from vpae.config import Training
 from vpae.config.discriminator import R1, Head
 from vpae.distill import METHODS
 from vpae.distill.equilibrium import Equilibrium, Score, Settings
@@ -122,6 +124,16 @@ def test_the_kept_score_pulls_along_the_direction_of_phase_one():
     torch.testing.assert_close(xh.grad, 0.7 * g / g.numel())
 
 
+def test_the_kept_score_counts_with_its_weight():
+    terms = {"adversarial_weight": 0.0, "csds_weight": 0.0}
+    losses = [
+        build_equilibrium(**terms, score=Score(weight=weight)).loss("generator", build_batch(2), rng(), 0)[0]
+        for weight in (1.0, 3.0)
+    ]
+    torch.testing.assert_close(losses[1], 3 * losses[0])
+    assert losses[0] > 0
+
+
 def test_in_the_fake_model_s_turn_only_it_gets_gradient():
     phase = build_equilibrium(score=Score(weight=1.0))
     phase.loss("fake", build_batch(2), rng(), 0)[0].backward()
@@ -141,6 +153,16 @@ def test_each_term_s_pull_is_the_norm_of_its_gradient_at_the_video():
     loss.backward()
     torch.testing.assert_close(logs["pull_csds"], csds.norm())
     torch.testing.assert_close(logs["pull_adversarial"], adversarial.norm())
+
+
+def test_a_pull_does_not_depend_on_how_many_micro_batches_are_accumulated():
+    pulls = []
+    for accumulate in (1, 4):
+        phase = build_equilibrium(training=Training(steps=1, accumulate=accumulate))
+        loss, logs = phase.loss("generator", build_batch(2), rng(), 0)
+        (loss / accumulate).backward()  # as the training loop does
+        pulls.append([logs["pull_adversarial"], logs["pull_csds"]])
+    torch.testing.assert_close(pulls[0], pulls[1])
 
 
 def test_the_same_noise_is_on_the_clip_and_on_its_video():
@@ -191,14 +213,27 @@ def test_r2_is_r1_of_the_generated_clips():
     assert with_r2 > without
 
 
-def test_convolutions_see_the_tokens_on_their_grid():
-    batch, c = build_batch(2)
-    frames, height, width = batch.shape[2], batch.shape[3] // 2, batch.shape[4] // 2
+def test_r2_probes_the_generated_clips_where_they_were_judged():
+    phase = build_equilibrium(r1=R1(weight=0.0, generated_weight=3.0))
+    asked, logits = [], phase.logits
+    phase.logits = lambda x_t, t, c: asked.append((x_t, logits(x_t, t, c))) or asked[-1][1]
+    loss, logs = phase.loss("head", build_batch(2), rng(), 0)
+    _, (fake, d_fake), _, _, *probed = asked
+    assert len(probed) == 2 and all((x_t - fake).abs().max() < 1 for x_t, _ in probed)
+    torch.testing.assert_close(loss, logs["hinge"] + 3 * sum((d_fake - d).square().mean() for _, d in probed))
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 4), (2, 4, 8), (3, 8, 4)], ids=str)
+def test_convolutions_see_the_tokens_on_their_grid(sizes):
+    _, c = build_batch(2)
+    c = replace(c, frame_BCFHW=torch.zeros(2, 20, *sizes))
+    frames, height, width = sizes[0], sizes[1] // 2, sizes[2] // 2
     head = seeded(SEED, lambda: ConvolutionHead(Head(dim=8, heads=2), 24, 1, (1, 2, 2)))
     seen = []
     head.near.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     layer = torch.randn(2, frames * height * width, 24, generator=rng())
     assert head([layer], c).shape == (2,)
+    assert seen[0].shape[2:] == (frames, height, width)
     place = (1 * height + 1) * width + 0  # frame 1, row 1, column 0
     torch.testing.assert_close(seen[0][:, :, 1, 1, 0], head.layer_in[0](layer[:, place]))
 

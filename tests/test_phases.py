@@ -259,7 +259,43 @@ def test_at_a_later_time_it_can_see_its_own_one_step_video_as_few_step_sampling_
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), video.flatten()]))[0, 1]) < 0.1
 
 
+def test_each_role_has_the_optimiser_of_its_own_settings():
+    rates = {"generator": 1e-3, "discriminator": 2e-3, "fake": 3e-3}
+    own = {role: Optimizer(learning_rate=rate) for role, rate in rates.items()}
+    fake = own.pop("fake")
+    phases = (
+        build_priming(generator=own["generator"], fake=fake),
+        build_equilibrium(**own, score=equilibrium.Score(weight=1.0, fake=fake)),
+        build_equilibrium(**own, backbone="copy"),
+    )
+    for phase in phases:
+        for name, role in phase.roles.items():
+            wanted = rates["discriminator" if name == "head" else name]
+            assert role.settings.learning_rate == role.optimizer.param_groups[0]["lr"] == wanted
+
+
 # Phase II.
+
+
+def test_each_term_has_its_own_times_and_guidance():
+    times = {name: {"low": low, "high": low + 0.1} for name, low in (("head", 0.1), ("csds", 0.3), ("score", 0.5))}
+    phase = build_equilibrium(
+        discriminator_times=times["head"],
+        csds_times=times["csds"],
+        csds_guidance_scale=3.0,
+        score=equilibrium.Score(weight=1.0, guidance_scale=1.0, times=times["score"]),
+    )
+    with logits_of(phase) as asked, calls_of(phase.networks["base"]) as scored:
+        for turn in ("head", "generator", "fake"):
+            phase.loss(turn, build_batch(2), rng(), 0)
+
+    def name_of(t: Tensor) -> str:
+        [name] = (name for name, own in times.items() if own["low"] <= t.min() and t.max() <= own["high"])
+        return name
+
+    assert {name_of(t) for _, t, *_ in asked} == {"head"}
+    # C-SDS with and without the text, the score of teacher and fake model, and the fake model's own turn.
+    assert [name_of(call["timestep"] / 1000) for call in scored] == ["csds", "csds", "score", "score", "score"]
 
 
 def test_the_head_learns_before_the_generator_moves():

@@ -13,16 +13,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import build_batch, build_transformer, seeded
-from vpae.config import Experiment
+from vpae.config import Experiment, Optimizer
 from vpae.distill import METHODS
 from vpae.distill.budget import network_evaluations
 from vpae.distill.dmd2 import Settings as Dmd2Settings
+from vpae.distill.losses.consistency import consistency_loss
 from vpae.distill.losses.probes import perturbation
 from vpae.distill.losses.vsd import flow_matching_loss
 from vpae.experiment import load
 from vpae.flow import add_noise, schedule, x0_from_velocity
 from vpae.graph import stages_of
-from vpae.models.adapters import lora_names
+from vpae.models.adapters import STUDENT, lora_names
 from vpae.models.wan import predict_x0, velocity
 from vpae.stages import run_stage
 from vpae.training.loop import train
@@ -118,6 +119,16 @@ def test_training_moves_every_role_and_not_the_teacher(name, tmp_path, accelerat
 
 
 @rivals
+def test_each_role_has_the_optimiser_of_its_own_settings(name):
+    settings = settings_of(name)
+    own = [role for role in ("generator", "fake", "discriminator") if hasattr(getattr(settings, name), role)]
+    rates = {role: 1e-3 * (number + 1) for number, role in enumerate(own)}
+    phase = build(name, **{role: Optimizer(learning_rate=rate) for role, rate in rates.items()})
+    assert {role: owner.settings.learning_rate for role, owner in phase.roles.items()} == rates
+    assert {role: owner.optimizer.param_groups[0]["lr"] for role, owner in phase.roles.items()} == rates
+
+
+@rivals
 def test_no_turn_logs_what_is_not_finite_and_all_curves_of_the_report_are_logged(name):
     phase, logged = build(name), set()
     for role in phase.roles:
@@ -146,6 +157,15 @@ def test_consistency_compares_the_student_with_its_ema_one_guided_step_of_the_te
     torch.testing.assert_close(target["x"], student["x"] + step, atol=1e-5, rtol=0)
     predictions = [x0_from_velocity(call["x"], call["v"], call["t"]) for call in (student, target)]
     torch.testing.assert_close(loss.detach(), (predictions[0] - predictions[1]).square().mean())
+
+
+def test_consistency_takes_the_distance_that_is_set():
+    phase, batch = build("consistency", huber=0.1), build_batch(2)
+    with calls_of(phase.ema, phase.generator) as calls:
+        loss, _ = phase.loss("generator", batch, rng(), 0)
+    target, x0 = (x0_from_velocity(call["x"], call["v"], call["t"]) for call in calls)
+    torch.testing.assert_close(loss.detach(), consistency_loss(x0, target, 0.1))
+    assert loss != consistency_loss(x0, target)
 
 
 def test_a_student_that_is_the_exact_solution_of_a_linear_flow_has_nothing_to_learn_from_consistency():
@@ -279,6 +299,33 @@ def test_data_forcing_goes_on_from_the_fake_model_that_priming_left():
 
     found = METHODS["dfd"].build(settings, Primed())
     assert all(value.equal(left[name]) for name, value in lora_names(found.fake.state_dict()).items())
+
+
+def test_a_student_that_is_an_adapter_goes_on_from_the_adapter_of_its_start():
+    lora = ["priming.student_lora={rank: 4, alpha: 4}", "equilibrium.student_lora={rank: 4, alpha: 4}"]
+    settings = load(CONFIGS / "micro.yaml", lora).settings
+
+    class Primed(Tiny):
+        left: dict[str, Tensor] | None = None
+
+        def adapter(self, model: str, name: str = STUDENT) -> dict[str, Tensor]:
+            assert (model, name) == ("priming", STUDENT)
+            return self.left
+
+    networks = Primed()
+    networks.left = lora_names(learnt(METHODS["priming"].build(settings, networks).generator).state_dict())
+    found = METHODS["equilibrium"].build(settings, networks)
+    for network in (found.generator, found.ema):
+        assert all(value.equal(networks.left[name]) for name, value in lora_names(network.state_dict()).items())
+
+
+def test_the_weights_that_a_method_draws_follow_from_the_experiment_s_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        phase = METHODS["dfd"].build(settings_of("dfd").model_copy(update={"seed": seed}), Tiny())
+        drawn.append(next(p for name, p in phase.fake.named_parameters() if ".A." in name))
+    first, again, other = drawn
+    assert first.equal(again) and not first.equal(other)
 
 
 # The weak-to-strong teacher.

@@ -259,6 +259,16 @@ def test_an_adapted_network_is_the_whole_one_that_it_is_merged_into():
     assert (expected - velocity(build_transformer(), x, t, c)).abs().max() > 1e-3
 
 
+def test_an_adapter_s_follower_is_scaled_as_it_is_where_alpha_is_not_the_rank():
+    (x, c), t = build_batch(1), torch.tensor([0.4])
+    student = SharedBase(build_transformer()).add(STUDENT, Lora(rank=4, alpha=12))
+    seeded(0, lambda: [nn.init.normal_(p, std=0.1) for p in student.parameters()])
+    follower = student.follower()
+    assert follower.alpha == 12
+    with torch.no_grad():
+        assert velocity(follower, x, t, c).equal(velocity(student, x, t, c))
+
+
 def lora_phase(name: str):
     """A phase whose generator is an adapter."""
     if name == "priming":

@@ -290,6 +290,20 @@ def test_micro_batches_are_numbered_on_through_the_steps(tmp_path, accelerator):
     assert [line["number"] for line in lines] == [0.5, 2.5, 4.5]
 
 
+def test_every_micro_batch_of_every_turn_and_step_has_noise_of_its_own(tmp_path, accelerator):
+    phase, noise = Line(Optimizer()), []
+    loss = phase.loss
+    phase.turns = lambda step: ["line", "line"]
+
+    def watched(turn, batch, rng, step):
+        noise.append(torch.rand((), generator=rng).item())
+        return loss(turn, batch, rng, step)
+
+    phase.loss = watched
+    run_line(phase, tmp_path, accelerator, steps=3, accumulate=2)
+    assert len(noise) == len(set(noise)) == 3 * 2 * 2
+
+
 def test_the_first_update_of_rmsprop_is_the_gradient_over_the_root_of_its_averaged_square(tmp_path, accelerator):
     rate, alpha = 1e-3, 0.9
     phase = Line(Optimizer(algorithm="rmsprop", learning_rate=rate, alpha=alpha, max_grad_norm=1e6))

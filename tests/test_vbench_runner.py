@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,13 +29,13 @@ from vbench_i2v.base import Dimension
 from vbench_i2v.command import main as vbench_i2v
 from vbench_i2v.errors import NotComputed, VBenchError
 from vbench_i2v.runner import Networks, gather, read_records, run
-from vbench_i2v.scores import COLUMNS, read_results, totals
+from vbench_i2v.scores import COLUMNS, PAPER_NAMES, read_results, totals
 from vbench_i2v.suite import Clip, Plan, plan_suite, read_suite
 from vpae.artifacts import ArtifactError
 from vpae.cli import main
 from vpae.data.video import read_frames, write_video
 from vpae.evaluation.vbench import processes, sample, tiny
-from vpae.evaluation.vbench.rows import rank_correlations
+from vpae.evaluation.vbench.rows import _first_frames, rank_correlations, table
 from vpae.models.wan import load_pipeline
 from vpae.parts import Part
 from vpae.sampling.single import animate
@@ -589,3 +590,19 @@ def test_rank_correlations_over_rows_and_over_videos() -> None:
     assert found["imaging_quality"]["frechet"] == {"rows": pytest.approx(-0.8), "videos": None}
     assert found["i2v_subject"]["identity"]["rows"] is None  # constant: it has no ranks
     assert "camera_motion" not in found
+
+
+def test_each_video_is_compared_with_the_first_frame_of_its_own_clip(tmp_path: Path) -> None:
+    dataset = SimpleNamespace(
+        entries=[SimpleNamespace(key=key) for key in "abc"],
+        first_frame=lambda number: Image.new("RGB", (2, 2), (number, number, number)),
+    )
+    paths = _first_frames(dataset, [{"key": "c"}, {"key": "a"}], tmp_path / "frames")
+    assert {key: Image.open(path).getpixel((0, 0))[0] for key, path in paths.items()} == {"c": 2, "a": 0}
+
+
+def test_the_table_of_rows_is_in_points() -> None:
+    found = {"dimensions": {name: {"value": 0.25} for name in COLUMNS}, **dict.fromkeys(PAPER_NAMES, 61.5)}
+    found["dimensions"]["camera_motion"]["value"] = None
+    line = table({"rows": {"vpae-1nfe": found}}).splitlines()[-1].split(" | ")
+    assert line[1:3] == ["", "25.00"] and line[-2:] == ["61.50", "61.50 |"]

@@ -26,6 +26,7 @@ from conftest import (
 from vpae import flow, sampling
 from vpae.config import Sampler
 from vpae.data.encoding import Encoders, pad_text
+from vpae.data.index import Entry
 from vpae.distill.student import save_student, student_scheduler
 from vpae.models.wan import (
     Condition,
@@ -38,6 +39,7 @@ from vpae.models.wan import (
     velocity,
 )
 from vpae.sampling import single
+from vpae.sampling.stage import make_suite
 
 SEED = 11
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -255,6 +257,32 @@ def test_a_video_does_not_depend_on_its_batch(row):
         alone = sampling.draw(model, row, SHIFT, select(c, rows), LATENTS, [seeds[i] for i in rows])
         torch.testing.assert_close(alone, together[rows], **CLOSE)
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["teacher", "priming"])
+def test_the_guidance_of_a_row_is_that_of_its_sampler(model):
+    network, (_, c), row = build_transformer(), build_batch(1), Sampler(model=model, steps=2, guidance_scale=3)
+    rng = torch.Generator().manual_seed(SEED)
+    noise = sampling.noise_of([rng], LATENTS, "cpu")
+    if model == "teacher":
+        wanted = sampling.euler(network, noise, c, 2, SHIFT, 3)
+    else:
+        wanted = sampling.few_step(network, noise, c, 2, SHIFT, [rng], 3)
+    found = [sampling.draw(network, one, SHIFT, c, LATENTS, [SEED]) for one in (row, Sampler(model=model, steps=2))]
+    assert found[0].equal(wanted) and not found[1].equal(wanted)
+
+
+def test_the_noise_of_a_video_follows_from_seed_prompt_and_place_among_equal_ones():
+    def seeds(seed: int, *captions: str) -> dict[tuple[str, int], int]:
+        entries = [Entry(f"clip-{i}", "held_out", caption, "", "", 0, 0) for i, caption in enumerate(captions)]
+        suite = make_suite(SimpleNamespace(entries=entries), len(entries), seed)
+        return {(item["prompt"], item["index"]): item["seed"] for item in suite}
+
+    found = seeds(0, "a cat", "a dog", "a cat")
+    assert list(found) == [("a cat", 0), ("a dog", 0), ("a cat", 1)] and len(set(found.values())) == 3
+    assert seeds(0, "a dog", "a cat", "a cat", "a bird").items() >= found.items()
+    assert not set(seeds(1, "a cat", "a dog", "a cat").values()) & set(found.values())
 
 
 # Features.
