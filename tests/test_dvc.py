@@ -27,7 +27,7 @@ from vpae.artifacts import PROVENANCE, ArtifactError, read_provenance
 from vpae.experiment import load
 from vpae.graph import owner, stage_folder, upstream
 from vpae.versioning import record
-from vpae.versioning.pipeline import pipeline, write_metrics
+from vpae.versioning.pipeline import _files, _read, pipeline, write_metrics
 
 ROOT = Path(__file__).parents[1]
 TOY = f"""#!{sys.executable}
@@ -307,11 +307,33 @@ def test_a_given_student_is_pulled_like_the_teacher_and_its_empty_losses_are_kep
     assert not source.settings.methods
     evaluation = stage_folder(source, "evaluation", tmp_path / "results")
     evaluation.mkdir(parents=True)
-    (evaluation / "scores.json").write_text('{"rows": {}}')
+    scores = {"rows": {"real": {"motion": {"mean": 1.5, "low": 1.25, "high": 2.0}}}}
+    (evaluation / "scores.json").write_text(json.dumps(scores))
     (tmp_path / "metrics" / "losses").mkdir(parents=True)
     (tmp_path / "metrics" / "losses" / "priming.csv").touch()  # of a method that the experiment had before
     write_metrics(source, tmp_path / "metrics", tmp_path / "results")
     assert [path.name for path in (tmp_path / "metrics" / "losses").iterdir()] == [".gitkeep"]
+    assert json.loads((tmp_path / "metrics" / "scores.json").read_text()) == {"real": {"motion": 1.5}}
+
+
+def test_dvc_sees_every_file_that_a_result_comes_from() -> None:
+    source = load(ROOT / "configs/tiny-reference.yaml", environment=False)
+    assert _files(source) == [str(ROOT / f"configs/{name}.yaml") for name in ("tiny", "tiny-reference")]
+    teacher = source.settings.teacher.model_copy(update={"loras": ("style.safetensors:0.5",)})
+    samples = source.settings.samples.model_copy(update={"decoder": "small.safetensors"})
+    settings = source.settings.model_copy(update={"teacher": teacher, "samples": samples})
+    source = replace(source, settings=settings, bases=())
+    assert "style.safetensors" in _read(source, "teacher") and "small.safetensors" in _read(source, "samples")
+
+
+def test_the_tools_are_asked_without_settings_of_somebody_s_environment(monkeypatch) -> None:
+    asked: dict[str, str] = {}
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")
+    monkeypatch.setenv("VPAE_SEED", "7")
+    run = lambda command, env, **_: asked.update(env) or subprocess.CompletedProcess(command, 0, "")  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", run)
+    record._run("dvc", "status")
+    assert "PATH" in asked and not {"SNAKEMAKE_PROFILE", "VPAE_SEED"} & asked.keys()
 
 
 def test_the_shipped_dvc_yaml_is_what_the_command_prints() -> None:

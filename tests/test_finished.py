@@ -35,7 +35,7 @@ from vpae.artifacts import (
 from vpae.data.index import INDEX, Entry, write_index
 from vpae.data.manifest import Clip, write_manifest
 from vpae.experiment import ConfigError, Source, load
-from vpae.graph import stage_settings
+from vpae.graph import fingerprint, stage_settings, stages_of, that_matter
 from vpae.stages import run_stage
 from vpae.standing import require_true
 from vpae.teacher import folder
@@ -273,6 +273,42 @@ def test_a_flipped_byte_is_named_and_only_that_stage_is_made_anew(project: Clone
     assert changed == {f"results/micro/priming/{PROVENANCE}"}
 
 
+MODELS = ("priming", "equilibrium")
+DECIDES = {
+    "seed=1": STAGES,
+    "geometry.fps=4": ("clips", "teacher", "latents", "samples"),
+    "teacher.shift=7": ("teacher", *MODELS, "samples", "evaluation"),
+    "clips.train=12": ("clips",),
+    "clips.workers=2": (),
+    "latents.dtype=bfloat16": ("latents",),
+    "priming.training.ema_decay=0.75": ("priming",),
+    "priming.training.schedule_steps=9": ("priming",),
+    "priming.training.log_every=3": (),
+    "equilibrium.csds_weight=9": ("equilibrium",),
+    "samples.count=7": ("samples",),
+    "evaluation.bootstrap=21": ("evaluation",),
+    "report.clips=3": ("report",),
+}
+
+
+@pytest.mark.parametrize(("override", "stages"), DECIDES.items(), ids=DECIDES)
+def test_each_setting_decides_about_the_stages_that_heed_it(override: str, stages: tuple[str, ...]) -> None:
+    path = ROOT / "configs" / "micro.yaml"
+    before, now = (load(path, overrides, environment=False).settings for overrides in ([], [override]))
+    changed = [s for s in STAGES if that_matter(stage_settings(before, s)) != that_matter(stage_settings(now, s))]
+    assert changed == list(stages)
+
+
+def test_stages_of_another_given_student_are_other_ones() -> None:
+    def prints(folder: str) -> dict[str, str]:
+        path, given = ROOT / "configs" / "tiny-shipped.yaml", f"students.shipped={folder}"
+        settings = load(path, [given], environment=False).settings
+        return {stage: fingerprint(settings, stage) for stage in stages_of(settings)}
+
+    one, other = prints("data/a"), prints("data/b")
+    assert [s for s in one if one[s] != other[s]] == ["samples", "evaluation", "report"] and one == prints("data/a")
+
+
 def test_an_exchange_that_was_cut_short_is_ended(tmp_path: Path) -> None:
     """Killed between the two renames, there are an old result and a whole new one, but none by the right name."""
     folder = tmp_path / "stage"
@@ -299,6 +335,27 @@ def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
     before = {name for name, stood in flushed if not stood}
     assert before >= {".x.tmp", "inner", "weights"} and any(name.endswith(PROVENANCE) for name in before)
     assert flushed[-1] == (tmp_path.name, True)  # and then the name itself
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_half_of_one_is_nowhere(tmp_path: Path, monkeypatch) -> None:
+    flushed: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        artifacts, "flush_entry", lambda path: flushed.append((path.read_text(), (tmp_path / "x").exists()))
+    )
+    with artifacts.written(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+    assert flushed == [("new", False)]
+    with pytest.raises(KeyboardInterrupt), artifacts.written(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_provenance_says_how_much_memory_the_process_took_in_bytes(tmp_path: Path) -> None:
+    with building(tmp_path / "x", {}, {}):
+        pass
+    taken = read_provenance(tmp_path / "x")["peak_memory_bytes"]
+    assert 50 << 20 < taken < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_state_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:

@@ -260,6 +260,15 @@ def test_a_caption_of_any_length_fits_the_text_tokens(place: Workplace) -> None:
     assert lengths[-1] == TEXT_TOKENS and lengths[0] < 5
 
 
+def test_a_negative_prompt_that_is_longer_than_all_captions_fits_too(place: Workplace) -> None:
+    for number in range(6):
+        place.write_video(number, caption="x")
+    assert LatentDataset(place.run(), "train").text_tokens < TEXT_TOKENS
+    found = LatentDataset(place.run(negative_prompt="word " * 40), "train")
+    words = load_file(found.folder / "negative.safetensors")["text"]
+    assert found.text_tokens == TEXT_TOKENS and found.empty_text_LD[: len(words)].equal(words.float())
+
+
 # Memory
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_priming, build_transformer
-from vpae.config import Experiment, Optimizer, Times, Training
+from vpae.config import Experiment, Optimizer, Times, TinyTransformer, Training
 from vpae.distill import equilibrium
 from vpae.distill.budget import network_evaluations
 from vpae.distill.losses.adversarial import generator_adversarial
@@ -20,6 +20,7 @@ from vpae.experiment import load
 from vpae.flow import expand, schedule, x0_from_velocity
 from vpae.models.wan import predict_x0, velocity
 from vpae.randomness import generator_for
+from vpae.teacher.flow_matching import FlowMatchingPhase
 from vpae.training.loop import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -77,6 +78,28 @@ def fit(phase, folder: Path, accelerator, steps: int | None = None, turns: list[
     training = phase.config.training if steps is None else phase.config.training.model_copy(update={"steps": steps})
     train(phase, lambda drawn: build_batch(2, seed=drawn), training, 0, folder, accelerator)
     return phase
+
+
+# The teacher.
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 16), (1.0, 64)])
+def test_the_teacher_learns_the_velocity_and_for_a_share_of_the_clips_without_their_text(share, expected):
+    times = {"low": 0.1, "high": 0.2, "last_low": 0.8, "last_high": 0.9}
+    config = TinyTransformer(drop_text=share, times=times, training=Training(steps=5))
+    phase, (x, c) = FlowMatchingPhase(config, 1.0, build_transformer()), build_batch(64)
+    with torch.no_grad(), calls_of(phase.roles["transformer"].module) as calls:
+        loss, _ = phase.loss("transformer", (x, c), rng(), 4)
+    [call] = calls
+    t = call["timestep"] / 1000
+    assert t.min() >= 0.8 and t.max() <= 0.9  # in the last step
+    noise = (call["hidden_states"][:, :16] - (1 - expand(t, x)) * x) / expand(t, x)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(loss, (call["output"] - (noise - x)).square().mean(), rtol=1e-4, atol=0)
+    text = call["encoder_hidden_states"]
+    dropped = (text == c.empty_text_LD).flatten(1).all(dim=1)
+    assert text[~dropped].equal(c.text_BLD[~dropped])
+    assert abs(int(dropped.sum()) - expected) <= (10 if 0 < share < 1 else 0)
 
 
 # Phase I: the shared base.

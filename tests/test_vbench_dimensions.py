@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conftest import seeded
 from synthetic import video_of
-from vbench_i2v import camera, dimensions, transforms
+from vbench_i2v import camera, dimensions, transforms, video
 from vbench_i2v.backbones.dino import DinoViT
 from vbench_i2v.base import Item
 from vbench_i2v.dimensions import DIMENSIONS
@@ -510,6 +510,20 @@ def test_a_file_cut_after_its_index_is_truncated(mp4, tmp_path):
     cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.7)])
     with pytest.raises(VBenchError, match=r"cut\.mp4.*truncated"):
         list(open_video(cut).frames())
+
+
+def test_one_frame_that_does_not_decode_is_missed(mp4, monkeypatch):
+    monkeypatch.setattr(video, "pyav_frames", lambda path: iter(list(read_frames(path, "pyav")[0])[:-1]))
+    with pytest.raises(VBenchError, match=r"only 18 of 19 frames decode"):
+        list(open_video(mp4).frames())
+
+
+def test_the_odd_pixel_of_a_border_goes_right_and_below():
+    assert transforms.pad_to_multiple(29, 43, 8) == (2, 3, 1, 2)
+    frames = torch.arange(29 * 43.0).view(1, 1, 29, 43)
+    padded = transforms.pad(frames, (2, 3, 1, 2))
+    assert padded.shape[-2:] == (32, 48) and padded[0, 0, 1, 2] == frames[0, 0, 0, 0]
+    assert transforms.unpad(padded, (2, 3, 1, 2)).equal(frames)
 
 
 def test_too_few_frames_are_an_error_not_a_number(networks, tmp_path):

@@ -23,14 +23,15 @@ import yaml
 from PIL import Image
 
 import synthetic
-from vbench_i2v import results, runner
+from vbench_i2v import folder, results, runner, weights
 from vbench_i2v.backbones.raft import RAFT
-from vbench_i2v.base import Dimension
+from vbench_i2v.base import Dimension, Item
 from vbench_i2v.command import main as vbench_i2v
 from vbench_i2v.errors import NotComputed, VBenchError
 from vbench_i2v.runner import Networks, gather, read_records, run
 from vbench_i2v.scores import COLUMNS, PAPER_NAMES, read_results, totals
-from vbench_i2v.suite import Clip, Plan, plan_suite, read_suite
+from vbench_i2v.settings import Folder, Measure
+from vbench_i2v.suite import Clip, Plan, Prompt, plan_suite, read_suite
 from vpae.artifacts import ArtifactError
 from vpae.cli import main
 from vpae.data.video import read_frames, write_video
@@ -179,6 +180,26 @@ def test_a_record_is_of_the_content_and_not_of_the_name(thousand: Plan, tmp_path
     noise(video, 2)
     assert outcome() == (2, 0)
     assert outcome(Networks(FakeBackbones(), {"imaging_quality": {"weights": "other"}})) == (1, 1)
+
+
+def test_a_record_is_of_an_image_a_movement_and_a_format_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video, image = tmp_path / "a-0.mp4", tmp_path / "a.png"
+    noise(video, 1)
+    Image.new("RGB", (16, 16), "red").save(image)
+
+    def keys(camera: str = "pan_left") -> dict[str, str]:
+        clip = Clip(Item(video, image, camera), tuple(COLUMNS), Prompt("a", (), "other", image.name))
+        return {name: runner.record_key(clip, name, NETS) for name in COLUMNS}
+
+    def changed(now: dict[str, str]) -> set[str]:
+        return {name for name in COLUMNS if now[name] != before[name]}
+
+    before = keys()
+    assert changed(keys()) == set() and changed(keys("pan_right")) == {"camera_motion"}
+    Image.new("RGB", (16, 16), "green").save(image)
+    assert changed(keys()) == {"i2v_subject", "i2v_background"}
+    monkeypatch.setattr(runner, "FORMAT", runner.FORMAT + 1)
+    assert changed(keys()) == set(COLUMNS)
 
 
 def test_processes_at_the_same_videos_do_not_write_one_file_and_need_no_lock(tmp_path: Path, monkeypatch) -> None:
@@ -606,3 +627,35 @@ def test_the_table_of_rows_is_in_points() -> None:
     found["dimensions"]["camera_motion"]["value"] = None
     line = table({"rows": {"vpae-1nfe": found}}).splitlines()[-1].split(" | ")
     assert line[1:3] == ["", "25.00"] and line[-2:] == ["61.50", "61.50 |"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "own_suite", "published"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"samples_per_prompt": 4}, False, False),
+        ({"clip_dtype": "float32"}, False, False),
+        ({"suite": ""}, False, False),
+    ],
+    ids=str,
+)
+def test_scores_are_comparable_as_the_leaderboard_s_are_made(
+    changed: dict, own_suite: bool, published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = tmp_path / "suite.json"
+    suite.write_text("[]")
+    if not own_suite:
+        official = next(weight for weight in weights.manifest() if not weight.dimensions)
+        monkeypatch.setattr(folder, "sha256", lambda path: official.sha256)
+    settings = Folder(**{"videos": "videos", "out": "out", "suite": str(suite), **changed})
+    assert folder._as_published(settings) == published
+
+
+def test_records_of_clip_s_two_number_formats_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "absent", lambda root, dimensions: {})
+    half, single = (
+        folder.official_networks(Measure(weights=str(tmp_path), clip_dtype=dtype), False).identity
+        for dtype in ("float16", "float32")
+    )
+    assert {name for name in COLUMNS if half[name] != single[name]} == {"background_consistency", "aesthetic_quality"}
