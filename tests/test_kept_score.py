@@ -195,6 +195,18 @@ def test_a_relativistic_pair_is_a_video_and_the_clip_of_its_first_frame():
     assert asked[0][0].equal(asked[1][0])
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_relativistic_pair_shares_its_noise_only_where_that_is_set(same):
+    phase, asked = build_equilibrium(relativistic=True, same_noise=same, csds_weight=0.0), []
+    logits = phase.logits
+    phase.logits = lambda x_t, t, c: asked.append(x_t) or logits(x_t, t, c)
+    phase.generate = lambda clips: clips.x  # a perfect generator
+    for turn in ("head", "generator"):
+        asked.clear()
+        phase.loss(turn, build_batch(2), rng(), 0)
+        assert asked[0].equal(asked[1]) == same
+
+
 @pytest.mark.parametrize(("probe", "sigma"), [("spatial", 0.01), ("temporal", 0.1), ("plain", 0.05)])
 def test_the_slope_is_the_discriminator_s_gradient_along_the_probes(probe, sigma):
     phase, (x, c) = build_equilibrium(r1=R1(probes=(probe,), sigma_plain=0.05)), build_batch(256)

@@ -190,6 +190,15 @@ def test_a_state_whose_position_is_none_is_damaged(content, tmp_path):
         checkpoint.load_latest(tmp_path, build_priming())
 
 
+def test_a_position_of_which_one_number_has_changed_is_damaged(tmp_path):
+    checkpoint.save(tmp_path, build_priming(), {"step": 1, "drawn": 3})
+    path = tmp_path / "step-00000001" / checkpoint.POSITION
+    position = path.read_text()
+    assert '"drawn": 3' in position and checkpoint._damaged(path.parent) is None
+    path.write_text(position.replace('"drawn": 3', '"drawn": 4'))
+    assert checkpoint._damaged(path.parent) == path
+
+
 def test_a_state_holds_no_frozen_weights(tmp_path):
     phase = build_priming()
     frozen = {name for name, p in phase.networks["base"].named_parameters() if not p.requires_grad}
