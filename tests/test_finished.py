@@ -35,7 +35,7 @@ from vpae.artifacts import (
 from vpae.data.index import INDEX, Entry, write_index
 from vpae.data.manifest import Clip, write_manifest
 from vpae.experiment import ConfigError, Source, load
-from vpae.graph import fingerprint, stage_settings, stages_of, that_matter
+from vpae.graph import fingerprint, owner, stage_settings, stages_of, that_matter
 from vpae.stages import run_stage
 from vpae.standing import require_true
 from vpae.teacher import folder
@@ -307,6 +307,15 @@ def test_stages_of_another_given_student_are_other_ones() -> None:
 
     one, other = prints("data/a"), prints("data/b")
     assert [s for s in one if one[s] != other[s]] == ["samples", "evaluation", "report"] and one == prints("data/a")
+
+
+def test_a_result_stands_with_the_furthest_base_that_has_it(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs" / "micro.yaml", tmp_path)
+    (tmp_path / "one.yaml").write_text("extends: micro\nsamples: {count: 7}\n")
+    (tmp_path / "two.yaml").write_text("extends: one\nreport: {clips: 3}\n")
+    source = load(tmp_path / "two.yaml", environment=False)
+    names = [owner(source, stage).name for stage in STAGES]
+    assert names == ["micro"] * 5 + ["one"] * 2 + ["two"]
 
 
 def test_an_exchange_that_was_cut_short_is_ended(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vpae.data.latents import LatentDataset
 from vpae.experiment import Source, load
 from vpae.models import formats as formats_module
 from vpae.models.formats import formats
-from vpae.models.wan import load_pipeline, load_sampler
+from vpae.models.wan import load_pipeline, load_sampler, take_any_inputs
 from vpae.sampling.single import animate
 from vpae.stages import run_stage
 
@@ -151,3 +151,16 @@ def test_each_network_is_large_or_small_by_itself(teacher, monkeypatch):
     assert {name for name, dtype in found.items() if dtype == torch.bfloat16} == {larger}
     assert formats(teacher, torch.float16)["vae"] == torch.float32
     assert formats(teacher, vae=torch.bfloat16)["vae"] == torch.bfloat16
+
+
+def test_the_time_is_not_rounded_to_the_format_of_the_weights():
+    class Network(torch.nn.Linear):
+        dtype = torch.bfloat16
+
+        def forward(self, hidden_states, timestep):
+            return hidden_states.dtype, timestep
+
+    network = Network(1, 1)
+    take_any_inputs(network)
+    dtype, timestep = network(hidden_states=torch.zeros(1, 1), timestep=torch.tensor([997.0]))
+    assert dtype == torch.bfloat16 and timestep.dtype == torch.float32 and timestep == 997

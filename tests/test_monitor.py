@@ -83,6 +83,11 @@ def test_the_common_pattern_is_measured_in_its_own_size():
     assert found["common_pattern"] == pytest.approx(size / float(w["x"].std()), rel=0.2)
 
 
+def test_what_chance_adds_to_a_few_videos_is_no_common_pattern():
+    start, change, x = torch.randn(3, 4, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert signs(start + 0.2 * change, x, start, x, x)["common_pattern"] < 0.02  # of 0.2 / sqrt(4)
+
+
 def test_a_collapse_stops_the_run_unless_told_otherwise(capsys, tmp_path):
     w = world()
     videos = [w["start"], w["other_start"]]

@@ -258,6 +258,13 @@ def test_the_head_and_the_fake_model_learn_together_from_one_pass_for_video_and_
     assert gradients(phase.head) > 0 and gradients(phase.fake) > 0 and gradients(phase.generator) == 0
 
 
+@pytest.mark.parametrize("form", ["copy", "lora"])
+def test_the_head_is_moved_with_the_fake_model(form):
+    phase = build("dmd2", fake_form=form)
+    moved = {id(p) for p in phase.roles["fake"].parameters()}
+    assert moved == {id(p) for part in (phase.fake, phase.head) for p in part.parameters()}
+
+
 def test_the_generator_follows_score_and_head_and_one_pass_of_the_fake_model_gives_both():
     weights = {"adversarial_weight": 0.0}, {"adversarial_weight": 0.5}
     found = []

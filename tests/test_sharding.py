@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from pydantic import ValidationError
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from conftest import build_batch, build_equilibrium, build_head, build_transformer, seeded
@@ -19,6 +20,7 @@ from vpae.distill import priming as phase_one
 from vpae.distill.equilibrium import Equilibrium
 from vpae.distill.networks import Stored
 from vpae.distill.priming import Priming
+from vpae.distill.student import save_weights
 from vpae.experiment import ConfigError, load
 from vpae.models.adapters import FAKE, STUDENT, SharedBase, lora_names, merge
 from vpae.models.wan import default_taps, features, predict_x0, velocity
@@ -259,12 +261,15 @@ def test_an_adapted_network_is_the_whole_one_that_it_is_merged_into():
     assert (expected - velocity(build_transformer(), x, t, c)).abs().max() > 1e-3
 
 
-def test_an_adapter_s_follower_is_scaled_as_it_is_where_alpha_is_not_the_rank():
+def test_an_adapter_s_follower_and_its_file_are_scaled_as_it_is_where_alpha_is_not_the_rank(tmp_path):
     (x, c), t = build_batch(1), torch.tensor([0.4])
     student = SharedBase(build_transformer()).add(STUDENT, Lora(rank=4, alpha=12))
     seeded(0, lambda: [nn.init.normal_(p, std=0.1) for p in student.parameters()])
     follower = student.follower()
     assert follower.alpha == 12
+    save_weights(follower, tmp_path / "lora.safetensors")
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        assert float(file.metadata()["lora_alpha"]) == 12  # what others scale it by
     with torch.no_grad():
         assert velocity(follower, x, t, c).equal(velocity(student, x, t, c))
 
@@ -344,6 +349,12 @@ def test_a_state_is_found_by_processes_that_share_the_work_otherwise_and_by_no_o
 
     assert state() == state(accumulate=8) == state(sharding=Sharding(strategy="full", context_parallel=2))
     assert len({state(), state(batch_size=2), state(steps=7), state(mixed_precision="bf16")}) == 4
+
+
+def test_a_state_is_not_taken_up_with_other_inputs(tmp_path):
+    settings = {"seed": 0, "priming": phase_one.Settings().model_dump(mode="json")}
+    states = {_Task(run, run.run, tmp_path / "priming", settings, {}, {"teacher": d}).state for d in ("0", "1")}
+    assert len(states) == 2
 
 
 def test_a_state_is_taken_up_only_for_updates_of_as_many_micro_batches(tmp_path):
