@@ -76,6 +76,14 @@ def test_other_geometries(frames, height, width):
     assert min(scores.values()) >= 0.95, scores
 
 
+def test_a_shaky_path_is_as_smooth_at_twice_the_size(mover):
+    shake = 0.03 * (np.arange(T) % 2)[:, None] * np.array([0.0, 1.0])
+    centres = np.array(mover.sprite.centres_T2) + shake
+    shaky = replace(mover, sprite=replace(mover.sprite, centres_T2=centres.tolist()))
+    small, large = (measure(render(shaky, size, size), shaky)["path_smoothness"] for size in (SIZE, 2 * SIZE))
+    assert small == pytest.approx(1 / (1 + 2 * 0.03 * SIZE), abs=0.02) and large == pytest.approx(small, abs=0.02)
+
+
 def test_track_finds_centre_area_and_mask(world):
     for truth, frames in world[:10]:
         found = track(frames, truth)
