@@ -159,6 +159,11 @@ def test_every_score_is_in_the_table(made, text):
     assert "100×" in found["vpae-1nfe"]
 
 
+def test_times_that_other_work_disturbed_are_said_to_be():
+    idle, busy = ({"latency_diffusion_s": {"mean": mean, "low": 0.02, "high": 0.7}} for mean in (0.021, 0.128))
+    assert page.disturbed({"real": {}, "teacher-1nfe": idle, "vpae-1nfe": busy}) == ["vpae-1nfe"]
+
+
 def test_prompts_and_first_clips(made, text):
     lines = (made[1]["samples"] / "suite.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]

@@ -65,6 +65,7 @@ METRICS = {
     ),
     "latency_total_s": Metric("End to end", "↓", "the same from an image and a prompt to decoded frames."),
 }
+DISTURBED = 1.5  # times the fastest run
 HEADLINES = ("frechet", "single_sprite", "caption_following")
 
 
@@ -98,6 +99,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         headlines=headlines(scores["rows"], parts),
         parts=parts,
         table=table(scores, notes, parts),
+        disturbed=disturbed(scores["rows"]),
         counts={"scored": scores["videos"], "measured": scores["decoded"]},
         vbench=vbench(inputs["evaluation"] / "vbench.json"),
         notes=notes,
@@ -213,6 +215,12 @@ def headlines(rows: dict[str, dict], parts: dict[str, str]) -> list[dict]:
             {"title": "Speed-up", "value": faster, "interval": f"end to end {whole}" if whole else "", "others": times}
         )
     return found
+
+
+def disturbed(rows: dict[str, dict]) -> list[str]:
+    """Rows whose median network time is far from the fastest run: other work ran while they were measured."""
+    times = {name: row["latency_diffusion_s"] for name, row in rows.items() if "latency_diffusion_s" in row}
+    return [name for name, time in times.items() if time["mean"] > DISTURBED * time["low"]]
 
 
 def table(scores: dict, notes: dict[str, str], parts: dict[str, str]) -> dict:
