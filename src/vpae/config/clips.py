@@ -14,7 +14,7 @@ PATCH = (1, 2, 2)  # of WanTransformer3DModel
 class Geometry(Section):
     """The shape of every clip."""
 
-    frames: Positive = Field(81, description="Frames per clip; 4k + 1, because the VAE keeps the first frame apart.")
+    frames: Positive = Field(81, description="Frames per clip; 4k + 1, because the VAE encodes the first frame alone.")
     height: Positive = Field(480, description="Pixels; a multiple of 16 (VAE stride 8 x patch 2).")
     width: Positive = Field(832, description="Pixels; a multiple of 16 (VAE stride 8 x patch 2).")
     fps: float = Field(16.0, gt=0, description="Frames per second; Wan2.1 was trained at 16.")
@@ -64,10 +64,12 @@ class Columns(Section):
         "{path}",
         description="The file, with columns in braces: {video} (OpenVid-1M), {videoID}.mp4 (Koala-36M).",
     )
-    caption: str = Field("caption", description="Its caption.")
+    caption: str = Field("caption", description="The caption.")
     start: str = Field("", description="Where in the file the clip begins, in seconds or as H:MM:SS.mmm; empty: at 0.")
-    end: str = Field("", description="Where it ends; empty: with the file.")
-    span: str = Field("", description="Both in one column, as Koala-36M's timestamp; excludes start and end.")
+    end: str = Field("", description="Where the clip ends; empty: with the file.")
+    span: str = Field(
+        "", description="Start and end in one column, as Koala-36M's timestamp; start and end stay empty."
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> "Columns":
@@ -86,15 +88,17 @@ class Filters(Section):
 
     min_seconds: NonNegative = Field(0.0, description="Shortest clip.")
     max_seconds: NonNegative = Field(0.0, description="Longest clip; 0: of any length.")
-    min_width: int = Field(0, ge=0, description="Pixels of the file, upright.")
-    min_height: int = Field(0, ge=0, description="Pixels of the file, upright.")
-    at_least: Limits = Field({}, description="Column of the table -> least value, such as a score; null: none.")
-    at_most: Limits = Field({}, description="Column of the table -> greatest value; null: none.")
+    min_width: int = Field(0, ge=0, description="Least width in pixels, of the upright video.")
+    min_height: int = Field(0, ge=0, description="Least height in pixels, of the upright video.")
+    at_least: Limits = Field({}, description="Column of the table -> least value, such as a score; null: no limit.")
+    at_most: Limits = Field({}, description="Column of the table -> greatest value; null: no limit.")
     min_motion: Share = Field(
-        0.0, description="Mean change of a pixel from frame to frame, of 1; below about 0.002 a clip is nearly still."
+        0.0,
+        description="Least mean change of a pixel (0 to 1) between frames; below about 0.002 a clip is nearly still.",
     )
     max_jump: Share = Field(
-        1.0, description="Greatest mean change between two neighbouring frames, of 1; at a scene cut it is about 0.2."
+        1.0,
+        description="Greatest mean change of a pixel (0 to 1) between two neighbouring frames; a cut has about 0.2.",
     )
 
 
@@ -103,13 +107,13 @@ class Clips(Section):
 
     source: Literal["world", "folder", "table"] = Field(
         "folder",
-        description="The procedural world; a folder of videos with captions; or a CSV, JSONL, parquet table.",
+        description="The procedural world; a folder of videos with captions; or a table (CSV, JSONL, parquet).",
     )
     path: str = Field("", description="The folder, or the table (see columns). Unused by the world.")
     root: str = Field("", description="Folder from which a table's relative paths start; empty: the table's own.")
     columns: Columns = Field(Columns(), description="What a table's columns are called.")
     filters: Filters = Field(Filters(), description="Which clips of a folder or table are wanted.")
-    train: Positive = Field(1024, description="Clips to train on (the world), or at most so many (others).")
+    train: Positive = Field(1024, description="Clips to train on; of a folder or a table, at most so many.")
     held_out: Positive = Field(256, description="Clips kept for evaluation, never trained on.")
     workers: int = Field(2, ge=1, description="Processes that decode or render.")
     world: World = Field(World(), description="What the procedural world shows.")

@@ -13,7 +13,7 @@ class Head(Section):
     form: Literal["attention", "convolutions"] = Field(
         "attention",
         description="Queries that look at each tapped layer (the paper), or 3-D convolutions over the tapped layers "
-        "(the paper's ablation; the other keys but dim and taps are then without effect).",
+        "(the paper's ablation; of the other keys only dim and taps then have an effect).",
     )
     dim: Positive = Field(512, description="Width.")
     heads: Positive = Field(8, description="Attention heads.")

@@ -43,10 +43,12 @@ def rows_of(methods: dict[str, str]) -> dict[str, Sampler]:
 
 
 class Jobs(Section):
-    """Into how many jobs a stage is cut that can be. No result depends on it: a change runs nothing again."""
+    """How many jobs a stage is cut into, where it can be. No result depends on it: a change runs nothing again."""
 
     clips: Positive = Field(1, description="Jobs that check or render clips; 1: the stage's own job does it all.")
-    latents: Positive = Field(1, description="Jobs that encode shards; several shards a job, best some hours' work.")
+    latents: Positive = Field(
+        1, description="Jobs that encode shards; best several shards and some hours of work for each."
+    )
     samples: Positive = Field(1, description="Jobs that draw and decode batches of videos, of all rows together.")
     evaluation: Positive = Field(1, description="Jobs that measure videos by VBench-I2V, of all rows together.")
 
@@ -54,7 +56,7 @@ class Jobs(Section):
 class Needs(Section):
     """What one job of a stage asks a cluster for: a change runs nothing again.
 
-    Of a method, nodes and gpus say how many processes there are, each of which brings its own clips to a step.
+    For a method, nodes and gpus say how many processes there are; each brings its own clips to a step.
     """
 
     nodes: Positive = Field(1, description="Nodes; only methods of distillation can use several.")
@@ -62,7 +64,7 @@ class Needs(Section):
     cpus: Positive = Field(2, description="CPU cores per node; the stage clips takes clips.workers instead.")
     memory_gb: Positive = Field(4, description="GB of memory per node.")
     minutes: Positive = Field(
-        120, description="Time limit; training saves its state before it, queues again and goes on."
+        120, description="Time limit of a job; training saves its state before that, is queued again and goes on."
     )
 
 
@@ -137,7 +139,7 @@ class Experiment(_Methods):
     """One experiment: everything that determines its results."""
 
     samples: Samples = Field(Samples(), description="Whose videos are made, and how many.")
-    evaluation: Evaluation = Field(Evaluation(), description="How they are measured.")
+    evaluation: Evaluation = Field(Evaluation(), description="How videos are measured.")
     report: Report = Field(Report(), description="What the report shows.")
     jobs: Jobs = Field(Jobs(), description="How stages are spread over a cluster.")
     cluster: Cluster = Field(Cluster(), description="What each stage's jobs ask a cluster for.")

@@ -41,16 +41,17 @@ class Samples(Section):
         dict[str, Sampler], BeforeValidator(without_nulls, json_schema_input_type=dict[str, Sampler | None])
     ] = Field(
         {},
-        description="Name of the row -> how its videos are made. A name ending in -Nnfe must tell the truth. Empty: "
+        description="Name of the row -> how its videos are made. A name ending in -Nnfe must have the right N. Empty: "
         "the teacher's rows and those of each method.",
     )
     count: Positive = Field(256, description="Held-out clips to animate.")
     decode: Positive = Field(64, description="How many of them are decoded to mp4.")
     batch_size: Positive = Field(16, description="Clips sampled together; the result does not depend on it.")
     compile: bool = Field(
-        True, description="On a GPU, compile a large model's blocks where there is enough to draw; else, never."
+        True,
+        description="true: on a GPU, compile a large model's blocks if enough evaluations follow; false: never.",
     )
-    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="What the VAE decodes in.")
+    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format in which the VAE decodes.")
     vae_channels_last: bool = Field(False, description="The VAE's memory layout for a GPU's tensor cores.")
     vae_tiles: bool = Field(
         False,
@@ -94,7 +95,7 @@ class VBench(Section, Measure):
 class VBenchRows(VBench):
     """VBench-I2V of an experiment's own rows, each video against the first frame that it was made from."""
 
-    videos_per_row: int = Field(0, ge=0, description="Of each row's decoded videos the first so many; 0: all of them.")
+    videos_per_row: int = Field(0, ge=0, description="How many of a row's decoded videos are measured; 0: all of them.")
 
 
 class VBenchFolder(VBench, Folder):
@@ -113,7 +114,7 @@ class C2st(Section):
     """The classifier two-sample test: can a small network tell a row's latents from real ones?"""
 
     clips: Annotated[int, AfterValidator(_two_halves)] = Field(
-        0, ge=0, description="Training clips that it learns from, which every row draws anew; 0: no such test."
+        0, ge=0, description="Training clips to learn from, each beside the row's own video of it; 0: no such test."
     )
     steps: Positive = Field(400, description="Its training steps.")
     seeds: Positive = Field(3, description="Classifiers, each with a seed of its own; their mean counts.")
@@ -127,7 +128,7 @@ class Evaluation(Section):
     vbench: VBenchRows = Field(VBenchRows(), description="VBench-I2V on the decoded videos.")
     bootstrap: Positive = Field(500, description="Resamples for the 95% confidence intervals.")
     latency_repeats: Positive = Field(2, description="Timed runs per row in each of three passes; the median counts.")
-    latency_warmup: int = Field(1, ge=0, description="Untimed runs before them.")
+    latency_warmup: int = Field(1, ge=0, description="Untimed runs before the timed ones.")
 
 
 class Report(Section):

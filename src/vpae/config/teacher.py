@@ -19,7 +19,9 @@ class TinyVae(Section):
     dim_mult: tuple[int, int, int, int] = Field((1, 1, 2, 4), description="Channel multiples at the four resolutions.")
     crop: Positive = Field(32, multiple_of=8, description="Training crops, pixels; a multiple of 8.")
     crop_frames: Positive = Field(5, description="Training crops, frames; 4k + 1.")
-    image_steps: int = Field(3000, ge=0, description="First so many steps on single frames, which cost far less.")
+    image_steps: int = Field(
+        3000, ge=0, description="How many of the first steps are on single frames, which cost far less."
+    )
     kl_weight: NonNegative = Field(1e-6, description="Weight of the KL term, summed per latent value.")
     training: Training = Field(
         Training(steps=4500, batch_size=16, ema_decay=0.99), description="The first run of the training loop."
@@ -65,7 +67,8 @@ class TinyEncoders(Section):
         Optimizer(learning_rate=1e-3, warmup_steps=50, cosine=True), description="Of both encoders together."
     )
     stay_weight: NonNegative = Field(
-        0.3, description="Weight of the distance from where it was, when a text encoder is trained further [choice]."
+        0.3,
+        description="Weight of a text encoder's distance from where it started, when it is trained further [choice].",
     )
 
 
@@ -80,7 +83,7 @@ class TinyTransformer(Section):
     layers: Positive = Field(6, description="Transformer blocks.")
     freq_dim: Positive = Field(128, description="Sinusoidal timestep features.")
     drop_text: Share = Field(0.1, description="Share of captions replaced by the empty one, for guidance.")
-    compile: bool = Field(False, description="Train with compiled blocks: faster, other last bits.")
+    compile: bool = Field(False, description="Train with compiled blocks: faster, but the last bits differ.")
     times: Times = Field(Times(low=0.0, high=1.0), description="t of the noised latents.")
     training: Training = Field(
         Training(steps=4000, batch_size=32, ema_decay=0.998), description="Its run of the training loop."
@@ -115,7 +118,7 @@ class Teacher(Section):
         description="With source = train: a teacher's folder that is trained further.",
     )
     further: tuple[Literal["transformer", "text_encoder"], ...] = Field(
-        ("transformer",), description="What of start is trained further; the rest is kept."
+        ("transformer",), description="Which parts of start are trained further; the others are kept."
     )
     revision: str = Field("", description="Commit of the hub repository; a branch name is refused.")
     loras: tuple[str, ...] = Field(
@@ -123,7 +126,7 @@ class Teacher(Section):
         description="LoRA files, each FILE or FILE:STRENGTH, that are merged into the transformer before distilling.",
     )
     architecture: Literal["", "wan2.1-i2v-14b", "wan2.1-i2v-1.3b"] = Field(
-        "", description="Shape that `vpae plan` takes while the weights are not there; checked once they are."
+        "", description="Shape that `vpae plan` assumes while the weights are not there; checked once they are."
     )
     shift: float = Field(3.0, gt=0, description="Timestep shift s; Wan2.1: 3 at 480p, 5 at 720p.")
     vae: TinyVae = Field(TinyVae(), description="The VAE to train; only with source = train.")

@@ -48,10 +48,10 @@ class Sharding(Section):
     activation_checkpointing: bool | Literal["attention"] = Field(
         False,
         description="Keep only the input of each transformer block and run the block again going backward; attention: "
-        "keep the outputs of its self-attention too, which would take longest.",
+        "keep the outputs of its self-attention too, which take longest to compute.",
     )
     context_parallel: Positive = Field(
-        1, description="Processes that share each clip's tokens (Ulysses); divides processes, heads and tokens."
+        1, description="Processes that share each clip's tokens (Ulysses); must divide processes, heads and tokens."
     )
     reduce_every_micro_batch: bool = Field(
         False,
@@ -64,9 +64,11 @@ class Monitor(Section):
     """Watches for collapse: one-step videos of fixed held-out clips, compared with real ones and with the start."""
 
     every: int = Field(0, ge=0, description="Steps between two looks; 0: never.")
-    clips: int = Field(16, ge=2, description="Held-out clips that are drawn, twice each.")
+    clips: int = Field(16, ge=2, description="Held-out clips of which the student makes videos, two of each.")
     stop: bool = Field(True, description="End a run that collapses, its last healthy state kept; otherwise only warn.")
-    videos: int = Field(0, ge=0, description="Of the first so many clips the videos of each look are kept, to be seen.")
+    videos: int = Field(
+        0, ge=0, description="Clips, from the first on, whose videos are kept at each look, to be seen."
+    )
 
     @model_validator(mode="after")
     def _videos_are_among_the_clips(self) -> "Monitor":
@@ -90,13 +92,16 @@ class Training(Section):
         "no", description="Autocast of the forward passes."
     )
     compile: bool = Field(
-        False, description="Compile the transformer's blocks: faster on a GPU after the first steps, other last bits."
+        False,
+        description="Compile the transformer's blocks: faster on a GPU after the first steps; last bits differ.",
     )
     ema_decay: Average = Field(0.995, description="EMA of the main role after each step (paper: 0.995).")
     checkpoint_every: Positive = Field(100, description="Steps between resumable states.")
-    log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl; the monitor's looks have theirs.")
+    log_every: Positive = Field(
+        1, description="Steps between lines of metrics.jsonl; the monitor's looks have their own."
+    )
     stop_after_skipped: Positive = Field(
-        3, description="End a run at so many updates of a role in a row that were skipped for a NaN or Inf gradient."
+        3, description="End a run once so many updates of one role in a row were skipped for a NaN or Inf gradient."
     )
     monitor: Monitor = Field(Monitor(), description="Watches a student for collapse.")
     sharding: Sharding = Field(Sharding(), description="How its networks are spread over processes.")

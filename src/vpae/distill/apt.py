@@ -46,17 +46,19 @@ class Settings(MethodSettings):
     discriminator: Optimizer = Field(
         Optimizer(algorithm="rmsprop", learning_rate=3e-6), description="Of the discriminator's backbone and head."
     )
-    discriminator_steps_per_generator_step: Positive = Field(1, description="Its updates for each generator update.")
+    discriminator_steps_per_generator_step: Positive = Field(
+        1, description="Discriminator updates per generator update."
+    )
     head: Head = Field(
         Head(queries=1, semantics=False), description="One query attends to the tokens of each of three depths."
     )
     discriminator_times: Times = Field(
-        Times(low=0.0, high=1.0), description="t that the discriminator is told; its input is never noised."
+        Times(low=0.0, high=1.0), description="Times t that the discriminator is told; its input is never noised."
     )
     discriminator_shift: float = Field(12.0, gt=0, description="Timestep shift of these times (APT: 12 for video).")
-    ensemble: Positive = Field(1, description="Times whose logits are averaged [choice: one draw of the mean].")
+    ensemble: Positive = Field(1, description="How many times t the logits are averaged over [choice: 1].")
     r1_weight: NonNegative = Field(100.0, description="Weight of the approximated R1 (APT: 100); 0 = off.")
-    r1_sigma: float = Field(0.1, gt=0, description="Width of its perturbation (APT: 0.1 for video).")
+    r1_sigma: float = Field(0.1, gt=0, description="sigma of its perturbation (APT: 0.1 for video).")
 
 
 class Apt(Method):

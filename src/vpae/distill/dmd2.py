@@ -175,7 +175,8 @@ class DfdSettings(Settings):
     """Stage `dfd`: score distillation with half of the teacher's scores at real clips, and no adversary."""
 
     fake_form: Literal["lora", "copy"] = Field(
-        "lora", description="The fake model; an adapter like that of the method before goes on from where it was left."
+        "lora",
+        description="The fake model; an adapter goes on from the one that the method before left, if they are alike.",
     )
     adversarial_weight: NonNegative = Field(0.0, description="Weight of the generator's adversarial term; 0 = off.")
     head_weight: NonNegative = Field(0.0, description="Weight of the discriminator's loss; 0: no head.")

@@ -45,7 +45,7 @@ class Score(Section):
     weight: NonNegative = Field(0.0, description="Weight of L_VSD in the generator's loss; 0 = off (the paper).")
     fake: Optimizer = Field(Optimizer(learning_rate=1e-5), description="Of the fake model.")
     fake_lora: Lora = Field(
-        Lora(), description="The fake model's adapter, where the method that this one starts from leaves none."
+        Lora(), description="The fake model's adapter, if the method that this one starts from leaves none."
     )
     fake_steps_per_generator_step: Positive = Field(5, description="Fake-model updates for each generator update.")
     guidance_scale: float = Field(5.0, description="Teacher's guidance w in u + w (c - u); 1 = off.")
@@ -56,10 +56,14 @@ class FewStep(Section):
     """Learning of the later times of few-step sampling beside t = 1."""
 
     share: float = Field(0.25, gt=0, le=1, description="Share of the clips that are at a later time.")
-    steps: int = Field(4, ge=2, description="The steps of that sampling; half as many share some of its times.")
+    steps: int = Field(
+        4,
+        ge=2,
+        description="Steps of the sampler whose later times are learnt; a sampler of half as many shares some of them.",
+    )
     own: bool = Field(
         False,
-        description="Noise the student's own one-step videos, as sampling does, and not real clips (DMD2's backward "
+        description="Noise the student's own one-step videos, as sampling does, instead of real clips (DMD2's backward "
         "simulation, one step deep); one more network evaluation.",
     )
 
@@ -86,16 +90,16 @@ class Settings(MethodSettings):
     logits_at_once: bool = Field(
         False,
         description="In the head's turn, take all logits (of clips, videos and probes) in one pass: fewer exchanges of "
-        "shards, more memory, other last bits.",
+        "shards, more memory, different last bits.",
     )
-    r1: R1 = Field(R1(), description="Its regularisation.")
+    r1: R1 = Field(R1(), description="The discriminator's regularisation.")
     g_loss: Literal["hinge_linear", "hinge_clipped"] = Field(
         "hinge_linear", description="-D(xh), or relu(1 - D(xh)) [choice]."
     )
     relativistic: bool = Field(
         False,
-        description="Judge each video against the real clip of its first frame, in place of the hinge: what a logit "
-        "owes to the first frame then counts for nothing [choice; R3GAN's loss].",
+        description="Instead of the hinge, compare each video's logit with that of the real clip of its first "
+        "frame: what both owe to the first frame then cancels [choice; R3GAN's loss].",
     )
     adversarial_weight: NonNegative = Field(1.0, description="Weight of the generator's adversarial term; 0 = off.")
     csds_weight: NonNegative = Field(10.0, description="lambda of the conditional SDS term (paper: 10).")

@@ -51,10 +51,14 @@ class Settings(MethodSettings):
     )
     few_step_share: Share = Field(
         0.0,
-        description="Share of the clips at which the generator learns the later times of few-step sampling, which "
+        description="Share of the clips on which the generator learns the later times of few-step sampling, which "
         "generator_times leaves out [choice].",
     )
-    few_steps: int = Field(4, ge=2, description="The steps of that sampling; half as many share some of its times.")
+    few_steps: int = Field(
+        4,
+        ge=2,
+        description="Steps of the sampler whose later times are learnt; a sampler of half as many shares some of them.",
+    )
     score_times: Times = Field(Times(), description="t' at which the scores are compared [choice].")
 
 
