@@ -525,7 +525,7 @@ def test_the_stage_says_what_it_left_out(videos: Path, tmp_path: Path, capsys: p
 
 def test_keys_of_tables_are_refused_of_folders(tmp_path: Path) -> None:
     limits = {"at_least": {"aesthetic": 5}}
-    with pytest.raises(ConfigError, match=r"source = folder has no columns, for filters\.at_least: set each"):
+    with pytest.raises(ConfigError, match=r"source = folder has no columns for filters\.at_least: set each"):
         experiment(tmp_path, source="folder", path=str(tmp_path), filters=limits)
     experiment(tmp_path, "table", source="table", path="t.csv", filters=limits, columns={"path": "{video}"})
     for source in ("folder", "world"):
@@ -582,7 +582,7 @@ def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: 
 
 def test_where_the_paths_of_a_table_count_from_is_said_where_no_video_is_found(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,caption\nelsewhere/a.mp4,x\n")
-    with pytest.raises(ArtifactError, match=r"no such file\. The paths of a table count from clips\.root"):
+    with pytest.raises(ArtifactError, match=r"no such file\. The paths of a table start from clips\.root"):
         run_stage(experiment(tmp_path, source="table", path=str(tmp_path / "t.csv")), "clips", tmp_path / "results")
 
 
@@ -601,9 +601,9 @@ def test_where_the_paths_of_a_table_count_from_is_said_where_no_video_is_found(t
         ("t.csv", b"path,caption\na.mp4,K\xe4fer\n", "UnicodeDecodeError.*; save it as UTF-8 text"),
         ("t.csv", "path,caption\n", "no videos there"),
         ("t.csv", "path,caption\na.mp4,a red, round ball\n", "line 2 has 3 cells and the header 2; put texts"),
-        ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "line 3: unexpected end of data; within a text"),
+        ("t.csv", 'path,caption\na.mp4,"open\nb.mp4,next\n', "line 3: unexpected end of data; within a quoted text"),
         ("t.jsonl", '{"path": "a.mp4", "caption": "x"}\n{"path":\n', "correct its line 2"),
-        ("t.json", '[{"path": "a.mp4", "caption": "x"}]', "tables are named .csv, .jsonl, .parquet"),
+        ("t.json", '[{"path": "a.mp4", "caption": "x"}]', "a table's suffix names its format: .csv, .jsonl, .parquet"),
     ],
 )
 def test_a_table_with_a_fault_is_an_error_that_names_file_and_row(
@@ -784,7 +784,7 @@ def test_a_stretch_begins_where_the_table_says(start: float, suffix: str, tmp_pa
     first = round(start * 8)
     assert decoded(read_clip(path, 5, 32, 64, 4, start)) == list(range(first, first + 10, 2))[:5]
     assert decoded(read_clip(path, 5, 32, 64, 8, start, start + 0.625)) == list(range(first, first + 5))
-    with pytest.raises(VideoError, match=r"too short: 5 frames at 8 fps do not end before"):
+    with pytest.raises(VideoError, match=r"too short: 5 frames at 8 fps do not fit between"):
         read_clip(path, 5, 32, 64, 8, start, start + 0.5)
     with pytest.raises(VideoError, match=r"too short: \d+ of 40 frames at 8 fps"):
         read_clip(path, 40, 32, 64, 8, start)

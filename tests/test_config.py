@@ -321,7 +321,7 @@ def test_what_does_not_divide_is_refused(key: str, value: object, words: str, ba
         ({"clips": {"world": {"grows_share": 0.6, "spins_share": 0.5}}}, "clips.world"),
         ({"clips": None}, "clips"),
         ({"teacher": {"source": "folder"}}, "source = folder needs path"),
-        ({"teacher": {"source": "folder", "path": "a", "start": "b"}}, "start is of source = train alone"),
+        ({"teacher": {"source": "folder", "path": "a", "start": "b"}}, "start works with source = train only"),
         ({"teacher": {"source": "train", "start": "b", "further": ["text_encoder"]}}, "further lacks transformer"),
         ({"teacher": {"transformer": {"training": {"mixed_precision": "bf16"}}}}, "the same mixed_precision"),
         ({"teacher": {"source": "hub", "path": "a/b"}}, "40 hex digits"),

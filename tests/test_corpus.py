@@ -127,7 +127,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         list(candidates(clips(table, filters={"at_least": {"beauty": 1}})))
     with pytest.raises(ArtifactError, match=r"row 1: needs the columns video and caption"):
         list(candidates(clips(table, columns={"path": "{video}"})))
-    with pytest.raises(ArtifactError, match=r"t\.parquet: .*copy or download it again, or name it"):
+    with pytest.raises(ArtifactError, match=r"t\.parquet: .*copy or download it again, or correct its suffix"):
         (tmp_path / "t.parquet").write_text("path,caption\n")
         list(candidates(clips(tmp_path / "t.parquet")))
 

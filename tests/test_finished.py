@@ -543,7 +543,7 @@ def test_one_of_several_processes_does_no_stage_that_runs_in_one(
     monkeypatch.setenv("RANK", "1")
     for stage, processes in (("clips", "1"), ("clips", "2"), ("priming", "1")):
         monkeypatch.setenv("WORLD_SIZE", processes)
-        with pytest.raises(ConfigError, match=rf"RANK = 1 is set, .* {stage} runs in one: unset RANK"):
+        with pytest.raises(ConfigError, match=rf"RANK = 1 is set, .* {stage} runs in one process: unset RANK"):
             stages.run_stage(None, stage, tmp_path)
 
 

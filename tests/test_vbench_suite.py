@@ -213,7 +213,7 @@ def test_a_folder_without_a_suite(tmp_path: Path) -> None:
         (lambda r: r[1].update(prompt_en="no camera here"), "record 1: camera_motion needs one of camera pans left"),
         (lambda r: r[2].update(prompt_en="a/b, camera static"), "record 2: .*slash"),
         (lambda r: r[8].update(prompt_en=83 * "\u4e2d"), "record 8: .*more bytes than the 255"),
-        (lambda r: r.append(dict(r[0])), "stand there twice"),
+        (lambda r: r.append(dict(r[0])), "appear twice"),
     ],
     ids=["key", "camera", "slash", "long", "twice"],
 )

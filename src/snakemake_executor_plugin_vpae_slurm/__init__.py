@@ -7,8 +7,9 @@ then the workflow waits for ever:
 - A job that ended longer ago than SLURM remembers (MinJobAge) is in no list any more.
 - While SLURM does not answer, or `sacct` has no database, the plugin forgets the jobs it has asked about.
 
-Here the first has failed, and is retried like any other; of the second, the accounting knows, and where there is none,
-Snakemake goes by the output, which a stage writes whole or not at all; in the third case all jobs go on being watched.
+Here the first kind of job has failed, and is retried like any other. For the second, the accounting is asked; where
+there is none, Snakemake goes by the output, which a stage writes whole or not at all. In the third case all jobs go on
+being watched.
 
 A Snakemake that was killed leaves its jobs behind. Started again, it would submit them a second time beside the first,
 and delete what those may just have finished. Such orphans are told to end, which lets them save their states, before
@@ -46,7 +47,7 @@ RUNS = Path(".snakemake/slurm_runs")
 
 
 class Executor(SlurmExecutor):
-    """Submits by the parent class; watches by itself."""
+    """Submits as the parent class does; watches the jobs itself."""
 
     def __post_init__(self, test_mode: bool = False) -> None:
         super().__post_init__(test_mode)
@@ -134,7 +135,9 @@ class Executor(SlurmExecutor):
         if not job_id:
             return
         if _is_alive(run):
-            raise WorkflowError(f"SLURM job {job_id} does the same for another Snakemake: wait for that, or end it. ")
+            raise WorkflowError(
+                f"SLURM job {job_id} does the same for another Snakemake: wait until it ends, or end it. "
+            )
         self.logger.info(f"SLURM job {job_id}, of a Snakemake that was killed, is told to save its state and end.")
         _ask("scancel", job_id)
         deadline = time.monotonic() + ORPHANS_MUST_END_WITHIN_SECONDS

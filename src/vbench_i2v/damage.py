@@ -1,7 +1,8 @@
 """Signs that a video stream is damaged. A decoder conceals what it cannot read, and the frames look like any others.
 
-Found are what FFmpeg itself says while it reads and decodes, frames and packets that it marks as corrupt, and bytes
-that no encoder of H.264 or HEVC writes. Damage that leaves a stream legal, as some changes of single bytes do, is not.
+What is found: FFmpeg's own errors while it reads and decodes, frames and packets that it marks as corrupt, and bytes
+that no encoder of H.264 or HEVC writes. Damage that leaves a stream legal, as some changes of single bytes do, is not
+found.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Packages that the user installs, since their licences or what they drag along are not for everybody."""
+"""Packages that the user installs, since their licences or dependencies are not for everybody."""
 
 import importlib
 import importlib.metadata

@@ -142,7 +142,7 @@ def score(
             why = f"not computed: {reasons[name]}"
         elif n < of and not allow_incomplete:
             raise VBenchError(
-                f"{name}: {n} of {of} videos have a record; run the parts that are left, or --allow-incomplete"
+                f"{name}: {n} of {of} videos have a record; run the parts that are left, or give --allow-incomplete"
             )
         elif not n:
             why = "no video could be measured"

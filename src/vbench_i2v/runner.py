@@ -46,7 +46,7 @@ class Networks:
 class Outcome:
     """How a run ended: records made now, records that were there, and what could not be measured, with the reason.
 
-    What is damaged is a video as a whole, or, where a dimension is named, only for that dimension.
+    A video is damaged as a whole or, where a dimension is named, only for that dimension.
     """
 
     computed: int = 0

@@ -4,7 +4,7 @@ The constants are those of VBench's `scripts/constant.py`, the formulas those of
 n = (x - minimum) / (maximum - minimum), not clipped; a group's score is the weighted mean of its n; Total is the mean
 of both groups. V-PAE's paper names three of the numbers SA (I2V Score), TC (Quality Score) and FQ (Imaging Quality).
 
-A dimension that is absent is absent: what needs it has no value and a reason. VBench puts 0 in its place.
+An absent dimension stays absent: what needs it has no value, and a reason. VBench puts 0 in its place.
 """
 
 import difflib
@@ -154,7 +154,7 @@ def _value(path: Path, name: str, entry: object) -> float:
     if not math.isfinite(value):
         raise VBenchError(f"{path}: {name} is {value}; a video that could not be measured spoils the mean")
     if abs(value) > _POINTS:
-        raise VBenchError(f"{path}: {name} is {value:g}; VBench's files hold shares of 1, not points")
+        raise VBenchError(f"{path}: {name} is {value:g}; VBench's files hold scores from 0 to 1, not points")
     return value
 
 

@@ -111,7 +111,7 @@ def read_suite(path: Path) -> list[Prompt]:
     prompts = [_prompt(f"{path}: record {number}", record) for number, record in enumerate(records)]
     twice = [text for text, count in Counter(_key(p.text) for p in prompts).items() if count > 1]
     if twice:
-        raise VBenchError(f"{path}: {len(twice)} prompts stand there twice, e.g. {twice[0]!r}; they name one file")
+        raise VBenchError(f"{path}: {len(twice)} prompts appear twice, e.g. {twice[0]!r}; they name one file")
     return prompts
 
 

@@ -121,7 +121,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
         wanted_by = f"{seen[-1]}: extends: {path.stem}: " if seen else ""
         meant = Path("configs", path.name.removesuffix(".yaml").removesuffix(".yaml") + ".yaml")
         if not seen and meant != path and meant.is_file():
-            raise ConfigError(f"{path} does not exist; did you mean {meant}? Where a name is asked for: {meant.stem}")
+            raise ConfigError(f"{path} does not exist; did you mean {meant}? If a name is wanted: {meant.stem}")
         raise ConfigError(f"{wanted_by}{path} does not exist; experiments in {path.parent}: {near}")
     try:
         tree = _plain(read_yaml(path.read_text(encoding="utf-8")) or {})
@@ -156,7 +156,7 @@ def _parse_override(text: str) -> dict:
     if not equals or not key:
         raise ConfigError(f"--set {text}: write section.key=value, for instance samples.count=64")
     if key == "extends":
-        raise ConfigError(f"--set {text}: the base experiment can only stand in the file")
+        raise ConfigError(f"--set {text}: extends can only stand in the file")
     try:
         tree: Any = _plain(yaml.safe_load(value))
     except Exception as error:
@@ -218,7 +218,7 @@ def _refuse_unknown_variables() -> None:
             continue
         parts = name[len("VPAE_") :].lower().split("__")
         if parts == ["extends"]:
-            raise ConfigError(f"environment: {name}: the base experiment can only stand in the file")
+            raise ConfigError(f"environment: {name}: extends can only stand in the file")
         for depth, part in enumerate(parts):
             known = _keys_at(parts[:depth])
             if known is FREE:

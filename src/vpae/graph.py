@@ -39,7 +39,7 @@ class Stage:
 
     Attributes:
         about: what it does, for people.
-        module: has `run(settings, inputs, out, state)`; that of the methods has the method's name before these.
+        module: has `run(settings, inputs, out, state)`; that of the methods takes the method's name before these.
         reads: the stages whose folders it reads, in an experiment.
         sections: the settings that determine its result, beside the seed.
         unused: keys of these sections that change no result, as pydantic's `exclude` has them.

@@ -1,7 +1,7 @@
 """A stage's work cut into parts, which may run side by side on many machines.
 
-A part leaves what it made in the stage's state folder, where the stage's own run finds it and has only to gather. It is
-the state folder alone that is believed: what is not there, the stage makes itself.
+A part leaves what it made in the stage's state folder, where the stage's own run finds it and has only to gather. Only
+the state folder counts: what is not there, the stage makes itself.
 """
 
 from collections.abc import Sequence

@@ -255,8 +255,8 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     if rank := int(os.environ.get("RANK", "0")):  # one of several processes of torchrun: the first writes the folder
         if stage not in METHODS or int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise ConfigError(
-                f"RANK = {rank} is set, as in one of several processes that train together, but {stage} runs in one: "
-                "unset RANK"
+                f"RANK = {rank} is set, as in one of several processes that train together, but {stage} runs in one "
+                "process: unset RANK"
             )
         with tempfile.TemporaryDirectory() as nowhere, _with_advice(source, stage):
             task.run(source.settings, task.folders, Path(nowhere), task.state)

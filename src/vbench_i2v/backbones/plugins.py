@@ -1,4 +1,4 @@
-"""The networks whose code is not free for every use, or drags much along: the user installs them, this connects them.
+"""The networks whose code is not free for every use, or needs many packages: users install them, this connects them.
 
     AMT-S       vbench 0.1.5       CC BY-NC 4.0
     CoTracker2  cotracker          CC BY-NC 4.0

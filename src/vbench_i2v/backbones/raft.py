@@ -17,7 +17,7 @@ SMALLEST = 128  # pixels a side, so that the coarsest correlations still have tw
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a way that is straight, or a strided 1 x 1 convolution."""
+    """Two 3 x 3 convolutions beside a shortcut: the identity, or a strided 1 x 1 convolution."""
 
     def __init__(self, inputs: int, outputs: int, norm: type[nn.Module], stride: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whether the way to and from the data keeps up: encoding of clips, and the wait of training for its batches.
+"""Whether encoding and reading of data keep up: the encoding of clips, and the wait of training for its batches.
 
 Both are measured on what the experiment's finished stages hold, by the functions that its stages run.
 """

@@ -1,8 +1,8 @@
 """`python -m vpae.bench.decoders FOLDER`: PyAV, decord and torchcodec on real videos, where they are installed.
 
 Prints for each decoder frames per CPU-second (one thread, every frame to RGB, best of three), peak memory of a process
-of its own, the greatest mean difference of a frame from PyAV's, and of files with a hole how many are refused, and how
-many give other frames without a word. The default decoder of `data.video` follows from this table.
+of its own, the greatest mean difference of a frame from PyAV's, and for files with a hole how many are refused, and how
+many give other frames without an error. The default decoder of `data.video` follows from this table.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""How long a video takes: the network steps, all from image and prompt to an mp4 by parts, and the VAE both ways."""
+"""How long a video takes: the network steps, each part of the way from image and prompt to an mp4, and the VAE both
+ways."""
 
 import tempfile
 from collections.abc import Callable, Iterator

@@ -53,7 +53,9 @@ class World(Section):
     @model_validator(mode="after")
     def _shares(self) -> "World":
         if self.grows_share + self.spins_share > 1:
-            raise ValueError(f"grows_share = {self.grows_share} and spins_share = {self.spins_share} are more than 1")
+            raise ValueError(
+                f"grows_share = {self.grows_share} and spins_share = {self.spins_share} add up to more than 1"
+            )
         return self
 
 
@@ -125,7 +127,7 @@ class Clips(Section):
         unread = [f"filters.{name}" for name in ("at_least", "at_most") if getattr(self.filters, name)]
         if self.source == "folder" and unread:
             raise ValueError(
-                f"source = folder has no columns, for {' and '.join(unread)}: set each column there to null, or take "
+                f"source = folder has no columns for {' and '.join(unread)}: set each column there to null, or take "
                 "source: table"
             )
         return self

@@ -138,12 +138,12 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _named(self) -> "Teacher":
         if self.source != "train" and not self.path:
-            raise ValueError(f"source = {self.source} needs path")
+            raise ValueError(f"source = {self.source} needs path: name the folder or the hub id")
         if self.source != "train" and self.start:
-            raise ValueError(f"start is of source = train alone, not of source = {self.source}; remove it")
+            raise ValueError(f"start works with source = train only, not with source = {self.source}; remove it")
         if self.source == "train" and self.loras:
             raise ValueError(
-                "loras are merged into a teacher of source = folder or hub; remove them, or name such a one"
+                "loras are merged into a teacher of source = folder or hub; remove them, or take one of these sources"
             )
         for named in self.loras:
             file_and_strength(named)

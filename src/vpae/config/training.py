@@ -73,7 +73,10 @@ class Monitor(Section):
     @model_validator(mode="after")
     def _videos_are_among_the_clips(self) -> "Monitor":
         if self.videos and not self.every:
-            raise ValueError(f"videos = {self.videos} are kept at each look, but every = 0 never looks; set either")
+            raise ValueError(
+                f"videos = {self.videos} are kept at each look, but every = 0 never looks; raise every, or set "
+                "videos to 0"
+            )
         if self.videos > self.clips:
             raise ValueError(f"videos = {self.videos} are more than the clips = {self.clips} that are drawn")
         return self
@@ -115,8 +118,8 @@ class Training(Section):
             )
         if self.compile and self.sharding.activation_checkpointing == "attention":
             raise ValueError(
-                "compile = true hides a block's attention from sharding.activation_checkpointing = attention; set one "
-                "of them to false, or activation_checkpointing to true"
+                "compile = true hides a block's attention from sharding.activation_checkpointing = attention; set "
+                "compile to false, or activation_checkpointing to true or false"
             )
         return self
 

@@ -226,7 +226,7 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
             f"clips.path = {settings.clips.path}: {usable} usable clips cannot give clips.held_out = {wanted} and "
             f"{needed} to train on ({why}); {remedy}. Left out: {left_out.count}"
             f"{': ' + reasons if reasons else ''}"
-            f"{'. The paths of a table count from clips.root, or else from its own folder' if rooted else ''}"
+            f"{'. The paths of a table start from clips.root, or else from its own folder' if rooted else ''}"
         )
 
 

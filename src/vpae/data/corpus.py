@@ -60,11 +60,9 @@ def candidates(clips: Clips) -> Iterator[Candidate]:
     if not table.is_file():
         raise ArtifactError(f"clips.path = {table}: no such table")
     if (kind := table.suffix.lower()) not in ROWS_OF:
-        raise ArtifactError(
-            f"clips.path = {table}: tables are named {', '.join(ROWS_OF)}, by what is in them; rename it"
-        )
+        raise ArtifactError(f"clips.path = {table}: a table's suffix names its format: {', '.join(ROWS_OF)}; rename it")
     root, read = str(clips.root or table.parent), _Reader(table, clips.columns, clips.filters)
-    remedy = "copy or download it again, or name it by what is in it" if kind == ".parquet" else "save it as UTF-8 text"
+    remedy = "copy or download it again, or correct its suffix" if kind == ".parquet" else "save it as UTF-8 text"
     with reading(table, remedy):
         for number, row in enumerate(ROWS_OF[kind](table), 1):
             yield read.candidate(root, number, row)
@@ -184,7 +182,7 @@ def _csv_rows(table: Path) -> Iterator[dict]:
                     "or close the double quote that opens it"
                 ) from error
             raise ArtifactError(
-                f"{table}: line {lines.line_num}: {error}; within a text in double quotes write each of them twice"
+                f"{table}: line {lines.line_num}: {error}; within a quoted text, write each double quote twice"
             ) from error
 
 

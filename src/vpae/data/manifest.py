@@ -41,8 +41,8 @@ class Clip:
         fps: frames per second of the file.
         sha256: of the file.
         start: seconds after the file's beginning at which the clip begins.
-        motion: mean change of a pixel from frame to frame, of 1.
-        jump: greatest mean change between two neighbouring frames, of 1.
+        motion: mean change of a pixel (0 to 1) from frame to frame.
+        jump: greatest mean change of a pixel (0 to 1) between two neighbouring frames.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Clip:
         path = Path(os.path.normpath(folder / self.path))  # the folder may be a link to somewhere else
         if not path.is_file() or content(path) != self.sha256:
             raise ArtifactError(
-                f"{path} is missing or has changed since it was catalogued; run the clips stage again (where that says "
+                f"{path} is missing or has changed since it was catalogued; run the clips stage again (if that says "
                 f"it is up to date, delete {folder})"
             )
         return read_clip(path, geometry.frames, geometry.height, geometry.width, geometry.fps, self.start)

@@ -1,4 +1,4 @@
-"""Reading and writing video files by PyAV, which finds damage; decord gives the same bytes and finds none.
+"""Reading and writing video files by PyAV, which finds damage; decord gives the same bytes, but does not find damage.
 
 Axes: T frames, H height, W width, 3 colours (RGB, uint8).
 """
@@ -184,7 +184,7 @@ def read_clip(
             f"HDR ({info.hdr}), whose colours would be washed out: convert it to SDR (BT.709) with tone mapping"
         )
     if stop is not None and start + (frames - 1) / fps >= stop:
-        raise VideoError(f"too short: {frames} frames at {fps:g} fps do not end before {stop:g} s from {start:g} s on")
+        raise VideoError(f"too short: {frames} frames at {fps:g} fps do not fit between {start:g} s and {stop:g} s")
     if start > 0:
         wanted = info.begin + start + np.arange(frames) / fps
         found = _pick_times(decoded(path, start), wanted, 1 / info.fps, fit)

@@ -118,11 +118,14 @@ class Settings(MethodSettings):
             raise ValueError("adversarial_weight, csds_weight and score.weight are all 0: nothing would be learnt")
         if self.discriminator_warmup_steps and self.discriminator.warmup_steps:
             raise ValueError(
-                f"discriminator_warmup_steps = {self.discriminator_warmup_steps} are all in the first step, at the "
-                f"lowest rate of discriminator.warmup_steps = {self.discriminator.warmup_steps}; set one of them to 0"
+                f"discriminator_warmup_steps = {self.discriminator_warmup_steps} are all in the first step, when "
+                f"the rate of discriminator.warmup_steps = {self.discriminator.warmup_steps} is lowest; set one of "
+                "them to 0"
             )
         if self.relativistic and self.g_loss != "hinge_linear":
-            raise ValueError(f"relativistic takes the place of the hinge: leave out g_loss = {self.g_loss}, or it")
+            raise ValueError(
+                f"relativistic takes the place of the hinge: leave out g_loss = {self.g_loss}, or relativistic"
+            )
         if self.adversarial_weight == 0 and self.backbone == "copy":
             raise ValueError("adversarial_weight = 0 trains no discriminator: leave out backbone = copy")
         if self.backbone == "copy" and self.student_lora is not None:

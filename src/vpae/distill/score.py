@@ -1,4 +1,4 @@
-"""Variational score distillation (VSD): what the methods have in common that follow the difference of two scores.
+"""Variational score distillation (VSD): what the methods that follow the difference of two scores have in common.
 
 It brings the distribution of one-step videos to that of real ones. Steps are those of the paper's phase I. Beside the
 student it writes `generator.safetensors` and `fake_lora.safetensors` (`fake.safetensors` of a full copy).

@@ -1,8 +1,8 @@
 """Classifier two-sample test (C2ST): can a small network tell generated latents from real ones?
 
-Its accuracy on clips it was not trained on is 0.5 where it cannot, and 1 where every video betrays itself. It sees what
-a Frechet distance of random features does not: those features were never trained to find a difference. It also sees the
-first frame's latents, so that a video that does not belong to its first frame is found too.
+Its accuracy on clips it was not trained on is 0.5 where it cannot, and 1 where it always can. It sees what a Frechet
+distance of random features does not: those features were never trained to find a difference. It also sees the first
+frame's latents, so that a video that does not belong to its first frame is found too.
 
 The recipe (network, batch, rate) is fixed here, so that methods are compared by the same judge. More clips or steps
 make a stronger judge: compare figures of one recipe only.

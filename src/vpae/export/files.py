@@ -1,5 +1,5 @@
 """What an export consists of: a diffusers folder, a file with Wan's own key names, a LoRA file. Each writes into a
-place that does not exist yet, and leaves making it appear to the command."""
+place that does not exist yet; the command makes it appear."""
 
 import json
 import shutil

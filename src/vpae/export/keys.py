@@ -76,7 +76,7 @@ def from_underscores(name: str) -> str:
     for pair in names.items():
         if rest in [module.replace(".", "_") for module in pair]:
             return prefix + pair[0]
-    raise ArtifactError(f"{name}: no module of a Wan image-to-video transformer is called so")
+    raise ArtifactError(f"{name}: no module of a Wan image-to-video transformer has this name")
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:

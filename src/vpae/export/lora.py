@@ -142,7 +142,7 @@ def unscaled(tensors: Mapping[str, Tensor], settings: Mapping, name: str = "adap
         )
         if alpha is None:
             raise ArtifactError(
-                f"{name}: says nothing of {ALPHA}, so that its scale is unknown; keep its adapter_config.json beside it"
+                f"{name}: has no {ALPHA}, so that its scale is unknown; keep its adapter_config.json beside it"
             )
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         found[f"{module}.lora_A.weight"] = down.contiguous()

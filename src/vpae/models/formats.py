@@ -1,8 +1,8 @@
 """What the weights of a pipeline folder weigh, and in which number formats its networks compute.
 
 The one rule for all stages and commands: large transformers and text encoders compute in bfloat16, small ones in
-float32, whatever they are stored in. VAE and image encoder compute in float32: they are small, and lose most by few
-digits.
+float32, whatever they are stored in. VAE and image encoder compute in float32: they are small, and lose most from low
+precision.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""LoRAs that users bring: held against the network they are meant for, and merged into its weights."""
+"""LoRAs that users bring: checked against the network they are meant for, and merged into its weights."""
 
 from collections.abc import Iterable
 from pathlib import Path

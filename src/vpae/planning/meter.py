@@ -26,7 +26,7 @@ WRAPPERS = (DTensor, AsyncCollectiveTensor)  # tensors that have no memory of th
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made while it is on; one at a time may be.
+    """Counts the storages made while it is on; only one may be on at a time.
 
     Attributes:
         now: bytes of those that are still alive.

@@ -1,8 +1,8 @@
 """What the updates of a training phase take, by running them: the phase's own losses, networks and optimisers.
 
-Everything runs on fake tensors, which have shapes and no memory, in a process that takes part in a job of as many
-processes as wanted, of which it is the only one. Networks of a few blocks are run, and the figures extrapolated: they
-are straight lines in the number of blocks before and after the last one whose features are taken.
+Everything runs on fake tensors, which have shapes and no memory, in the only process that there really is of a job of
+as many as wanted. Networks of a few blocks are run, and the figures extrapolated: they are linear in the number of
+blocks before the last one whose features are taken, and in that after it.
 """
 
 import warnings

@@ -1,7 +1,8 @@
-"""`vpae compare`: finished experiments in one table, a line a method, with its scores over seeds and its cost.
+"""`vpae compare`: finished experiments in one table, one line per method, with its scores over seeds and its cost.
 
 A method is a row's sampler and all that its model was trained with, but for the seed: rows of experiments that differ
-in the seed alone are one line, and an ablation's row is another one than its base's, though both have the same name.
+in the seed alone are one line, and an ablation's row is a different line from its base's, though both have the same
+name.
 """
 
 import csv

@@ -253,8 +253,8 @@ def weight_files(network: Path) -> list[Path]:
         raise ArtifactError(f"{others[0]}: diffusers loads {' or '.join(f'{s}.safetensors' for s in STEMS)}; rename it")
     if pickled := sorted([*network.glob("*.bin"), *network.glob("*.pt*")]):
         raise ArtifactError(
-            f"{pickled[0]}: pickled weights can run any code and are not read; convert them on a machine of which that "
-            "does not matter: load the pipeline in diffusers and `save_pretrained(FOLDER, safe_serialization=True)`"
+            f"{pickled[0]}: pickled weights can run any code and are not read; convert them on a machine where that "
+            "does no harm: load the pipeline in diffusers and `save_pretrained(FOLDER, safe_serialization=True)`"
         )
     raise ArtifactError(f"{network}: no weights (*.safetensors); download the model, or `dvc pull` it")
 

@@ -1,7 +1,7 @@
 """Resumable states of a phase, by torch.distributed.checkpoint: whole or absent, sharded or not.
 
-A state is on the disk before it gets its name, and names the hash of each of its files, which is checked before it is
-taken up: after a damaged state the one before it is.
+A state is on the disk before it gets its name. It names the hash of each of its files, which is checked before the
+state is used; in place of a damaged state the one before it is used.
 
 A state holds, for every role, the trained parameters and the optimiser's moments, and the EMA. Frozen weights (the
 teacher's) are not in it: they are an input. It can be taken up by another number of processes.

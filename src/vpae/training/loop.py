@@ -5,7 +5,7 @@ clipping, EMA, metrics, checkpoints and signals. Between two logs it reads from 
 gradient is finite (and, of several processes, whether one was told to end). Nothing random is carried along: the noise
 of a micro-batch and the clips in it follow from (seed, step, turn, micro-batch), so a resumed run continues bit for bit
 from the last state, whichever step that was. Micro-batches are numbered over all processes: two processes do what one
-does that accumulates twice as often.
+with twice the accumulation does.
 """
 
 import json

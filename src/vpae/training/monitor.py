@@ -78,7 +78,7 @@ class Watch:
     """Draws fixed clips every now and then, and judges them.
 
     Args:
-        config: how often, which is not never, and whether to stop.
+        config: how often, never 0, and whether to stop.
         draw: number of a fixed draw of noise -> one-step videos of the fixed first frames, like x. Every process calls
             it alike.
         x: the real clips.
@@ -123,7 +123,7 @@ class Watch:
             if self.config.stop:
                 raise Collapse(
                     f"{message}. The last state before it is kept. Lower {name}.generator.learning_rate or the weight "
-                    f"of the loss that drives it, or go on all the same with {name}.training.monitor.stop=false"
+                    f"of the loss that drives it, or go on in spite of it with {name}.training.monitor.stop=false"
                 )
             if self.speaks:
                 print(f"vpae: {message}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """What is finer than bf16 under bf16 autocast.
 
 Around |x| = 1 bf16's spacing is 2^-7: as large as the perturbations of the discriminator's regularisation. So latents
-and times enter the network in float32. What the blocks add to then stays float32 as well, because Wan's blocks return
-the dtype they are given; only their matrix products are bf16. And where no gradient can underflow, they are float16: as
+and times enter the network in float32. The residual stream then stays float32 as well, because Wan's blocks return the
+dtype they are given; only their matrix products are bf16. And where no gradient can underflow, they are float16: as
 fast, with an eighth of the spacing.
 """
 

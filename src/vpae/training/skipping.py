@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Skipped:
-    """How many updates a run has skipped, and each role in a row; part of a resumable state.
+    """How many updates a run has skipped, and how many each role in a row; part of a resumable state.
 
     Args:
         limit: so many in a row of one role end the run.

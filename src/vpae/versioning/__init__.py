@@ -1,1 +1,1 @@
-"""Snakemake makes results, DVC versions them: what keeps the two of one mind about what is up to date."""
+"""Snakemake makes results, DVC versions them: what makes the two agree on what is up to date."""

@@ -80,8 +80,8 @@ def _dvc(arguments: argparse.Namespace) -> None:
         if at:
             raise ConfigError(
                 f"vpae dvc {name}: DVC versions experiments with a file of their own; write configs/{base}-{seed}.yaml "
-                f"with the lines `extends: {base}` and `seed: {seed}`, and name {base}-{seed}; what is "
-                f"finished goes on there: `mv results/{name} results/{base}-{seed}`"
+                f"with the lines `extends: {base}` and `seed: {seed}`, and name {base}-{seed}; to keep "
+                f"what is finished: `mv results/{name} results/{base}-{seed}`"
             )
     text = pipeline([_committed(Path("configs") / f"{name}.yaml") for name in arguments.names])
     if arguments.out is None:

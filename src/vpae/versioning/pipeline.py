@@ -1,7 +1,7 @@
-"""dvc.yaml, written from the experiments that are versioned, and the small files of which it speaks.
+"""dvc.yaml, written from the experiments that are versioned, and the small files that it names.
 
-DVC can loop over experiments but not over the folders that a stage reads. So each stage's list has as many as the
-longest of its experiments needs; the others name their last one again, which DVC takes for one.
+DVC can loop over experiments but not over the folders that a stage reads. So each stage lists as many folders as any of
+its experiments needs; the others name their last one again, which DVC counts once.
 """
 
 import csv

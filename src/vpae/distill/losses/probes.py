@@ -2,9 +2,9 @@
 
 APT (arXiv 2501.08316) has one probe, independent noise on every value. The spatio-temporal differential R1 (Phase II,
 step 5) has two, one in space and one in time. A probe of deviation sigma measures sigma^2 E |grad D|^2 along its
-directions, so that weight times sigma^2 says how strong it is. All start from the same latents at the same time as the
-logit that they are compared with, and are added in float32: around |x| = 1, a perturbation of 0.01 is about the spacing
-of bfloat16.
+directions, so that weight times sigma^2 says how strong it is. All are added, in float32, to the noised latents of the
+logit that they are compared with, at the same timestep: around |x| = 1, a perturbation of 0.01 is about the spacing of
+bfloat16.
 Axes: B batch, C channels, F latent frames, H, W.
 """
 

@@ -1,6 +1,6 @@
 """VBench-I2V of an experiment's own rows, and how its ranks agree with those of the truth metrics.
 
-Measured are the decoded videos of the held-out clips, each against the first frame that it was made from.
+It measures the decoded videos of the held-out clips, each against the first frame that it was made from.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Motion without a trained network: whole pixels by matching blocks, fractions after Lucas and Kanade (1981).
 
-Meant for frames of about 64 x 64 pixels, of which the motion may be some eight pixels.
+Meant for frames of about 64 x 64 pixels, whose motion may be some eight pixels.
 Axes: N pairs of frames, K displacements, H height, W width, 3 colours; flow (N, 2, H, W) in pixels (x, y).
 """
 
