@@ -166,7 +166,7 @@ def report(root: Path, weights: Sequence[Weight]) -> tuple[str, bool]:
     if found:
         lines.append(f"{len(found)} of {len(weights)} are missing or wrong")
     if unusable:
-        lines.append(f"what reads {', '.join(unusable)} cannot be used; without it their dimensions are not computed")
+        lines.append(f"the packages that read {', '.join(unusable)} cannot be used; their dimensions are not computed")
     return "\n".join(lines), not found and not unusable
 
 

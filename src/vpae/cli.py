@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CODE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:
-            print(f"vpae: {error.filename}: {error.strerror}; correct the path, or who may use it", file=sys.stderr)
+            print(f"vpae: {error.filename}: {error.strerror}; correct the path, or its permissions", file=sys.stderr)
             return 2
         # safetensors has the number only in its text.
         if getattr(error, "errno", None) not in FULL and not any(f"(os error {n})" in str(error) for n in FULL):

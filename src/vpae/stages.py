@@ -138,15 +138,15 @@ def _require_unseen(source: Source, held_out: set[str], results: Path) -> None:
         place = next((p for p in sorted(places) if _is(p, trained_on)), None)
         if place is None:
             print(
-                f"vpae: students.{name}: the latents that {folder} was trained on are not here: that none of them is "
-                "held out in this experiment cannot be checked",
+                f"vpae: students.{name}: the latents that {folder} was trained on are not here: it cannot be checked "
+                "that none of them is held out in this experiment",
                 file=sys.stderr,
             )
         elif known := held_out & _hashes(place, "train"):
             raise ConfigError(
                 f"{source.path}: students.{name}: {len(known)} of the {len(held_out)} held-out clips are among those "
                 f"that {folder} was trained on ({place}), and their scores would flatter it; hold out as many clips of "
-                "the same videos as there, or others"
+                "the same videos as that training did, or other clips"
             )
 
 

@@ -109,7 +109,7 @@ def require_true(source: Source, stages: Sequence[str] = (), results: Path = RES
     if found:
         remedy = f"run `snakemake all --config experiment={source.name}`; if it sees nothing to do, force these stages:"
         force = f"`snakemake --forcerun STAGE -- results/{source.name}/STAGE`"
-        head = "these results are not there, or not to be relied on:"
+        head = "these results are missing, or cannot be relied on:"
         raise ArtifactError("\n  ".join([head, *found, f"{remedy} {force}"]))
 
 

@@ -118,7 +118,7 @@ def sample_one(
         nearest = f"{below} or {below + VAE_STRIDE[0]}" if below > 0 else "1"
         faults.append(f"--num-frames {length}: the VAE takes 4k + 1 frames; the nearest is {nearest}")
     elif geometry and length > (most := _longest(model)):
-        faults.append(f"--num-frames {length}: this model knows the places of {most} frames; take no more")
+        faults.append(f"--num-frames {length}: this model has positions for {most} frames; take no more")
     for named in () if wrong else loras:
         with _noted(faults, "--lora"):
             require_fit(file_and_strength(named)[0], model)
@@ -164,7 +164,7 @@ def _option_faults(steps: int, guidance_scale: float, negative_prompt: str, seed
         faults.append(f"--guidance {guidance_scale}: must be a finite number; 1 is no guidance")
     if negative_prompt and guidance_scale == 1.0:
         faults.append(
-            "--negative-prompt: guidance 1 does not look at it; set --guidance to another value, or leave it out"
+            "--negative-prompt: has no effect at guidance 1; set --guidance to another value, or leave it out"
         )
     if (nearest := min(max(seed, 0), LARGEST_SEED)) != seed:
         faults.append(f"--seed {seed}: must be from 0 to {LARGEST_SEED}; the nearest is {nearest}")
@@ -223,6 +223,6 @@ def _size_faults(image: Path, picture: Image.Image) -> list[str]:
         return []
     nearest = f"{max(round(picture.width / wide), 1) * wide} x {max(round(picture.height / high), 1) * high}"
     return [
-        f"--image {image}: {picture.width} x {picture.height} pixels; this model says no size of its own and takes "
-        f"multiples of {wide} x {high}: scale the image, the nearest is {nearest}, or to what the model was made for"
+        f"--image {image}: {picture.width} x {picture.height} pixels; this model names no size of its own, and takes "
+        f"multiples of {wide} x {high}: scale the image, to {nearest} for instance, or to what the model was made for"
     ]
