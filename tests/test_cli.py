@@ -48,6 +48,15 @@ def test_every_foreseen_end_has_its_code_and_one_sentence(end, code, said, monke
     assert said in error and error.startswith("vpae: ") and "Traceback" not in error
 
 
+def test_a_full_disk_is_looked_for_where_results_are(monkeypatch, capsys, tmp_path):
+    def run_stage(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    assert main(["priming", "--config", MICRO, "--results", str(tmp_path)]) == 2
+    assert f"make room in {tmp_path} or " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["config", "schema"], ["config", "show", "--config", MICRO]])
 def test_who_stops_reading_gets_no_traceback_and_no_success(command: list[str]) -> None:
     reader, writer = os.pipe()

@@ -298,6 +298,19 @@ def test_a_stage_is_not_made_from_results_of_other_settings_and_says_which(tmp_p
         run_stage(source, "samples", results)
 
 
+def test_a_given_student_has_no_figure_of_the_paper_s_and_the_commit_that_it_was_trained_at(tmp_path):
+    folder = overlays(
+        tmp_path, given=f"students: {{mine: {tmp_path}/mine}}\nsamples: {{rows: {{vpae-1nfe: {{model: mine}}}}}}\n"
+    )
+    (tmp_path / "mine").mkdir()
+    write_json(
+        tmp_path / "mine/provenance.json", {"settings": {}, "inputs": {}, "outputs": {}, "code": {"commit": "abc"}}
+    )
+    rows = compared(folder, ["given"])
+    assert "paper_score" not in rows["vpae"] and rows["vpae"]["commits"] == ["abc"]
+    assert "paper_score" in rows["teacher-100nfe"]
+
+
 def test_scores_that_were_pulled_with_the_students_alone_can_be_compared(tmp_path):
     folder = overlays(tmp_path)
     source, results = load(folder / "micro.yaml"), folder / "results"

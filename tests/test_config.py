@@ -544,6 +544,20 @@ def test_numbers_may_be_written_as_in_papers(base: Path) -> None:
     assert load(file).settings.priming.generator.learning_rate == 1e-6
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["suite.jsonl"], "row suite.jsonl: the stage's own files have such names"),
+        (["x.png"], "row x.png: the stage's own files have such names"),
+        (["Mine", "mine"], "rows Mine and mine differ in case alone"),
+    ],
+)
+def test_rows_that_files_of_the_stage_would_meet_are_refused(names: list[str], words: str, base: Path) -> None:
+    rows = {name: {"model": "teacher", "steps": 1} for name in names}
+    with pytest.raises(ConfigError, match=words):
+        load(overlay(base, {"samples": {"rows": rows}}))
+
+
 def test_settings_cannot_be_changed_afterwards(base: Path) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         load(base).settings.priming.training.steps = 3
@@ -561,7 +575,7 @@ def owners(source: Source) -> dict[str, str]:
     [
         ({}, None),
         ({"report": {"clips": 1}}, "report"),
-        ({"evaluation": {"bootstrap": 7}}, "evaluation"),
+        ({"evaluation": {"bootstrap": 77}}, "evaluation"),
         ({"samples": {"crf": 11}}, "samples"),
         ({"equilibrium": {"csds_weight": 0.0}}, "equilibrium"),
         ({"equilibrium": {"head": {"semantics": False}}}, "equilibrium"),

@@ -148,6 +148,21 @@ def test_a_file_of_the_user_s_in_a_result_is_named_with_its_remedy_and_hidden_on
         require_true(source, ["clips"], tmp_path)
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with building(tmp_path / "x", {}, {}):
+        pass
+
+    def refuse(path: Path, *_args, **_options) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PermissionError, match=PROVENANCE):
+        read_provenance(tmp_path / "x")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        artifacts.file_hashes(tmp_path / "x")
+
+
 def test_results_behind_a_link_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "project").mkdir()

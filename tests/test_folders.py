@@ -170,6 +170,16 @@ def test_what_stands_in_hidden_folders_of_a_teacher_counts_as_it_always_did(teac
     assert ".cache/huggingface/x.metadata" in shown and ".hidden" not in shown
 
 
+def test_equal_students_are_equal_files_wherever_their_start_stood(teacher: Path, tmp_path: Path) -> None:
+    found = []
+    for place in ("here", "somewhere/else"):
+        start = tmp_path / place
+        shutil.copytree(teacher, start)
+        save_student(start, load_transformer(start, torch.float32), SHIFT, start / "student")
+        found.append((start / "student/transformer/config.json").read_bytes())
+    assert found[0] == found[1] and str(tmp_path).encode() not in found[0]
+
+
 def test_what_is_exported_for_another_server_is_sampled(teacher: Path, tmp_path: Path, capsys) -> None:
     student = tmp_path / "student"
     save_student(teacher, load_transformer(teacher, torch.float32), SHIFT, student)

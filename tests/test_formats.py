@@ -78,7 +78,7 @@ def place(request, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "count": 8,
             "decode": 1,
         },
-        "evaluation": {"bootstrap": 2, "latency_repeats": 1, "vbench": {"backbones": "off"}},
+        "evaluation": {"bootstrap": 20, "latency_repeats": 1, "vbench": {"backbones": "off"}},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
     yield load(tmp_path / "own.yaml"), tmp_path / "results"

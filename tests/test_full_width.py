@@ -111,7 +111,7 @@ def overlay() -> dict:
             "decode": 1,
         },
         "evaluation": {
-            "bootstrap": 2,
+            "bootstrap": 20,
             "latency_repeats": 1,
             "latency_warmup": 0,
             "vbench": {"backbones": "tiny", "videos_per_row": 1},

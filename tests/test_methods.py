@@ -236,7 +236,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     (package / "toy-1.0.dist-info/entry_points.txt").write_text("[vpae.methods]\ntoy = toy:Toy\n")
     rows = {f"toy-{n}nfe": {"model": "toy", "steps": n} for n in (1, 2)}
     rows |= dict.fromkeys(["teacher-100nfe", "vpae-2nfe", "vpae-4nfe"])
-    quick = {"latency_warmup": 0, "latency_repeats": 1, "bootstrap": 2, "vbench": {"backbones": "off"}}
+    quick = {"latency_warmup": 0, "latency_repeats": 1, "bootstrap": 20, "vbench": {"backbones": "off"}}
     tree = {"methods": {"toy": "teacher"}, "samples": {"rows": rows}, "evaluation": quick}
     tree["toy"] = {"few_step_shift": 0.5}
     write(project / "configs", "toyed", {"extends": "micro", **tree})

@@ -216,8 +216,9 @@ def test_a_method_whose_monitor_kept_videos_has_a_picture_with_a_row_for_each_lo
     (tmp_path / "micro/priming/looks").mkdir()
     vae, loads = build_vae(), []
     x0 = torch.randn(3, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for step in (0, 20, 40):
-        save_file({"x0": x0 + step / 40}, tmp_path / f"micro/priming/looks/{step:08d}.safetensors")
+    for step in (0, 20, 40):  # the first look was drawn again with another of them
+        kept = torch.cat([x0, x0[:1]]) if step == 0 else x0
+        save_file({"x0": kept + step / 40}, tmp_path / f"micro/priming/looks/{step:08d}.safetensors")
     monkeypatch.setattr(looks, "load_vae", lambda folder, config: loads.append(folder) or vae)
     (out := tmp_path / "micro/report").mkdir()
     page.run(settings, {**stages, "priming": tmp_path / "micro/priming"}, out, tmp_path / "state")

@@ -187,7 +187,7 @@ def experiment(teacher: Path, file: Path, tmp_path_factory: pytest.TempPathFacto
         "teacher": {"source": "folder", "path": str(teacher)},
         "methods": [],
         "samples": {"rows": {"teacher-1nfe": {"model": "teacher", "steps": 1}}, "count": 4, "decode": 2},
-        "evaluation": {"bootstrap": 2, "latency_repeats": 1, "vbench": {"backbones": "off"}},
+        "evaluation": {"bootstrap": 20, "latency_repeats": 1, "vbench": {"backbones": "off"}},
     }
     (folder / "plain.yaml").write_text(yaml.safe_dump(tree))
     own = folder / "small.safetensors"

@@ -1,5 +1,6 @@
 """The one training loop: exact resume, signals, accumulation, clipping, learning rates, and the order of clips."""
 
+import errno
 import json
 import os
 import re
@@ -433,6 +434,20 @@ def full(request, tmp_path) -> Iterator[tuple[Path, Callable[[], None], Callable
     filler = tmp_path / "filler"
     yield tmp_path, lambda: filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free - 4096)), filler.unlink
     subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_disk_that_is_full_behind_another_error_is_said_to_be_and_half_a_state_is_nowhere(tmp_path, monkeypatch):
+    def of_zip(temporary: Path, *_) -> None:
+        temporary.mkdir()
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+
+    monkeypatch.setattr(checkpoint, "_save", of_zip)
+    with pytest.raises(ArtifactError, match=r"step 3 could not be saved .*No space left on device.*state: none"):
+        checkpoint.save(tmp_path, build_priming(), {"step": 3})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_the_state_before_whole_and_the_run_goes_on_from_it(full, tmp_path_factory, accelerator):

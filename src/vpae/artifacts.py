@@ -96,9 +96,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file of a folder, without what is hidden and the provenance itself."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != PROVENANCE]
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    """Relative path -> sha256 of every file of a folder, without what is hidden and the provenance itself.
+
+    Raises:
+        OSError: a folder in it, or a file, cannot be read.
+    """
+    files = sorted(p for p in tree(folder) if p.is_file() and p.name != PROVENANCE)
     with ThreadPoolExecutor() as pool:
         return {p.relative_to(folder).as_posix(): h for p, h in zip(files, pool.map(sha256, files), strict=True)}
 
@@ -116,6 +119,8 @@ def read_provenance(folder: Path) -> dict | None:
         content = json.loads(path.read_text())
         if lacking := [key for key in ("settings", "inputs", "outputs") if not isinstance(content[key], dict)]:
             raise ValueError(f"{lacking[0]} is no table")
+    except OSError:  # it cannot be read by this user, or now: nothing says that it is damaged
+        raise
     except Exception as error:
         raise ArtifactError(f"{path} is damaged ({error!r}); delete {folder} and run its stage again") from error
     return content

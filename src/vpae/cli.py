@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         # safetensors has the number only in its text.
         if getattr(error, "errno", None) not in FULL and not any(f"(os error {n})" in str(error) for n in FULL):
             raise
-        print(f"vpae: {error}: make room and run the same command again; what is finished stands", file=sys.stderr)
+        named = getattr(error, "filename", None) or not hasattr(arguments, "results")
+        place = "" if named else f" in {arguments.results} or {tempfile.gettempdir()}"
+        print(f"vpae: {error}: make room{place}, run the same command again; what is finished stands", file=sys.stderr)
         return 2
 
 

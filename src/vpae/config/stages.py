@@ -67,11 +67,17 @@ class Samples(Section):
 
     @model_validator(mode="after")
     def _honest_names(self) -> "Samples":
+        folded: dict[str, str] = {}
         for name, row in self.rows.items():
             if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
                 raise ValueError(f"row {name!r} names a folder: letters, digits, '-', '_' and '.' only")
             if name == "real":
                 raise ValueError("row real: the clips themselves have this name; choose another")
+            if name.casefold().endswith((".json", ".jsonl", ".png")):
+                raise ValueError(f"row {name}: the stage's own files have such names; leave out what follows the dot")
+            if name.casefold() in folded:
+                raise ValueError(f"rows {folded[name.casefold()]} and {name} differ in case alone: rename one of them")
+            folded[name.casefold()] = name
             if name.endswith("nfe") and not name.endswith(f"-{row.nfe}nfe"):
                 raise ValueError(f"row {name} takes {row.nfe} NFE; name it {name.rsplit('-', 1)[0]}-{row.nfe}nfe")
         if self.decode > self.count:
@@ -126,7 +132,7 @@ class Evaluation(Section):
 
     c2st: C2st = Field(C2st(), description="The classifier two-sample test of latents.")
     vbench: VBenchRows = Field(VBenchRows(), description="VBench-I2V on the decoded videos.")
-    bootstrap: Positive = Field(500, description="Resamples for the 95% confidence intervals.")
+    bootstrap: int = Field(500, ge=20, description="Resamples for the 95% confidence intervals.")
     latency_repeats: Positive = Field(2, description="Timed runs per row in each of three passes; the median counts.")
     latency_warmup: int = Field(1, ge=0, description="Untimed runs before the timed ones.")
 

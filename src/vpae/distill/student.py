@@ -11,7 +11,7 @@ from torch import nn
 from vpae.artifacts import link_tree, write_json
 from vpae.distill.networks import STUDENT_LORA
 from vpae.models.adapters import Adapted, lora_names, merge
-from vpae.models.wan import load_transformer
+from vpae.models.wan import forget_origin, load_transformer
 from vpae.training.sharding import full_state, unsharded
 
 
@@ -27,6 +27,7 @@ def save_student(teacher: Path, transformer: WanTransformer3DModel, shift: float
     """Write a pipeline folder: the teacher's, with another transformer and the one-step scheduler."""
     link_tree(teacher, folder, skip=("transformer", "scheduler", "model_index.json"))
     transformer.save_pretrained(folder / "transformer")
+    forget_origin(folder / "transformer")
     scheduler = student_scheduler(shift)
     scheduler.save_pretrained(folder / "scheduler")
     # The index names the scheduler's class, and released Wan pipelines have another one.

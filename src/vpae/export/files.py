@@ -17,7 +17,7 @@ from vpae.export.lora import PREFIXES, read_adapter
 from vpae.flow import schedule
 from vpae.models.formats import stored_dtype, stored_weights
 from vpae.models.loras import require_fit
-from vpae.models.wan import TEXT_TOKENS, load_transformer
+from vpae.models.wan import TEXT_TOKENS, forget_origin, load_transformer
 
 WRITTEN_ANEW = ("transformer", CARD, FACTS, PROVENANCE)
 
@@ -39,6 +39,7 @@ def write_pipeline(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         shutil.copytree(model / "transformer", out / "transformer")
     else:
         load_transformer(model, dtype).save_pretrained(out / "transformer")
+        forget_origin(out / "transformer")
 
 
 def write_served_index(folder: Path, steps: int) -> None:

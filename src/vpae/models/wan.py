@@ -4,6 +4,7 @@ Nothing of Wan is rewritten: `WanTransformer3DModel`, `AutoencoderKLWan` and the
 Axes: B batch, C channels, F latent frames, H/W latent height and width, T frames, N tokens, L text tokens, D width.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from einops import rearrange
 from torch import Tensor, nn
 
+from vpae.artifacts import write_json
 from vpae.flow import x0_from_velocity
 from vpae.models.formats import formats
 from vpae.models.small_decoder import SmallDecoder
@@ -274,6 +276,17 @@ def load_sampler(folder: Path | str) -> WanTransformer3DModel:
     transformer = load_transformer(folder, formats(folder)["transformer"]).requires_grad_(False).eval()
     take_any_inputs(transformer)
     return transformer
+
+
+def forget_origin(folder: Path) -> None:
+    """Take out of the configurations that were just written in a folder from where their networks were loaded.
+
+    Equal networks then give equal files wherever they were made, and nobody's paths are shared.
+    """
+    for path in (*folder.rglob("config.json"), *folder.glob("model_index.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            write_json(path, config)
 
 
 def load_transformer(folder: Path | str, dtype: torch.dtype) -> WanTransformer3DModel:

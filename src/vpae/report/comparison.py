@@ -19,6 +19,7 @@ from vpae.artifacts import ArtifactError, digest, read_provenance, write_json, w
 from vpae.config import Experiment
 from vpae.distill import CHAIN, METHODS
 from vpae.distill.budget import network_evaluations
+from vpae.distill.method import TEACHER
 from vpae.evaluation import truth
 from vpae.evaluation.statistics import half_width, markdown, of_mean
 from vpae.experiment import ConfigError, Source, load
@@ -90,6 +91,7 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
     for row, sampler in source.settings.samples.rows.items():
         stages = source.settings.chain(sampler.model) if sampler.model in METHODS else []
         trained = {stage: _provenance(stage_folder(source, stage, results)) for stage in stages}
+        maker = provenance if sampler.model == TEACHER else _provenance(stage_folder(source, sampler.model, results))
         videos = np.array([np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row])
         score = (official or {}).get(row)
         if official is None and len(videos):
@@ -104,9 +106,10 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
                 scores=({SCORE: score} if score else {}) | scores[row],
                 score_of=OF_TRUTH if official is None else OF_VBENCH,
                 cost=_cost(source.settings, trained),
-                commit=(trained or {"": provenance})[stages[-1] if stages else ""]["code"]["commit"] or "",
+                commit=maker["code"]["commit"] or "",
                 depth=len([*source.ancestors()]),
-                papers=all(METHODS[stage].as_published(source.settings) for stage in stages),
+                papers=sampler.model not in source.settings.students  # of which nothing is known
+                and all(METHODS[stage].as_published(source.settings) for stage in stages),
             )
         )
     return found

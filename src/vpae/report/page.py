@@ -145,7 +145,7 @@ def training(name: str, folder: Path, seen: dict[int, list[np.ndarray]], suite: 
     curves = plots.curves(METHODS[name].panels, logged)
     one = {"method": METHODS[name], "curves": curves, "speed": speed(folder), "looks": "", "steps": list(seen)}
     if seen:
-        clips = len(next(iter(seen.values())))
+        clips = min(map(len, seen.values()))  # a run that goes on may keep more of them than it did before
         prompts = [json.loads(line)["prompt"] for line in suite[:clips]]
         prompts += [f"held-out clip {number + 1}" for number in range(len(prompts), clips)]
         rows = {f"step {step}": (videos, "") for step, videos in seen.items()}

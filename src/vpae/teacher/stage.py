@@ -27,6 +27,7 @@ from vpae.models.wan import (
     TEXT_TOKENS,
     Condition,
     first_frame_mask,
+    forget_origin,
     load_pipeline,
     load_transformer,
     text_tokens_for,
@@ -78,6 +79,7 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
         transformer = load_transformer(folder, stored_dtype(stored_weights(folder / "transformer")))
         merge_loras(transformer, loras)
         transformer.save_pretrained(out / "transformer", variant=variant_of(folder))
+        forget_origin(out / "transformer")
     return {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())}
 
 
@@ -123,8 +125,10 @@ def _train(settings: Experiment, clips_folder: Path, out: Path, state: Path) -> 
         link_tree(Path(config.start), out, skip=(GEOMETRY, *config.further), foreign=True)
         for name in config.further:
             getattr(pipeline, name).save_pretrained(out / name)
+            forget_origin(out / name)
     else:
         pipeline.save_pretrained(out)
+        forget_origin(out)
     return {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in NETWORKS}
 
 

@@ -43,18 +43,28 @@ def save(folder: Path, phase: Phase, position: dict) -> None:
     temporary = folder / f".{final.name}.tmp"
     try:
         _save(temporary, final, phase, position)
-    except (OSError, CheckpointException) as error:
-        causes = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        reason = next((e for e in causes if isinstance(e, OSError)), None)
-        if reason is None:
-            raise
+    except (Exception, CheckpointException) as error:
         if _place()[0] == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # half a state fills the disk for others
+        if (reason := _of_the_disk(error)) is None:
+            raise
         older = max((p.name for p in folder.glob("step-*")), default="none")
+        said = getattr(reason, "strerror", None) or reason
         raise ArtifactError(
-            f"the state of step {position['step']} could not be saved in {folder} ({reason.strerror or reason}): make "
+            f"the state of step {position['step']} could not be saved in {folder} ({said}): make "
             f"room there and run the same command again. The newest whole state: {older}"
         ) from error
+
+
+def _of_the_disk(error: BaseException) -> BaseException | None:
+    """What the disk said, behind what torch's writers make of it; its zip files only find that they came up short."""
+    if isinstance(error, CheckpointException):
+        return next(filter(None, (_of_the_disk(failure) for failure, _ in error.failures.values())), None)
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    short = [e for e in chain if isinstance(e, OSError)] or [e for e in chain if "unexpected pos" in str(e)]
+    return short[0] if short else None
 
 
 def _save(temporary: Path, final: Path, phase: Phase, position: dict) -> None:
