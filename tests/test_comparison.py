@@ -256,7 +256,8 @@ def test_the_workflow_makes_a_table_anew_when_other_results_came_with_old_dates(
     assert clone.planned(*asked) == []
     provenance = clone.folder / RESULTS / "micro-no-csds/evaluation/provenance.json"
     write_json(provenance, {**json.loads(provenance.read_text()), "outputs": {"scores.json": "another run's"}})
-    os.utime(provenance, (1, 1))
+    for path in (provenance, provenance.parent):
+        os.utime(path, (1, 1))
     assert clone.planned(*asked) == table
 
 
@@ -309,6 +310,8 @@ def test_a_given_student_has_no_figure_of_the_paper_s_and_the_commit_that_it_was
     rows = compared(folder, ["given"])
     assert "paper_score" not in rows["vpae"] and rows["vpae"]["commits"] == ["abc"]
     assert "paper_score" in rows["teacher-100nfe"]
+    shutil.rmtree(tmp_path / "mine")  # as where its scores were pulled without it
+    assert comparison.runs_of(load(folder / "given.yaml"), folder / "results")
 
 
 def test_scores_that_were_pulled_with_the_students_alone_can_be_compared(tmp_path):

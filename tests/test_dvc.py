@@ -326,6 +326,20 @@ def test_dvc_sees_every_file_that_a_result_comes_from() -> None:
     assert "style.safetensors" in _read(source, "teacher") and "small.safetensors" in _read(source, "samples")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("micro@0", "this is micro, whose own seed it names; name micro"),
+        ("micro@1", "`seed: 1`, and name micro-1; to keep what is finished: `mv results/micro@1 results/micro-1`"),
+        ("micro-dmd2@1", "and name micro-dmd2-1\n"),  # its clips stand with micro@1
+    ],
+)
+def test_another_seed_is_versioned_by_a_file_of_its_own(name: str, words: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["dvc", name]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_the_tools_are_asked_without_settings_of_somebody_s_environment(monkeypatch) -> None:
     asked: dict[str, str] = {}
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")

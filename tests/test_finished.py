@@ -143,8 +143,27 @@ def test_a_file_of_the_user_s_in_a_result_is_named_with_its_remedy_and_hidden_on
     (folder / ".ipynb_checkpoints").mkdir()
     (folder / ".ipynb_checkpoints" / "clips-checkpoint.json").write_text("{}")
     require_true(source, ["clips"], tmp_path)
-    (folder / "notes.txt").write_text("mine")
+    for name in ("1.txt", "2.txt", "notes.txt"):
+        (folder / name).write_text("mine")
     with pytest.raises(ArtifactError, match=r"notes\.txt: not of this result: delete it, or move it [a-z ]+$"):
+        require_true(source, ["clips"], tmp_path)
+
+
+def test_damage_is_said_beside_foreign_files_and_files_that_older_results_recorded_count(tmp_path: Path) -> None:
+    source = load(ROOT / "configs/micro.yaml", environment=False)
+    folder = tmp_path / "micro/clips"
+    with building(folder, stage_settings(source.settings, "clips"), {}) as (out, _):
+        (out / "z").write_text("whole")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/x").write_text("of the hub")
+    provenance = read_provenance(folder)
+    outputs = {**provenance["outputs"], ".cache/x": artifacts.sha256(folder / ".cache/x")}
+    artifacts.write_json(folder / PROVENANCE, {**provenance, "outputs": outputs})
+    require_true(source, ["clips"], tmp_path)
+    for name in "abcd":
+        (folder / name).touch()
+    (folder / "z").write_text("changed")
+    with pytest.raises(ArtifactError, match=r"/z: damaged\n[^$]*/a: not of this result[^$]*run `snakemake all"):
         require_true(source, ["clips"], tmp_path)
 
 

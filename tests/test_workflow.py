@@ -219,6 +219,11 @@ def test_a_comparison_asks_for_every_method_once_a_seed(clone: Clone) -> None:
             assert made.count(f"results/{folder.format(seed)}") == 1
 
 
+def test_a_folder_of_a_name_with_its_own_seed_is_not_made(clone: Clone) -> None:
+    code, printed = clone.snakemake("--dry-run", "--", "results/micro@0/clips")
+    assert code != 0 and "micro@0 is micro, whose own seed it names; ask for results/micro/clips" in printed
+
+
 @pytest.mark.slow
 def test_ablations_have_the_seed_of_their_base(clone: Clone) -> None:
     clone.edit("mine", lambda tree: tree.update(extends="micro", seed=42))

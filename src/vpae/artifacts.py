@@ -101,9 +101,15 @@ def file_hashes(folder: Path) -> dict[str, str]:
     Raises:
         OSError: a folder in it, or a file, cannot be read.
     """
-    files = sorted(p for p in tree(folder) if p.is_file() and p.name != PROVENANCE)
+    names = files_of(folder)
     with ThreadPoolExecutor() as pool:
-        return {p.relative_to(folder).as_posix(): h for p, h in zip(files, pool.map(sha256, files), strict=True)}
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
+
+
+def files_of(folder: Path) -> list[str]:
+    """The relative paths of these files."""
+    files = (p for p in tree(folder) if p.is_file() and p.name != PROVENANCE)
+    return sorted(p.relative_to(folder).as_posix() for p in files)
 
 
 def read_provenance(folder: Path) -> dict | None:

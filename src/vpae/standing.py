@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from vbench_i2v.files import sha256, tree
-from vpae.artifacts import PROVENANCE, ArtifactError, file_hashes, identity, read_provenance, recover
+from vpae.artifacts import PROVENANCE, ArtifactError, damaged, files_of, identity, read_provenance, recover
 from vpae.config import Experiment
 from vpae.distill.method import TEACHER
 from vpae.experiment import Source
@@ -131,10 +131,11 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:
             yield f"{folder}: made from {above}, which is missing or unfinished"
-    recorded, present = provenance["outputs"], file_hashes(folder)
-    for name in _few(lambda n: recorded.get(n) != present.get(n), sorted(recorded.keys() | present.keys())):
-        what = "missing" if name not in present else FOREIGN if name not in recorded else "damaged"
-        yield f"{folder / name}: {what}"
+    recorded = provenance["outputs"]
+    for name in islice(damaged(folder), SHOWN):
+        yield f"{folder / name}: {'damaged' if (folder / name).is_file() else 'missing'}"
+    for name in _few(lambda name: name not in recorded, files_of(folder)):
+        yield f"{folder / name}: {FOREIGN}"
     if stage == "teacher" and source.settings.teacher.source == "folder":
         origin = Path(source.settings.teacher.path)
         merged = bool(source.settings.teacher.loras)  # then the transformer is not the origin's

@@ -108,6 +108,8 @@ def undated(files, name, stage):
 def upstream_folders(name, stage):
     """The results that a stage of the experiment NAME reads."""
     source = experiment(name)
+    if source.name != name:
+        stop(f"{name} is {source.name}, whose own seed it names; ask for {stage_folder(source, stage)}")
     if owner(source, stage) is not source:
         stop(f"{source.path} leaves {stage} as it is in its base; ask for {stage_folder(source, stage)}")
     if problems := missing_students(source):

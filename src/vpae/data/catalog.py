@@ -221,7 +221,9 @@ def _split(rows: Iterator[dict], settings: Experiment, left_out: _Quarantine) ->
     if count["train"] < needed:
         reasons = "; ".join(left_out.first)
         rooted = settings.clips.source == "table" and "no such file" in reasons
-        remedy = "add videos or hold out fewer" if usable else "repair the clips that are left out, or add videos"
+        remedy = (
+            "add videos or hold out fewer" if usable else "repair what is left out, relax clips.filters, or add videos"
+        )
         raise ArtifactError(
             f"clips.path = {settings.clips.path}: {usable} usable clips cannot give clips.held_out = {wanted} and "
             f"{needed} to train on ({why}); {remedy}. Left out: {left_out.count}"

@@ -19,7 +19,6 @@ from vpae.artifacts import ArtifactError, digest, read_provenance, write_json, w
 from vpae.config import Experiment
 from vpae.distill import CHAIN, METHODS
 from vpae.distill.budget import network_evaluations
-from vpae.distill.method import TEACHER
 from vpae.evaluation import truth
 from vpae.evaluation.statistics import half_width, markdown, of_mean
 from vpae.experiment import ConfigError, Source, load
@@ -91,7 +90,11 @@ def runs_of(source: Source, results: Path = RESULTS) -> list[Run]:
     for row, sampler in source.settings.samples.rows.items():
         stages = source.settings.chain(sampler.model) if sampler.model in METHODS else []
         trained = {stage: _provenance(stage_folder(source, stage, results)) for stage in stages}
-        maker = provenance if sampler.model == TEACHER else _provenance(stage_folder(source, sampler.model, results))
+        maker = provenance
+        if sampler.model in METHODS:
+            maker = trained[sampler.model]
+        elif sampler.model in source.settings.students:  # which need not be here any more
+            maker = read_provenance(stage_folder(source, sampler.model, results)) or {"code": {"commit": ""}}
         videos = np.array([np.mean([record[m] for m in truth.METRICS]) for record in records if record["row"] == row])
         score = (official or {}).get(row)
         if official is None and len(videos):

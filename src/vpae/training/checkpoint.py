@@ -61,7 +61,7 @@ def _of_the_disk(error: BaseException) -> BaseException | None:
     if isinstance(error, CheckpointException):
         return next(filter(None, (_of_the_disk(failure) for failure, _ in error.failures.values())), None)
     chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     short = [e for e in chain if isinstance(e, OSError)] or [e for e in chain if "unexpected pos" in str(e)]
     return short[0] if short else None

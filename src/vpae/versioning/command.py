@@ -6,7 +6,7 @@ from pathlib import Path
 from vpae.arguments import TINY
 from vpae.artifacts import written
 from vpae.experiment import ConfigError, Source, load
-from vpae.graph import RESULTS, STAGES, stages_of
+from vpae.graph import RESULTS, STAGES, stage_folder, stages_of
 from vpae.standing import require_true
 from vpae.versioning.pipeline import metrics_folder, pipeline, settings_file, write_metrics, write_settings
 from vpae.versioning.record import record, restore
@@ -76,13 +76,8 @@ def _metrics(arguments: argparse.Namespace, source: Source) -> None:
 
 def _dvc(arguments: argparse.Namespace) -> None:
     for name in arguments.names:
-        base, at, seed = name.partition("@")
-        if at:
-            raise ConfigError(
-                f"vpae dvc {name}: DVC versions experiments with a file of their own; write configs/{base}-{seed}.yaml "
-                f"with the lines `extends: {base}` and `seed: {seed}`, and name {base}-{seed}; to keep "
-                f"what is finished: `mv results/{name} results/{base}-{seed}`"
-            )
+        if "@" in name:
+            raise ConfigError(f"vpae dvc {name}: {_instead_of_a_seed(name)}")
     text = pipeline([_committed(Path("configs") / f"{name}.yaml") for name in arguments.names])
     if arguments.out is None:
         print(text, end="")
@@ -90,3 +85,18 @@ def _dvc(arguments: argparse.Namespace) -> None:
     with written(arguments.out) as temporary:
         temporary.write_text(text)
     print(arguments.out)
+
+
+def _instead_of_a_seed(name: str) -> str:
+    """What to version in place of NAME@SEED."""
+    source = _committed(Path("configs") / f"{name}.yaml")
+    base, _, seed = source.name.partition("@")
+    if not seed:
+        return f"this is {base}, whose own seed it names; name {base}"
+    text = (
+        f"DVC versions experiments with a file of their own; write configs/{base}-{seed}.yaml with the lines "
+        f"`extends: {base}` and `seed: {seed}`, and name {base}-{seed}"
+    )
+    if all(stage_folder(source, stage).parent == RESULTS / source.name for stage in stages_of(source.settings)):
+        text += f"; to keep what is finished: `mv results/{source.name} results/{base}-{seed}`"
+    return text
