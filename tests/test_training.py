@@ -105,6 +105,7 @@ def states(folder: Path) -> list[str]:
 # Resuming.
 
 
+@pytest.mark.slow
 @phases
 @pytest.mark.parametrize("call", [0, 1])
 @pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
@@ -120,6 +121,7 @@ def test_a_run_that_dies_anywhere_resumes_bit_for_bit(name, step, call, uninterr
     assert metrics.read_text() == lines and len(lines.splitlines()) == STEPS
 
 
+@pytest.mark.slow
 @phases
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_signal_ends_the_run_after_the_step_it_falls_in_with_a_state(
@@ -153,6 +155,7 @@ def test_a_finished_run_is_not_trained_further(uninterrupted, tmp_path, accelera
     assert metrics.read_text() == lines
 
 
+@pytest.mark.slow
 @phases
 def test_a_half_written_state_is_ignored_and_metrics_of_lost_steps_are_written_anew(
     name, uninterrupted, tmp_path, accelerator
@@ -208,6 +211,7 @@ def test_a_state_holds_no_frozen_weights(tmp_path):
     assert frozen and not [key for key in metadata.state_dict_metadata if key.removeprefix("fake.model.") in frozen]
 
 
+@pytest.mark.slow
 def test_a_head_without_semantics_resumes_although_some_of_its_weights_never_get_a_gradient(tmp_path, accelerator):
     def build():
         return build_equilibrium(head=Head(semantics=False))
