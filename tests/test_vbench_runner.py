@@ -312,10 +312,11 @@ def test_a_network_that_is_absent_is_a_reason_and_no_score(thousand: Plan, tmp_p
     assert found.eval_results() == {}
 
 
-def test_a_measurement_that_is_no_number_is_refused(thousand: Plan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_measurement_that_is_no_number_is_refused(value: float, thousand: Plan, tmp_path: Path) -> None:
     clips = clips_of(tmp_path / "videos", ["a-0.mp4"], thousand.clips[0])
-    dimensions = {"imaging_quality": Dimension(lambda *_: {"video_results": math.nan}, np.mean)}
-    with pytest.raises(VBenchError, match=r"a-0\.mp4: imaging_quality is nan"):
+    dimensions = {"imaging_quality": Dimension(lambda *_: {"video_results": value}, np.mean)}
+    with pytest.raises(VBenchError, match=rf"a-0\.mp4: imaging_quality is {value}"):
         run(clips, NETS, tmp_path / "records", dimensions=dimensions)
 
 

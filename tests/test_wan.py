@@ -390,6 +390,16 @@ def test_the_head_sees_every_tapped_layer(layers, layer):
 
 
 @torch.no_grad()
+def test_what_image_and_text_say_is_added_to_the_head_s_own_queries(layers):
+    head, (_, c) = build_head(), build_batch(3)
+    for p in head.self_attention.out_proj.parameters():
+        p.zero_()  # then nothing is said
+    before = head(layers, c)
+    head.queries_QD.copy_(head.queries_QD.flip(-1))
+    assert (head(layers, c) - before).abs().min() > 1e-5
+
+
+@torch.no_grad()
 def test_the_order_of_the_batch_does_not_matter_to_the_head(layers):
     head, (_, c), order = build_head(), build_batch(3), [2, 0, 1]
     torch.testing.assert_close(
