@@ -121,18 +121,25 @@ def test_a_run_that_dies_anywhere_resumes_bit_for_bit(name, step, call, uninterr
     assert metrics.read_text() == lines and len(lines.splitlines()) == STEPS
 
 
-@pytest.mark.slow
 @phases
-@pytest.mark.parametrize("step", [0, 1])
-def test_a_signal_ends_the_run_after_the_step_it_falls_in_with_a_state(
-    name, step, uninterrupted, tmp_path, accelerator
+@pytest.mark.parametrize(
+    ("step", "left"),  # updates of the step that are still to be made
+    [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(0, 0, marks=pytest.mark.slow), (1, 1), (1, 0), (2, 1)],
+)
+def test_a_signal_ends_the_run_after_the_update_it_falls_in_with_a_state(
+    name, step, left, uninterrupted, tmp_path, accelerator
 ):
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    with pytest.raises(Interruption, match=rf"{name}.* after step {step + 1};.*{re.escape(str(tmp_path))}"):
-        fit(at(BUILD[name](), step, 1, terminate), tmp_path, accelerator, checkpoint_every=100)
+    phase = BUILD[name]()
+    turns = len(list(phase.turns(step)))
+    made = turns - left
+    said, state = f"step {step} and {made} of the {turns} updates", f"step-{step:08d}-{made:04d}"
+    if not left:
+        said, state = f"step {step + 1};", f"step-{step + 1:08d}"
+    with pytest.raises(Interruption, match=rf"{name}.* after {said}.*{re.escape(str(tmp_path))}"):
+        fit(at(phase, step, made - 1, terminate), tmp_path, accelerator, checkpoint_every=100)
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
-    assert states(tmp_path) == [f"step-{step + 1:08d}"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step + 1
+    assert states(tmp_path) == [state]
     phase = BUILD[name](seed=7)
     metrics = fit(phase, tmp_path, accelerator)
     weights, lines = uninterrupted(name)
@@ -140,9 +147,9 @@ def test_a_signal_ends_the_run_after_the_step_it_falls_in_with_a_state(
     assert metrics.read_text() == lines
 
 
-def test_a_signal_in_the_last_step_comes_too_late_to_interrupt(uninterrupted, tmp_path, accelerator):
-    phase = at(build_priming(), STEPS - 1, 0, terminate)
-    fit(phase, tmp_path, accelerator)
+def test_a_signal_in_the_last_update_comes_too_late_to_interrupt(uninterrupted, tmp_path, accelerator):
+    phase = build_priming()
+    fit(at(phase, STEPS - 1, len(list(phase.turns(STEPS - 1))) - 1, terminate), tmp_path, accelerator)
     assert_equal(everything(phase), uninterrupted("priming")[0])
 
 
@@ -363,6 +370,35 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_moves_nothing(wit
     assert [line.get("number") for line in lines] == [0, None, 2] and not torch.equal(*ema_and_weights(spoilt))
     assert [line.get("skipped") for line in lines] == [None, 1, 1]
     assert not any("loss" in key for key in lines[1])
+
+
+class TwiceAStep(Line):
+    """The second update of step 1 is spoilt; `stops` has a signal fall in the first one of it."""
+
+    def __init__(self, stops: bool = False):
+        super().__init__(Optimizer(learning_rate=1e-2))
+        self.stops = stops
+
+    def turns(self, step: int) -> list[str]:
+        return ["line", "line"]
+
+    def loss(self, turn, batch, rng, step):
+        number = int(batch[0, 0])
+        if number == 2 and self.stops:
+            terminate()
+        loss, logs = super().loss(turn, batch, rng, step)
+        return (loss * float("inf"), logs) if number == 3 else (loss, {**logs, f"update_{number % 2}": loss.detach()})
+
+
+def test_a_state_in_the_middle_of_a_step_knows_what_that_step_moved_and_logged(tmp_path, accelerator):
+    whole, stopped, again = TwiceAStep(), TwiceAStep(stops=True), TwiceAStep()
+    lines = run_line(whole, tmp_path / "whole", accelerator, steps=2, ema_decay=0.5)
+    with pytest.raises(Interruption, match="after step 1 and 1 of the 2 updates of the next"):
+        run_line(stopped, tmp_path / "stopped", accelerator, steps=2, ema_decay=0.5)
+    assert run_line(again, tmp_path / "stopped", accelerator, steps=2, ema_decay=0.5) == lines
+    assert "update_0" in lines[1] and "update_1" not in lines[1] and lines[1]["skipped"] == 1
+    assert_equal(all_of(again), all_of(whole))
+    assert not again.ema.weight.equal(stopped.ema.weight)  # one of the two updates moved the line, so that it follows
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -36,10 +36,13 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 def save(folder: Path, phase: Phase, position: dict) -> None:
     """Write `step-N` beside the older states and delete all but the newest two; every process calls this.
 
+    A state in the middle of a step, whose position says what is `begun`, is `step-N-K`: N steps and K updates.
+
     Raises:
         ArtifactError: the disk does not take it; the older states stand.
     """
-    final = folder / f"step-{position['step']:08d}"
+    begun = f"-{position['begun']['turns']:04d}" if "begun" in position else ""
+    final = folder / f"step-{position['step']:08d}{begun}"
     temporary = folder / f".{final.name}.tmp"
     try:
         _save(temporary, final, phase, position)

@@ -4,7 +4,7 @@ A phase owns its roles and says what one update of each costs (`loss`); the loop
 clipping, EMA, metrics, checkpoints and signals. Between two logs it reads from the device only whether each update's
 gradient is finite (and, of several processes, whether one was told to end). Nothing random is carried along: the noise
 of a micro-batch and the clips in it follow from (seed, step, turn, micro-batch), so a resumed run continues bit for bit
-from the last state, whichever step that was. Micro-batches are numbered over all processes: two processes do what one
+from the last state, whichever update that was. Micro-batches are numbered over all processes: two processes do what one
 with twice the accumulation does.
 """
 
@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +50,15 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+@dataclass
+class _Begun:
+    """A step some of whose updates a state holds: how many, which roles moved, and what was logged of them."""
+
+    turns: int = 0
+    moved: dict[str, bool] = field(default_factory=dict)
+    logs: dict[str, float] = field(default_factory=dict)
+
+
 def train(
     phase: Phase,
     batches: Callable[[int], Batch],
@@ -79,7 +89,7 @@ def train(
     Raises:
         Collapse: the videos collapse; the last state before is kept.
         FloatingPointError: `stop_after_skipped` updates of a role in a row had a gradient that is not finite.
-        Interruption: a signal asked for an end; the state is saved.
+        Interruption: a signal asked for an end; the update is finished and the state saved.
         ConfigError: the state was saved by processes that made their updates of another number of micro-batches.
     """
     state.mkdir(parents=True, exist_ok=True)
@@ -93,28 +103,43 @@ def train(
         _require_the_same(per_update, position["micro_batches_per_update"], ranks, phase.name, state)
     skipped = Skipped(training.stop_after_skipped, keys, position and position["skipped"])
     start, drawn = (position["step"], position["drawn"] // ranks) if position else (0, 0)
+    begun = _Begun(**(position or {}).get("begun", {}))
     if accelerator.is_main_process:
         _keep_lines_before(metrics, start)
-    if start and accelerator.is_main_process:
+    if position and accelerator.is_main_process:
         print(f"{phase.name}: goes on after step {start} of {training.steps}", file=sys.stderr)
     progress = Progress(training.steps, phase.name, initial=start) if accelerator.is_main_process else None
     speed, text = Speed(state / SPEED, training.steps, start, cost or Cost()), ""
     batches = speed.noting_waits(batches)
+
+    def save(done: int, **more: object) -> None:
+        position = {"step": done, "drawn": drawn * ranks, "micro_batches_per_update": per_update}
+        checkpoint.save(state, phase, {**position, "skipped": skipped.state, **more})
+
     with Interruption.watch() as interruption:
         for step in range(start, training.steps):
             logs: dict[str, Tensor] = {}
-            moved = {}
-            for number, turn in enumerate(phase.turns(step)):
+            turns = list(phase.turns(step))
+            for number, turn in enumerate(turns[begun.turns :], begun.turns):
                 found = update(phase, turn, number, batches, drawn, training, seed, step, accelerator, skipped)
                 drawn += training.accumulate
-                moved[turn] = moved.get(turn, False) or bool(found)
+                begun.moved[turn] = begun.moved.get(turn, False) or bool(found)
                 logs.update(found)
-            if moved.get(phase.main, True):
+                # At 14B a step takes ten minutes, and a cluster does not wait for its end.
+                if (made := number + 1) < len(turns) and _anywhere(interruption.requested, accelerator):
+                    begun = replace(begun, turns=made, logs=begun.logs | _averaged(logs, accelerator))
+                    save(step, begun=asdict(begun))
+                    raise Interruption(
+                        f"{phase.name}: stopped by a signal after step {step} and {made} of the {len(turns)} updates "
+                        f"of the next; the state is in {state}"
+                    )
+            if begun.moved.get(phase.main, True):
                 update_ema(phase.ema, phase.roles[phase.main].module, training.ema_decay)
             done = step + 1
             looked = bool(watch) and watch.wants(done)
             logged = done % training.log_every == 0 or done == training.steps or looked
-            values = _averaged(logs, accelerator) if logs and logged else {}
+            values = begun.logs | _averaged(logs, accelerator) if logged else {}
+            begun = _Begun()
             if skipped.total:
                 values["skipped"] = skipped.total
             if looked:
@@ -127,8 +152,7 @@ def train(
                 progress.update(text=text)
             wanted = _anywhere(interruption.requested, accelerator)
             if done % training.checkpoint_every == 0 or done == training.steps or wanted:
-                position = {"step": done, "drawn": drawn * ranks, "micro_batches_per_update": per_update}
-                checkpoint.save(state, phase, {**position, "skipped": skipped.state})
+                save(done)
             if wanted and done < training.steps:
                 raise Interruption(f"{phase.name}: stopped by a signal after step {done}; the state is in {state}")
     if progress:
@@ -189,7 +213,7 @@ def update(
 
 def _averaged(logs: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
     """The means over all processes."""
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not logs:
         return {key: float(value) for key, value in logs.items()}
     means = accelerator.reduce(torch.stack([v.to(accelerator.device) for v in logs.values()]), "mean")
     return dict(zip(logs, means.tolist(), strict=True))
