@@ -67,6 +67,12 @@ def test_who_stops_reading_gets_no_traceback_and_no_success(command: list[str]) 
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+def test_a_closed_output_is_no_failure() -> None:
+    run = f"{sys.executable} -c 'import sys; from vpae.cli import main; sys.exit(main())' config check {MICRO} >&-"
+    done = subprocess.run(["bash", "-c", run], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
     def run_stage(*_):
         raise RuntimeError("a fault of ours")

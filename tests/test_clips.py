@@ -483,6 +483,23 @@ def test_videos_brought_with_old_dates_are_seen_by_the_stage_or_after_a_touch(vi
     assert len(read_manifest(run_stage(source, "clips", tmp_path / "results"))) == 8
 
 
+def test_a_video_dated_in_the_future_is_named_with_what_helps(videos: Path, tmp_path: Path) -> None:
+    """As a camera's clock or an archive's time zone dates them: no run of the stage can be younger."""
+    source, results = (
+        experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3),
+        tmp_path / "results",
+    )
+    late = videos / "clip_no-1.mp4"
+    os.utime(late, (time.time() + 1e5,) * 2)
+    folder = run_stage(source, "clips", results)
+    assert [*problems(source, "clips", results)] == [
+        f"{folder}: {late} is dated in the future: `touch` it, and run the stage again"
+    ]
+    os.utime(late)
+    run_stage(source, "clips", results)
+    assert standing(source, results)["clips"] and not list(problems(source, "clips", results))
+
+
 def test_a_copy_of_results_and_videos_has_nothing_to_do(videos: Path, tmp_path: Path) -> None:
     source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
     folder = run_stage(source, "clips", tmp_path / "results")

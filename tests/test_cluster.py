@@ -61,7 +61,7 @@ extends: micro
 cluster:
   clips: {memory_gb: 16, minutes: 90}
   samples: {gpus: 1, cpus: 8}
-  priming: {nodes: 4, gpus: 8, cpus: 96, memory_gb: 1000, minutes: 1440}
+  priming: {nodes: 4, gpus: 8, cpus: 96, memory_gb: 1000, minutes: 1440, warning_seconds: 900}
   equilibrium: {gpus: 8, cpus: 64, memory_gb: 500, minutes: 2880}
 seed: 1
 """
@@ -95,8 +95,9 @@ def test_the_cluster_is_asked_for_what_the_experiment_needs(clone: Clone) -> Non
     submitted = [" ".join(words) for words in json.loads((clone.folder / "bin/jobs.json").read_text())]
     jobs = {re.search(r"--comment rule_(\w+?)_wildcards_large", job)[1]: job for job in submitted}
     assert set(jobs) == set(STAGES)
-    for job in jobs.values():
-        assert "--signal=TERM@300 --open-mode=append" in job and "--requeue" in job
+    for stage, job in jobs.items():
+        assert f" --signal=TERM@{900 if stage == 'priming' else 300} " in job
+        assert " --open-mode=append" in job and "--requeue" in job
         assert " -p standard " in job and " -A " not in job
     assert "--gres" not in jobs["clips"] and " -t 90 --mem 16000 " in jobs["clips"]
     assert "--gres=gpu:1 " in jobs["samples"] and "--cpus-per-task=8" in jobs["samples"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -233,6 +234,43 @@ def test_models_built_in_python_keep_their_sections_defaults_too() -> None:
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, hint: str, base: Path) -> None:
     refused(overlay(base, nested(key, 1)), f"{key}: unknown key", hint)
+
+
+@pytest.mark.parametrize("key", ["Seed", "EQUILIBRIUM", "Methods"])
+def test_a_key_in_other_letters_is_refused_whether_a_base_has_it_or_not(key: str, base: Path) -> None:
+    refused(overlay(base, {key: 1}), f"{key}: unknown key; did you mean {key.lower()}?")
+    with pytest.raises(ConfigError, match=rf"alone\.yaml: {key}: unknown key; did you mean {key.lower()}\?"):
+        load(write(base.parent, "alone", {key: 1}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"extends": 1}, "extends: 1 is neither a name nor a list of names"),
+        ({"extends": None}, "extends: None is neither"),
+        ({"extends": [True]}, "extends: [True] is neither"),
+        ({"methods": [{"priming": "teacher"}]}, "methods: {'priming': 'teacher'} is no name; a list holds names"),
+        ({"methods": [["priming"]]}, "methods: ['priming'] is no name"),
+        ({"equilibrium": None}, "equilibrium: has no value; give it one, or take the key away"),
+        (
+            {"cluster": {"priming": {"minutes": 5}}},
+            "cluster.priming: minutes = 5, and warning_seconds = 300 before that",
+        ),
+        ({"priming": {"training": None}}, "priming.training: has no value"),
+        (
+            {"samples": {"rows": {"r" * 201: {"model": "teacher", "steps": 1}}}},
+            "has 201 letters; a folder's name may have 200",
+        ),
+        (
+            {"samples": {"rows": {"Real": {"model": "teacher", "steps": 1}}}},
+            "row Real: the clips themselves have this name",
+        ),
+    ],
+)
+def test_what_has_another_form_is_refused_with_its_key_and_the_remedy(wrong: dict, said: str, base: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load(write(base.parent, "mine", {"extends": base.stem, **wrong}))
+    assert "mine.yaml" in str(caught.value)
 
 
 def test_an_unknown_key_in_the_base_is_laid_to_the_base(base: Path) -> None:

@@ -40,6 +40,7 @@ from vpae.stages import run_stage
 from vpae.standing import require_true
 from vpae.teacher import folder
 from vpae.training import checkpoint
+from vpae.training.phase import Collapse
 from vpae.versioning.record import _require_inside
 
 MICRO = ("--cores", "2", "--config", "experiment=micro", "--", "all")
@@ -631,3 +632,36 @@ def test_a_commit_with_changes_that_are_not_in_it_is_marked(tmp_path: Path, monk
     assert code_version()["commit"] and code_version()["dirty"] is False
     package.write_text("changed")
     assert code_version()["dirty"] is True
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("step 300: the gradient is nan"), Collapse("it stands still")])
+def test_a_training_does_not_meet_the_same_end_twice(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, runs, settings = load(ROOT / "configs/micro.yaml", environment=False), [], {"monitor": {"stop": True}}
+
+    def train(_settings: object, _folders: dict, out: Path, _state: Path) -> dict:
+        runs.append(out)
+        if settings["monitor"]["stop"]:
+            raise error
+        return {}
+
+    def task(*_: object) -> stages._Task:
+        return stages._Task(stages, train, tmp_path / "priming", {"priming": {"training": settings}}, {}, {})
+
+    monkeypatch.setattr(stages, "_task", task)
+    with pytest.raises(type(error)):
+        run_stage(source, "priming")
+    [mark] = tmp_path.glob(".state/priming-*/dead_end.json")
+    with pytest.raises(ArtifactError, match=f"(?s){error}.*ended before.*{mark}"):
+        run_stage(source, "priming")
+    assert len(runs) == 1
+    monkeypatch.setattr(stages, "device_name", lambda: "another device")
+    with pytest.raises(type(error)):
+        run_stage(source, "priming")
+    mark.unlink()
+    with pytest.raises(type(error)):
+        run_stage(source, "priming")
+    settings["monitor"] = {"stop": False}  # which changes no run, and so not where its state stands
+    assert run_stage(source, "priming") == tmp_path / "priming" and len(runs) == 4
+    assert not mark.exists()

@@ -71,8 +71,8 @@ if "--config" in sys.argv:
             return network
         owner.from_pretrained = classmethod(load)
 if stage == "evaluation":  # three passes give a median, here of nothing that counts
-    import vpae.evaluation.stage
-    vpae.evaluation.stage.LATENCY_PASSES = 1
+    import vpae.evaluation.latency
+    vpae.evaluation.latency.PASSES = 1
 if "--config" in sys.argv:
     sys.path.append("TESTS")
     from products import quick_bfloat16

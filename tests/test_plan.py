@@ -27,6 +27,7 @@ from vpae.planning import phase as phase_module
 from vpae.planning import plan as plan_module
 from vpae.planning import remedies as remedies_module
 from vpae.planning.command import as_text, parse_bytes
+from vpae.planning.complaints import complaints
 from vpae.planning.inference import network_use
 from vpae.planning.meter import LiveBytes, Meter
 from vpae.planning.network import Network, Sequence, count, parameters_of, pipeline_of, tokens_of
@@ -222,6 +223,7 @@ def test_a_network_evaluation_of_14b_has_the_known_operations() -> None:
     found = network_use(settings, I2V_14B, tokens, 1)
     assert found.operations == pytest.approx(2 * (40 * block + ends), rel=1e-3)
     assert found.weights == pytest.approx(2 * 16_394_878_784, rel=5e-3)
+    assert not found.float32
 
 
 CASES = [("micro", phase, False) for phase in PAPER]
@@ -496,6 +498,23 @@ def test_float32_takes_its_own_share_of_the_peak() -> None:
         for precision in ("no", "bf16")
     }
     assert seconds["no"] / seconds["bf16"] == pytest.approx(4, rel=0.01)
+
+
+def test_jobs_that_cannot_save_in_time_or_end_in_time_are_told_of() -> None:
+    settings = load(CONFIG, environment=False).settings
+    training = {"host_bytes": 0.0, "turns": {"fake": {"seconds": 80.0}, "generator": {"seconds": 500.0}}}
+    assert complaints("priming", {**training, "state_bytes": 300e9}, settings) == []
+    [warning] = complaints("priming", {**training, "state_bytes": 500e9}, settings)
+    assert "cluster.priming.warning_seconds = 900, but an update takes about 500 s" in warning
+    assert warning.endswith("500 s to be saved; raise it to 1020")
+    short = load(CONFIG, ["cluster.priming.minutes=20"], environment=False).settings
+    [minutes] = complaints("priming", {**training, "state_bytes": 300e9}, short)
+    assert minutes.startswith("cluster.priming.minutes = 20 are few") and minutes.endswith("raise it to 37")
+    found = {name: complaints(name, {"host_bytes": 0.0, "gpu_hours": 300.0}, settings) for name in plan_module.AROUND}
+    assert found.pop("evaluation")[0].startswith("cluster.evaluation.minutes = 720, but a job takes about 300.0 hours")
+    assert found == {"latents": [], "samples": []}  # 32 jobs of 9.4 hours
+    [long] = complaints("samples", {"host_bytes": 0.0, "gpu_hours": 400.0}, settings)
+    assert long.endswith("a job takes about 12.5 hours; raise it or jobs.samples")
 
 
 @pytest.mark.slow

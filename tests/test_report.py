@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -236,6 +237,21 @@ def test_a_method_whose_monitor_kept_videos_has_a_picture_with_a_row_for_each_lo
 def test_a_strip_takes_captions_of_any_shape(caption):
     clip = np.zeros((5, 32, 32, 3), np.uint8)
     assert plots.strip({"real": ([clip], "")}, [caption]).width > 100
+
+
+def test_few_clips_are_held_at_a_time():
+    alive = []
+
+    def make(seed: int) -> np.ndarray:
+        clip = np.random.default_rng(seed).integers(0, 255, (81, 60, 104, 3), dtype=np.uint8)
+        assert sum(one() is not None for one in alive) <= 1
+        alive.append(weakref.ref(clip))
+        return clip
+
+    videos = {row: plots.Clips(make, range(6)) for row in "abcdefg"}
+    assert plots.reel(videos, 16.0)["frames"] == 41
+    shown = plots.strip({row: (clips, "") for row, clips in videos.items()}, ["a caption"] * 6)
+    assert shown.width > 100 and len(alive) >= 2 * 7 * 6
 
 
 def test_without_kept_videos_no_network_is_loaded(made, text):

@@ -102,6 +102,16 @@ def states(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".jsonl")
 
 
+def test_ctrl_c_pressed_twice_while_torch_writes_is_no_failure_of_the_disk(tmp_path, monkeypatch):
+    def save(*_args, **_options) -> None:
+        raise checkpoint.CheckpointException("write", {0: (KeyboardInterrupt(), [])})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, build_priming(), {"step": 1})
+    assert states(tmp_path) == []
+
+
 # Resuming.
 
 

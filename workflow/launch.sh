@@ -7,7 +7,7 @@
 # repository's root (on one node sbatch would warn only what srun has started: put `srun` before it, in a --wrap):
 #
 #     sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=96 --mem=0 --time=24:00:00 --requeue \
-#         --signal=TERM@300 --open-mode=append workflow/launch.sh 2 8 96 vpae priming --config FILE
+#         --signal=TERM@900 --open-mode=append workflow/launch.sh 2 8 96 vpae priming --config FILE
 #
 # One node with at most one GPU runs the command as it is. Otherwise there is a process for each GPU, or for each node
 # where there are none, started by torchrun, which srun starts on each node.

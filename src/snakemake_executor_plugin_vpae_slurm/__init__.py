@@ -68,9 +68,14 @@ class Executor(SlurmExecutor):
         super().run_job(job)
 
     def get_account_arg(self, job: JobExecutorInterface) -> Iterator[str]:
-        """The account, if there is one; sbatch judges it. The parent class guesses and asks, which takes accounting."""
-        account = job.resources.get("slurm_account")
-        yield f" -A {shlex.quote(str(account))}" if account else ""
+        """The account, if there is one, and how long before its time limit the job is told to end.
+
+        sbatch judges the account: the parent class guesses and asks, which takes accounting. What follows it in the
+        command is the place to add what the parent class knows nothing of; `slurm_extra` comes later and prevails.
+        """
+        account, seconds = job.resources.get("slurm_account"), job.resources.get("warning_seconds")
+        warning = f" --signal=TERM@{seconds}" if seconds else ""
+        yield (f" -A {shlex.quote(str(account))}" if account else "") + warning
 
     def shutdown(self) -> None:
         """Leave no file behind."""

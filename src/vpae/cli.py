@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         code = arguments.run(arguments) or 0
-        sys.stdout.flush()
+        if sys.stdout:  # a service may close it
+            sys.stdout.flush()
         return code
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
         print(f"vpae: {error}", file=sys.stderr)

@@ -67,12 +67,15 @@ def load(path: Path | str, overrides: Sequence[str] = (), environment: bool = Tr
         )
     layers = _read_chain(file, ())
     tree: dict = {"methods": dict(DEFAULT_METHODS)}
-    for layer in layers.values():
+    for of, layer in layers.items():
         methods = layer.get("methods")
         if isinstance(methods, list) or (methods is not None and not layer.get("extends")):
             tree["methods"] = {}  # its own: nothing of a base's is left
         if isinstance(methods, list):
-            layer = {**layer, "methods": chained(methods)}
+            try:
+                layer = {**layer, "methods": chained(methods)}
+            except ValueError as error:
+                raise ConfigError(f"{of}: {error}") from error
         _merge(tree, layer)
     if another_seed:
         if int(seed) == tree.get("seed", Experiment.model_fields["seed"].default):
@@ -108,8 +111,14 @@ def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Exp
 
 
 def _bases(path: Path, tree: dict) -> list[Path]:
-    names = tree.get("extends") or []
-    return [path.parent / f"{name}.yaml" for name in ([names] if isinstance(names, str) else names)]
+    names = tree.get("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"{path}: extends: {tree['extends']!r} is neither a name nor a list of names; write names of experiments "
+            "beside this file (a number in quotes), or take the key away"
+        )
+    return [path.parent / f"{name}.yaml" for name in names]
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
@@ -117,7 +126,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
     if path in seen:
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.stem for p in seen)}; break the circle")
     if not path.is_file():
-        near = ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))) or "none"
+        near = ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml")))
+        near = near or "none; change to the project's root, where configs/ is"
         wanted_by = f"{seen[-1]}: extends: {path.stem}: " if seen else ""
         meant = Path("configs", path.name.removesuffix(".yaml").removesuffix(".yaml") + ".yaml")
         if not seen and meant != path and meant.is_file():
@@ -129,6 +139,10 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, dict]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the file must hold sections (key: value), not a {type(tree).__name__}")
+    # Pydantic takes Seed for seed, if no file has the right one; it would be ignored if one has.
+    if unknown := [key for key in tree if key not in Experiment.model_fields]:
+        lines = (_explain({"type": "extra_forbidden", "loc": (key,), "msg": "", "input": {}}) for key in unknown)
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
     found: dict[Path, dict] = {}
     for base in _bases(path, tree):
         found |= _read_chain(base, (*seen, path))
@@ -182,10 +196,12 @@ def _explain(problem: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(the experiment)"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]), n=1)
+        near = difflib.get_close_matches(str(problem["loc"][-1]).lower(), _keys_at(problem["loc"][:-1]), n=1)
         message = f"unknown key; did you mean {near[0]}?" if near else "unknown key; see `vpae config schema`"
     elif problem["type"] == "missing":
         message = "is required; add it, or `extends:` an experiment that has it"
+    elif problem["input"] is None:
+        message = "has no value; give it one, or take the key away"
     else:
         message += f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
     return f"{key}: {message}"

@@ -1,12 +1,13 @@
 """Running a stage: find its inputs, skip it if it is done, build its folder all or nothing."""
 
 import importlib
+import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -16,13 +17,17 @@ from vpae.artifacts import (
     PROVENANCE,
     ArtifactError,
     building,
+    code_version,
     damaged,
+    device_name,
     digest,
     identity,
     locked,
+    package_versions,
     read_provenance,
     reading,
     recover,
+    write_json,
 )
 from vpae.config import Experiment
 from vpae.distill import METHODS
@@ -31,6 +36,7 @@ from vpae.experiment import ConfigError, Source
 from vpae.graph import RESULTS, STAGES, WATCHES, stage_folder, stage_settings, stages_of, that_matter, upstream, without
 from vpae.parts import Part
 from vpae.standing import departures, made_from
+from vpae.training.phase import Collapse
 
 # What takes less memory, to be tried in this order. What a method can switch changes its training: see `vpae plan`.
 SMALLER = {
@@ -86,6 +92,33 @@ class _Task:
         if not wrong:
             print(f"{self.folder.name}: {self.folder} is up to date (to have it anew, delete it)", file=sys.stderr)
         return not wrong
+
+    @property
+    def dead_end(self) -> Path:
+        """What says why a training ended that would end so again."""
+        return self.state / "dead_end.json"
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Do not let a cluster's retries meet the same end again: a run goes on to the bit.
+
+        Raises:
+            ArtifactError: it was met already, with the same settings, code and device.
+        """
+        here = digest([self.settings, code_version(), package_versions(), device_name()])
+        before = json.loads(self.dead_end.read_text()) if self.dead_end.is_file() else {}
+        if before.get("with") == here:
+            raise ArtifactError(
+                f"{before['message']}\nSo the run ended before, and so it would end again: change the settings, or "
+                f"delete {self.dead_end} to try once more from the last state"
+            )
+        try:
+            yield
+        except (Collapse, FloatingPointError) as error:
+            if os.environ.get("RANK", "0") == "0":
+                self.state.mkdir(parents=True, exist_ok=True)
+                write_json(self.dead_end, {"message": str(error), "with": here})
+            raise
 
     def require_whole_inputs(self) -> None:
         """Refuse inputs that have changed since they were finished.
@@ -246,12 +279,18 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
 
     Raises:
         ArtifactError: an input is missing or damaged, or another process, perhaps one that runs a part, is at work on
-            the stage.
+            the stage; or it is a training that ended before in a way in which it would end again.
         ConfigError: memory is exhausted; names the settings that take less.
     """
     task = _task(source, stage, results)
     if task.is_done():
         return task.folder
+    trains = stage in METHODS or (stage == TEACHER and source.settings.teacher.source == "train")
+    with task.once() if trains else nullcontext():
+        return _run(source, stage, task, trains)
+
+
+def _run(source: Source, stage: str, task: _Task, trains: bool) -> Path:
     if rank := int(os.environ.get("RANK", "0")):  # one of several processes of torchrun: the first writes the folder
         if stage not in METHODS or int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise ConfigError(
@@ -263,7 +302,6 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
         return task.folder
     task.require_whole_inputs()
     # An unfinished training may hold weeks of GPUs, which are nobody's but the user's to throw away.
-    trains = stage in METHODS or (stage == TEACHER and source.settings.teacher.source == "train")
     others = sorted(set(task.state.parent.glob(f"{stage}-*")) - {task.state})
     spent = [task.state] if trains else [task.state, *others]
     for other in filter(Path.is_dir, others if trains else ()):

@@ -1,8 +1,9 @@
 """Whether a finished result is what its experiment would make now: settings and hashes count, never dates or notes."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from vbench_i2v.files import sha256, tree
@@ -74,13 +75,13 @@ def standing(source: Source, results: Path = RESULTS) -> dict[str, bool]:
         elif all(found.get(name) for name in above):
             found[stage] = not (
                 (stage in OUTSIDE and outside != OUTSIDE[stage](settings))
-                or (stage == "clips" and outside and _is_newer(Path(settings.clips.path), folder, provenance))
+                or (stage == "clips" and outside and _newer(Path(settings.clips.path), folder, provenance))
             )
     return {stage: stands for stage, stands in found.items() if stage not in settings.students}
 
 
-def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
-    """Whether a file or anything in a folder is newer than the beginning of the run that read it.
+def _newer(path: Path, folder: Path, provenance: dict) -> Path | None:
+    """A file, or the first of a folder, that is newer than the beginning of the run that read it.
 
     Snakemake notes in the result's folder when a job on it ended: at once after that run, or later, when it was found
     to be up to date.
@@ -93,7 +94,8 @@ def _is_newer(path: Path, folder: Path, provenance: dict) -> bool:
     noted = folder / ".snakemake_timestamp"
     if noted.exists() and noted.stat().st_mtime > finished + NOTED_WITHIN:
         seen = noted.stat().st_mtime
-    return any(p.exists() and p.stat().st_mtime > seen for p in [path, *(tree(path) if path.is_dir() else ())])
+    every = chain([path], tree(path) if path.is_dir() else ())
+    return next((p for p in every if p.exists() and p.stat().st_mtime > seen), None)
 
 
 def require_true(source: Source, stages: Sequence[str] = (), results: Path = RESULTS) -> None:
@@ -126,7 +128,8 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         return
     found = list(departures(source, stage, results))
     yield from found
-    if not found and standing(source, results).get(stage) is False and (other := _reads_elsewhere(source, stage)):
+    stands = found or standing(source, results).get(stage) is not False
+    if not stands and (other := _reads_elsewhere(source, stage, folder, provenance)):
         yield f"{folder}: {other}"
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:
@@ -144,11 +147,13 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
             yield f"{folder}: made from another {origin / name} than the present one"
 
 
-def _reads_elsewhere(source: Source, stage: str) -> str:
+def _reads_elsewhere(source: Source, stage: str, folder: Path, provenance: dict) -> str:
     """What is wrong where settings and other stages' results are not: something that a stage reads beside them."""
     settings = source.settings
+    if stage == "clips" and (newer := _newer(Path(settings.clips.path), folder, provenance)):
+        ahead = newer.stat().st_mtime > time.time()
+        return f"{newer} is " + ("dated in the future: `touch` it, and run the stage again" if ahead else "newer")
     return {
-        "clips": f"videos or captions of {settings.clips.path} are newer",
         "teacher": settings.teacher.loras
         and f"made with other teacher.loras than the present {', '.join(settings.teacher.loras)}",
         "samples": f"made with another samples.decoder than the present {settings.samples.decoder}",

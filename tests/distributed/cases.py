@@ -62,7 +62,11 @@ CASES = {
         {"logits_at_once": True, "r1": PROBES},
         {"context_parallel": 2, "activation_checkpointing": "attention"},
     ),
-    "equilibrium-context-lora": Case("equilibrium", {"student_lora": LORA}, {"context_parallel": 2}),
+    "equilibrium-context-lora": Case(
+        "equilibrium",
+        {"student_lora": LORA, "score": equilibrium.Score(weight=1.0), "r1": PROBES},
+        {"context_parallel": 2},
+    ),
     "equilibrium-context-copy": Case("equilibrium", {"backbone": "copy"}, {"context_parallel": 2}),
     "priming-bf16": Case("priming", precision="bf16"),
     "equilibrium-bf16": Case("equilibrium", precision="bf16"),
@@ -134,12 +138,13 @@ def build(case: Case, accelerator: Accelerator, **training):
             phase = METHODS[case.phase].build(whole.model_copy(update={case.phase: config}), stored)
         else:
             config = equilibrium.Settings(discriminator=Optimizer(learning_rate=1e-3), **settings)
-            generator, teacher = network(1), network(0, trained=False)
+            generator, teacher, fake = network(1), network(0, trained=False), None
             if config.student_lora is not None:
                 shared = SharedBase(teacher)
                 generator, teacher = shared.add(STUDENT, config.student_lora), shared.network(None)
+                fake = shared.add(FAKE, LORA) if config.score.weight else None
             backbone = network(0) if config.backbone == "copy" else None
-            phase = Equilibrium(config, SHIFT, generator, teacher, build_head(), default_taps(4), backbone=backbone)
+            phase = Equilibrium(config, SHIFT, generator, teacher, build_head(), default_taps(4), fake, backbone)
     spread(phase, config.training, accelerator)
     return phase
 

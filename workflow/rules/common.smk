@@ -34,7 +34,8 @@ with suppress(ImportError):
 # Newer than any result: what is stale reads it, because Snakemake has not always notes of what a result was made of.
 NOW = ".snakemake/now"
 Path(NOW).parent.mkdir(exist_ok=True)
-Path(NOW).write_text(str(time.time_ns()))  # Snakemake compares the content of small files, too
+with suppress(PermissionError):  # another user's, who may look at what there is to do
+    Path(NOW).write_text(str(time.time_ns()))  # Snakemake compares the content of small files, too
 
 
 wildcard_constraints:
@@ -216,6 +217,7 @@ def needs(stage):
         "cpus_per_task": resource(lambda job, settings: settings.clips.workers if stage == "clips" else job.cpus),
         "mem_mb": resource(lambda job, _: 1000 * job.memory_gb),
         "runtime": resource(lambda job, _: job.minutes),
+        "warning_seconds": resource(lambda job, _: job.warning_seconds),
         # With several nodes the job itself calls srun, once per node; the plugin calls that mpi.
         "mpi": resource(lambda job, _: "srun" if job.nodes > 1 else None),
         "tasks": resource(lambda job, _: job.nodes if job.nodes > 1 else None),

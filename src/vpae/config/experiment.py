@@ -16,7 +16,15 @@ LEAST_VIDEOS = 3  # of which a distance between distributions, leaving out one, 
 
 
 def chained(names: list[str]) -> dict[str, str]:
-    """Methods each of which starts from the one before it, the first from the teacher."""
+    """Methods each of which starts from the one before it, the first from the teacher.
+
+    Raises:
+        ValueError: one is no name.
+    """
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(
+            f"methods: {wrong[0]!r} is no name; a list holds names, and a mapping METHOD: WHAT IT STARTS FROM"
+        )
     return dict(zip(names, [TEACHER, *names], strict=False))
 
 
@@ -66,6 +74,20 @@ class Needs(Section):
     minutes: Positive = Field(
         120, description="Time limit of a job; training saves its state before that, is queued again and goes on."
     )
+    warning_seconds: Positive = Field(
+        300,
+        description="How long before its time limit a job is told to end. Training then finishes an update and saves: "
+        "`vpae plan` says whether this is enough.",
+    )
+
+    @model_validator(mode="after")
+    def _begins_before_it_ends(self) -> "Needs":
+        if 60 * self.minutes <= self.warning_seconds:
+            raise ValueError(
+                f"minutes = {self.minutes}, and warning_seconds = {self.warning_seconds} before that a job is told to end: "
+                "it would be as soon as it begins; raise minutes, or lower warning_seconds"
+            )
+        return self
 
 
 class _ClusterBefore(Section):

@@ -34,6 +34,9 @@ class Sampler(Section):
         return self.steps * (1 if self.guidance_scale == 1.0 else 2)
 
 
+LONGEST_NAME = 200  # of a row: its folder's, with room for what is put before or behind it
+
+
 class Samples(Section):
     """Stage `samples`: the held-out first frames and captions, animated by every row's model."""
 
@@ -71,8 +74,10 @@ class Samples(Section):
         for name, row in self.rows.items():
             if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
                 raise ValueError(f"row {name!r} names a folder: letters, digits, '-', '_' and '.' only")
-            if name == "real":
-                raise ValueError("row real: the clips themselves have this name; choose another")
+            if len(name) > LONGEST_NAME:
+                raise ValueError(f"row {name[:20]}... has {len(name)} letters; a folder's name may have {LONGEST_NAME}")
+            if name.casefold() == "real":
+                raise ValueError(f"row {name}: the clips themselves have this name; choose another")
             if name.casefold().endswith((".json", ".jsonl", ".png")):
                 raise ValueError(f"row {name}: the stage's own files have such names; leave out what follows the dot")
             if name.casefold() in folded:
@@ -133,7 +138,11 @@ class Evaluation(Section):
     c2st: C2st = Field(C2st(), description="The classifier two-sample test of latents.")
     vbench: VBenchRows = Field(VBenchRows(), description="VBench-I2V on the decoded videos.")
     bootstrap: int = Field(500, ge=20, description="Resamples for the 95% confidence intervals.")
-    latency_repeats: Positive = Field(2, description="Timed runs per row in each of three passes; the median counts.")
+    latency_repeats: Positive = Field(
+        2,
+        description="Timed runs per row in each of three passes; the median counts. A row of 50 or more network "
+        "evaluations is run once a pass.",
+    )
     latency_warmup: int = Field(1, ge=0, description="Untimed runs before the timed ones.")
 
 

@@ -184,13 +184,16 @@ class Method(Phase):
     def pulled(self, xh: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
         """xh for one term of a loss; the norm of that term's gradient at xh is logged as `pull_NAME` once it is known.
 
-        It is that of the micro-batch alone, so that it does not depend on how many are accumulated. Processes that
-        share a clip have parts of a gradient, whose norms say nothing: there it is left out.
+        It is that of the micro-batch alone, so that it does not depend on how many are accumulated.
         """
-        if not xh.requires_grad or self.config.training.sharding.context_parallel > 1:
+        if not xh.requires_grad:
             return xh
         view, norm, micro_batches = xh.view_as(xh), torch.zeros((), device=xh.device), self.config.training.accumulate
-        view.register_hook(lambda gradient: (norm.copy_(micro_batches * gradient.norm()), None)[1])
+
+        def note(gradient: Tensor) -> None:
+            norm.copy_(micro_batches * sharding.norm_at_video(self.generator, gradient))
+
+        view.register_hook(note)
         logs[f"pull_{name}"] = norm
         return view
 

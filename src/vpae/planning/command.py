@@ -136,6 +136,8 @@ def _stage_lines(name: str, stage: dict, memory: float) -> list[str]:
         f"  {stage['steps']:,} steps of {stage['clips_per_step']} clips, {_flops(stage['flops_per_step'])} each",
         f"  {stage['seconds_per_step']:,.1f} s a step, {stage['gpu_hours']:,.1f} GPU-hours; memory of a node "
         f"{_bytes(stage['host_bytes'])}" + (f"; {_bytes(moved)} to each GPU a step" if moved else ""),
+        f"  a state of {_bytes(stage['state_bytes'])} every {stage['checkpoint_every']} steps: a crash loses at most "
+        f"{stage['checkpoint_every'] * stage['seconds_per_step'] / 3600:,.1f} hours of its {stage['gpus']} GPUs",
     ]
 
 

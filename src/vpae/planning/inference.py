@@ -4,6 +4,7 @@ Number formats are those of `models.formats`, which every stage follows.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -50,8 +51,15 @@ def measure(module: nn.Module, work: Callable[[nn.Module], object]) -> Use:
         weights = meter.now
         meter.peaks.clear()
         result = work(module.eval())  # noqa: F841, a result is alive as long as its work is looked at
-        float32 = next(module.parameters()).dtype is torch.float32
-        return Use(float(meter.counts["model"]), float(weights), float(meter.peak - weights), float32)
+        return Use(float(meter.counts["model"]), float(weights), float(meter.peak - weights), _is_float32(module))
+
+
+def _is_float32(module: nn.Module) -> bool:
+    """Of most weights: diffusers keeps norms and modulation tables in float32 whatever the rest is."""
+    sizes = Counter()
+    for parameter in module.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__) is torch.float32
 
 
 def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str, Use]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from vpae.config import Experiment, Geometry, Needs
+from vpae.config import Experiment, Geometry, Needs, Training
 from vpae.distill import METHODS
 from vpae.experiment import ConfigError, Source
+from vpae.planning.complaints import complaints
 from vpae.planning.inference import Use, uses
 from vpae.planning.network import Network, Pipeline, Sequence, count, parameters_of, pipeline_of, tokens_of
-from vpae.planning.phase import Execution, execute
+from vpae.planning.phase import Execution, Turn, execute
 from vpae.planning.presence import missing
 from vpae.planning.remedies import remedies
 from vpae.training.checkpoint import KEEP
@@ -66,7 +67,7 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
         if not stages[name]["fits"]:
             stages[name]["remedies"] = _switches_around(name, settings, pipeline, tokens, cluster)
     for name, stage in stages.items():
-        stage["complaints"] = complaints(name, stage, getattr(settings.cluster, name))
+        stage["complaints"] = complaints(name, stage, settings)
     sizes = parameters_of(pipeline)
     return {
         "experiment": source.name,
@@ -129,8 +130,11 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
     def traffic(received: float) -> float:
         return received / cluster.interconnect if cluster.interconnect else 0.0
 
-    float32 = training.mixed_precision == "no"
-    seconds = per_step(lambda turn: max(cluster.seconds(turn.executed, float32), traffic(turn.received)))
+    def seconds(turn: Turn) -> float:
+        float32 = training.mixed_precision == "no"
+        return max(cluster.seconds(turn.executed, float32), traffic(turn.received))
+
+    a_step = per_step(seconds)
     return {
         "gpus": gpus,
         "parameters": found.parameters,
@@ -149,6 +153,7 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
                 "model_flops": turn.model,
                 "flops": turn.executed,
                 "peak_bytes": turn.peak,
+                "seconds": seconds(turn),
             }
             for name, turn in found.turns.items()
         },
@@ -157,9 +162,18 @@ def _phase(settings: Experiment, phase: str, network: Network, tokens: Sequence,
         "flops_per_step": gpus * per_step(lambda turn: turn.executed),
         "model_flops_per_step": gpus * per_step(lambda turn: turn.model),
         "traffic_bytes_per_gpu_and_step": per_step(lambda turn: turn.received),
-        "seconds_per_step": seconds,
-        "gpu_hours": steps * seconds * gpus / 3600,
+        "seconds_per_step": a_step,
+        "gpu_hours": steps * a_step * gpus / 3600,
+        "state_bytes": _state_bytes(training, found, gpus),
+        "checkpoint_every": training.checkpoint_every,
     }
+
+
+def _state_bytes(training: Training, found: Execution, gpus: int) -> float:
+    """Of a resumable state: what is trained, its averages and the EMA, which of shards are those of all GPUs."""
+    trained = FP32 * sum(found.parameters[role] for role in found.turns)
+    shards = gpus if training.sharding.strategy == "full" else 1
+    return trained + shards * (found.held["optimizer"] + found.held["ema"])
 
 
 def _host_bytes(settings: Experiment, phase: str, found: Execution, gpus: int, whole: float) -> float:
@@ -203,15 +217,16 @@ def _samples(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> di
 
 def _evaluation(settings: Experiment, used: dict[str, Use], cluster: Cluster) -> dict:
     """The latency of each row, for which a whole pipeline is loaded, and C2ST; VBench's networks are not counted."""
-    from vpae.evaluation.stage import LATENCY_PASSES
+    from vpae.evaluation.latency import PASSES, runs_of
 
     config, seconds = settings.evaluation, 0.0
     for row in settings.samples.rows.values():
-        whole = config.latency_warmup + config.latency_repeats
-        alone = config.latency_warmup + config.latency_repeats * (1 if row.nfe >= 50 else 5)
+        runs = runs_of(row, config)
+        whole = runs.whole + runs.warmup
+        evaluations = (runs.network + runs.whole) * row.nfe + 2 * runs.warmup * runs.warm.nfe
         around = used["condition_alone"].operations + used["image"].operations / settings.latents.batch_size
-        seconds += LATENCY_PASSES * (
-            cluster.seconds((alone + whole) * row.nfe * used["network_alone"].operations, used["network"].float32)
+        seconds += PASSES * (
+            cluster.seconds(evaluations * used["network_alone"].operations, used["network"].float32)
             + cluster.seconds(whole * 2 * used["text"].operations, used["text"].float32)
             + cluster.seconds(whole * used["decode"].operations, used["decode"].float32)
             + cluster.seconds(whole * around, True)
@@ -281,14 +296,6 @@ def _stage(
     }
 
 
-def complaints(name: str, stage: dict, needs: Needs) -> list[str]:
-    """What a stage needs and does not ask the cluster for, with the key to change."""
-    asked, wanted = needs.memory_gb * 1e9, stage["host_bytes"]
-    if wanted <= asked:
-        return []
-    return [f"cluster.{name}.memory_gb = {needs.memory_gb}, but a node needs about {wanted / 1e9:.0f} GB; raise it"]
-
-
 def disk(
     settings: Experiment, network: Network, tokens: Sequence, sizes: dict[str, int], stages: dict[str, dict]
 ) -> dict[str, float]:
@@ -300,12 +307,9 @@ def disk(
     found = {"latents": clips * clip_bytes(settings.geometry, network, tokens, settings.latents.dtype)}
     found["teacher"] = FP32 * sum(sizes.values())
     for phase in settings.methods:
-        held, gpus = stages[phase]["bytes_per_gpu"], stages[phase]["gpus"]
-        shards = gpus if getattr(settings, phase).training.sharding.strategy == "full" else 1
         parameters = stages[phase]["parameters"]
-        trained = FP32 * sum(parameters[role] for role in stages[phase]["turns"])
-        state = trained + shards * (held["optimizer"] + held["ema"])
-        found[f"{phase}_states"] = (KEEP + 1) * state  # the next one is written before the oldest goes
+        # The next one is written before the oldest goes.
+        found[f"{phase}_states"] = (KEEP + 1) * stages[phase]["state_bytes"]
         beside = sum(parameters.get(role, 0) for role in METHODS[phase].leaves)
         if getattr(settings, phase).student_lora is not None:
             beside += parameters["ema"]  # the adapter as it was trained, beside the merged weights

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import yaml
 
 from vbench_i2v.scores import COLUMNS, PAPER_NAMES
@@ -78,8 +77,9 @@ def run(settings: Experiment, inputs: dict[str, Path], out: Path, state: Path) -
     notes = {name: describe(name, settings.samples.rows.get(name)) for name in scores["rows"]}
     student = settings.student or next(iter(settings.students), "")
     parts = named_rows(settings.samples.rows, student)
+    files = {name: [inputs["samples"] / name / item["file"] for item in suite] for name in notes}
     videos = {
-        name: [read_frames(inputs["samples"] / name / item["file"])[0] for item in suite]
+        name: plots.Clips(lambda file: read_frames(file)[0], files[name])
         for name in notes
         if (inputs["samples"] / name).is_dir()
     }
@@ -136,7 +136,7 @@ def render(**content: object) -> str:
     return environment.get_template("page.html.j2").render(**content)
 
 
-def training(name: str, folder: Path, seen: dict[int, list[np.ndarray]], suite: list[str]) -> dict[str, object]:
+def training(name: str, folder: Path, seen: dict[int, plots.Clips], suite: list[str]) -> dict[str, object]:
     """What the page shows of a method's training: its class, its curves, its speed, and the videos of its looks.
 
     `seen` has step -> videos of the first held-out clips, empty if none were kept; `suite` has their captions.

@@ -5,8 +5,9 @@ Axes: T frames, H height, W width, C colour.
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -68,7 +69,25 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def reel(videos: dict[str, list[np.ndarray]], fps: float) -> dict:
+class Clips(Sequence[np.ndarray]):
+    """Clips, uint8 (T, H, W, 3), each made when it is looked at: all of a report at once are gigabytes.
+
+    Args:
+        make: the clip of one of the things in `what`.
+        what: one for each clip.
+    """
+
+    def __init__(self, make: Callable[[Any], np.ndarray], what: Sequence[Any]):
+        self.make, self.what = make, what
+
+    def __len__(self) -> int:
+        return len(self.what)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.make(self.what[number])
+
+
+def reel(videos: dict[str, Sequence[np.ndarray]], fps: float) -> dict:
     """Videos as sheets, all frames one below the other: the page's style moves them all in step.
 
     Args:
@@ -102,7 +121,7 @@ def _sheet(frames: np.ndarray, size: tuple[int, int]) -> str:
     return _saved(Image.fromarray(np.concatenate(small)), "webp", quality=80)
 
 
-def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> Image.Image:
+def strip(rows: dict[str, tuple[Sequence[np.ndarray], str]], prompts: list[str]) -> Image.Image:
     """Five frames of each clip and row, two clips beside each other.
 
     Args:
@@ -140,8 +159,9 @@ def strip(rows: dict[str, tuple[list[np.ndarray], str]], prompts: list[str]) -> 
                 middle = y + tile[1] // 2
                 canvas.text((left - 16, middle - 2), name, "#222222", title, anchor="rs")
                 canvas.text((left - 16, middle + 4), rows[name][1], "#777777", small, anchor="rt")
+            clip = rows[name][0][number]
             for place, time in enumerate(times):
-                frame = Image.fromarray(rows[name][0][number][time])
+                frame = Image.fromarray(clip[time])
                 how = Image.Resampling.NEAREST if tile[0] >= width else Image.Resampling.LANCZOS
                 picture.paste(frame.resize(tile, how), (x0 + place * (tile[0] + between), y))
     return picture

@@ -49,6 +49,8 @@ def save(folder: Path, phase: Phase, position: dict) -> None:
     except (Exception, CheckpointException) as error:
         if _place()[0] == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # half a state fills the disk for others
+        if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):
+            raise KeyboardInterrupt from error  # pressed twice, while torch wrote
         if (reason := _of_the_disk(error)) is None:
             raise
         older = max((p.name for p in folder.glob("step-*")), default="none")

@@ -210,11 +210,28 @@ def _parallelise_context(network: WanTransformer3DModel, config: ParallelConfig)
 
 def whole_sequence(network: nn.Module, layers_BND: list[Tensor]) -> list[Tensor]:
     """The tokens of all processes that share a clip, from each one's own, for features of inner blocks."""
-    network = network.base if isinstance(network, Adapted) else network
-    if network._parallel_config is None:
+    if (mesh := _sharing(network)) is None:
         return layers_BND
-    mesh = network._parallel_config.context_parallel_config._flattened_mesh
     return [_ScaleGradient.apply(EquipartitionSharder.unshard(layer, 1, mesh), mesh.size()) for layer in layers_BND]
+
+
+def norm_at_video(network: nn.Module, gradient_BCFHW: Tensor) -> Tensor:
+    """Norm of a loss's gradient at a network's input, whole also where processes share the clips.
+
+    Each of them then has its own tokens' part of it and zeros elsewhere, or the same as all others: the largest value
+    of each element is that of the whole.
+    """
+    if (mesh := _sharing(network)) is None:
+        return gradient_BCFHW.norm()
+    largest = gradient_BCFHW.abs()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group())
+    return largest.norm()
+
+
+def _sharing(network: nn.Module) -> DeviceMesh | None:
+    """The processes that share each clip; none where each has its own."""
+    network = network.base if isinstance(network, Adapted) else network
+    return network._parallel_config and network._parallel_config.context_parallel_config._flattened_mesh
 
 
 class _ScaleGradient(torch.autograd.Function):

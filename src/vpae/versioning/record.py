@@ -95,8 +95,10 @@ def _targets(source: Source, stages: Sequence[str] = ()) -> list[str]:
     """The experiment's stages in dvc.yaml.
 
     Raises:
-        ArtifactError: dvc.yaml does not have them.
+        ArtifactError: dvc.yaml does not have them, or is not here.
     """
+    if not Path("dvc.yaml").exists() and not Path("Snakefile").exists():
+        raise ArtifactError(f"dvc.yaml is not in {Path.cwd()}: change to the project's root")
     with reading(Path("dvc.yaml"), "`git checkout dvc.yaml`, or write it anew with `vpae dvc`"):
         versioned = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]["settings"]["foreach"]
     if lacking := [name for name in owners(source) if name not in versioned]:
