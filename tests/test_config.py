@@ -254,7 +254,7 @@ def test_a_key_in_other_letters_is_refused_whether_a_base_has_it_or_not(key: str
         ({"equilibrium": None}, "equilibrium: has no value; give it one, or take the key away"),
         (
             {"cluster": {"priming": {"minutes": 5}}},
-            "cluster.priming: minutes = 5, and warning_seconds = 300 before that",
+            "cluster.priming: minutes = 5, and warning_seconds = 300",
         ),
         ({"priming": {"training": None}}, "priming.training: has no value"),
         (

@@ -84,8 +84,8 @@ class Needs(Section):
     def _begins_before_it_ends(self) -> "Needs":
         if 60 * self.minutes <= self.warning_seconds:
             raise ValueError(
-                f"minutes = {self.minutes}, and warning_seconds = {self.warning_seconds} before that a job is told to end: "
-                "it would be as soon as it begins; raise minutes, or lower warning_seconds"
+                f"minutes = {self.minutes}, and warning_seconds = {self.warning_seconds} before that a job is told to "
+                "end: as soon as it begins; raise minutes, or lower warning_seconds"
             )
         return self
 
