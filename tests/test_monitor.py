@@ -14,6 +14,7 @@ from conftest import SHIFT, build_batch, build_equilibrium, build_priming, build
 from vpae.config import Optimizer, Training
 from vpae.config.training import Monitor
 from vpae.distill.equilibrium import Equilibrium
+from vpae.distill.run import too_late
 from vpae.models.wan import predict_x0
 from vpae.training.loop import train
 from vpae.training.monitor import BOUNDS, LOOKS, Watch, outside, signs
@@ -289,6 +290,15 @@ def test_a_run_that_collapses_is_stopped_and_its_last_healthy_state_kept(goal, t
 
 
 @pytest.mark.slow
+def test_what_is_set_for_steps_that_a_run_does_not_have_is_said():
+    warm = Optimizer(learning_rate=1e-3, warmup_steps=6)
+    long = build_priming(training=Training(steps=6, monitor=Monitor(every=6)), generator=warm)
+    assert [*too_late(long)] == []
+    watch, warmup = too_late(build_priming(training=Training(steps=5, monitor=Monitor(every=6)), generator=warm))
+    assert watch == "priming.training.monitor.every = 6, but there are 5 steps: nothing looks for a collapse"
+    assert warmup.startswith("priming: the warm-up of generator has 6 steps, but there are 5")
+
+
 def test_a_healthy_run_is_left_alone(tmp_path, accelerator, capsys):
     metrics = driven(lambda xh: xh + 0.05 * torch.randn_like(xh), tmp_path, accelerator, rate=1e-4, steps=6)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from math import prod
 from pathlib import Path
@@ -145,6 +146,9 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
     training = getattr(settings, name).training
     accelerator = accelerator_for(training)
     phase = at_start(settings, name, inputs, accelerator)
+    if accelerator.is_main_process:
+        for said in too_late(phase):
+            print(f"vpae: {said}", file=sys.stderr)
     batches = batches_of(inputs["latents"], training, settings.seed, name, accelerator)
     watch = watch_of(phase, LatentDataset(inputs["latents"], "held_out"), settings.seed, accelerator)
     cost = cost_of(settings, name, phase, batches, accelerator)
@@ -165,6 +169,20 @@ def run(name: str, settings: Experiment, inputs: dict[str, Path], out: Path, sta
             link_tree(state / LOOKS, out / LOOKS)
         write_card(out / "student", stage_provenance(inputs), trained_as(settings, name))
     return counts
+
+
+def too_late(phase: Method) -> Iterator[str]:
+    """What is set for steps that a run does not have: so it is when it was shortened to be tried, or by mistake."""
+    training = phase.config.training
+    if training.monitor.every > training.steps:
+        key = f"{phase.name}.training.monitor.every = {training.monitor.every}"
+        yield f"{key}, but there are {training.steps} steps: nothing looks for a collapse"
+    for name, role in phase.roles.items():
+        if role.settings.warmup_steps > training.steps:
+            yield (
+                f"{phase.name}: the warm-up of {name} has {role.settings.warmup_steps} steps, but there are "
+                f"{training.steps}: its learning rate stays below the one that is set"
+            )
 
 
 def trained_as(settings: Experiment, name: str) -> dict:
