@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vpae.evaluation import latents
+from vpae.config import Evaluation, Sampler
+from vpae.evaluation import latency, latents
 from vpae.evaluation.frechet import FEATURES, RandomFeatures, frechet
 from vpae.evaluation.latency import summary, time_runs
 from vpae.evaluation.stage import METRICS, table
@@ -85,6 +86,39 @@ def test_latency_is_the_median_run():
     calls = []
     assert len(time_runs(lambda: calls.append(1), repeats=5)) == 5 == len(calls)
     assert summary([3.0, 1.0, 10.0]) == {"mean": 3.0, "low": 1.0, "high": 10.0}
+
+
+def test_many_network_evaluations_are_timed_once_a_pass_and_warmed_up_by_one_step():
+    config = Evaluation(latency_repeats=2, latency_warmup=1)
+    long, short = (Sampler(model="teacher", steps=steps, guidance_scale=5.0) for steps in (25, 24))
+    assert latency.runs_of(long, config) == latency.Runs(1, 1, 1, long.model_copy(update={"steps": 1}))
+    assert latency.runs_of(short, config) == latency.Runs(10, 2, 1, short)
+
+
+@pytest.mark.slow
+def test_models_that_were_timed_before_an_interruption_are_not_timed_again(finished_micro, tmp_path, monkeypatch):
+    settings = load("configs/micro.yaml", environment=False).settings
+    inputs = {stage.name: stage for stage in (finished_micro / "micro").iterdir() if stage.is_dir()}
+    models, asked = [["teacher"], ["priming"], ["equilibrium"]], []
+    monkeypatch.setattr(latency, "_timed_together", lambda *_: models)
+    monkeypatch.setattr(latency, "draw", lambda _model, row, *_: asked.append(row.model))
+    monkeypatch.setattr(latency, "animate", lambda *_: None)
+    whole = latency.measure(settings, inputs, tmp_path)
+    assert whole.keys() == settings.samples.rows.keys() and {*asked} == {"teacher", "priming", "equilibrium"}
+    (tmp_path / latency.KEPT).unlink()
+
+    def die(_model, row, *_) -> None:
+        asked.append(row.model)
+        if row.model == "priming":
+            raise KeyboardInterrupt
+
+    for begun_with, device in (("teacher", "one"), ("priming", "one"), ("teacher", "another")):
+        monkeypatch.setattr(latency, "draw", die)
+        monkeypatch.setattr(latency, "device_name", lambda device=device: device)
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            latency.measure(settings, inputs, tmp_path)
+        assert asked[0] == begun_with and asked[-1] == "priming"
 
 
 def test_the_table_shows_every_row_and_leaves_unmeasured_cells_empty():
