@@ -99,13 +99,14 @@ def test_many_network_evaluations_are_timed_once_a_pass_and_warmed_up_by_one_ste
 def test_models_that_were_timed_before_an_interruption_are_not_timed_again(finished_micro, tmp_path, monkeypatch):
     settings = load("configs/micro.yaml", environment=False).settings
     inputs = {stage.name: stage for stage in (finished_micro / "micro").iterdir() if stage.is_dir()}
+    state = tmp_path / "state"
     models, asked = [["teacher"], ["priming"], ["equilibrium"]], []
     monkeypatch.setattr(latency, "_timed_together", lambda *_: models)
     monkeypatch.setattr(latency, "draw", lambda _model, row, *_: asked.append(row.model))
     monkeypatch.setattr(latency, "animate", lambda *_: None)
-    whole = latency.measure(settings, inputs, tmp_path)
+    whole = latency.measure(settings, inputs, state)
     assert whole.keys() == settings.samples.rows.keys() and {*asked} == {"teacher", "priming", "equilibrium"}
-    (tmp_path / latency.KEPT).unlink()
+    (state / latency.KEPT).unlink()
 
     def die(_model, row, *_) -> None:
         asked.append(row.model)
@@ -117,7 +118,7 @@ def test_models_that_were_timed_before_an_interruption_are_not_timed_again(finis
         monkeypatch.setattr(latency, "device_name", lambda device=device: device)
         asked.clear()
         with pytest.raises(KeyboardInterrupt):
-            latency.measure(settings, inputs, tmp_path)
+            latency.measure(settings, inputs, state)
         assert asked[0] == begun_with and asked[-1] == "priming"
 
 

@@ -195,7 +195,7 @@ def test_results_behind_a_link_are_not_recorded(tmp_path: Path, monkeypatch: pyt
 def write_latents(folder: Path, train: str, held_out: str) -> Path:
     """A finished latents folder whose clips have these letters for hashes."""
     entries = [
-        Entry(f"{split}-{one}", split, "a disc", one, "0.tar", 0, 1)
+        Entry(f"{split}-{one}", split, "a disc", one, "0.tar", 0, 1, "")
         for split, ones in (("train", train), ("held_out", held_out))
         for one in ones
     ]

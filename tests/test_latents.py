@@ -1,10 +1,13 @@
 """Stage `latents`: shards that are repeatable, resumable, readable by others, and re-encoded only where needed."""
 
+import hashlib
+import io
 import json
 import shutil
 import tarfile
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -231,7 +234,8 @@ def test_webdataset_itself_reads_the_shards(finished: tuple[Workplace, Path]) ->
         key = sample["__key__"]
         tensors = load_tensors(sample["safetensors"])
         assert all(torch.equal(tensors[name], value) for name, value in stored[key].items())
-        assert sample["json"] == {"caption": captions[key]}
+        stored_again = hashlib.sha256(sample["safetensors"]).hexdigest()
+        assert sample["json"] == {"caption": captions[key], "sha256": stored_again}
         assert sample["png"].shape == (32, 32, 3) and sample["png"].dtype == np.uint8
 
 
@@ -292,16 +296,22 @@ def peak_of_python(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+TOLD = json.dumps({"sha256": ""}).encode()
+
+
 @pytest.mark.slow
 def test_the_stages_memory_does_not_grow_with_the_number_of_clips(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither of the whole stage nor of a part: what is alive is a row group of the manifest and one shard's clips."""
+    """Neither of the whole stage nor of a part: alive are a row group of the manifest and a few shards' clips."""
 
     def write_shard(clips: Sequence[Clip], *others: object) -> bool:
         with tarfile.open(others[3], "w") as tar:
             for clip in clips:
                 tar.addfile(tarfile.TarInfo(f"{clip.key}.safetensors"))
+                told = tarfile.TarInfo(f"{clip.key}.json")
+                told.size = len(TOLD)
+                tar.addfile(told, io.BytesIO(TOLD))
         return True
 
     monkeypatch.setattr(latents, "encode_shard", write_shard)
@@ -487,34 +497,40 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.999], ids=["header", "tensors", "padding"])
-def test_a_changed_byte_anywhere_in_a_shard_is_found_by_whoever_opens_it(
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["header", "tensors", "end"])
+def test_a_changed_byte_of_a_clip_is_found_by_whoever_reads_it_and_by_no_other(
     share: float, finished: tuple[Workplace, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(finished[1], tmp_path / "latents")
-    shard = sorted(folder.glob("held_out-*.tar"))[0]
-    flip(shard, int(share * shard.stat().st_size))
-    LatentDataset(folder, "train").batch([0, 1])
-    dataset = LatentDataset(folder, "held_out")
-    bad = next(number for number, entry in enumerate(dataset.entries) if entry.shard == shard.name)
-    for read in (dataset.tensors, dataset.first_frame, lambda number: dataset.batch([number])):
-        with pytest.raises(ArtifactError, match=f"{shard.name} is damaged; run its stage again: `vpae latents`"):
+    dataset = LatentDataset(folder, "train")
+    (largest, _), *_ = Counter(entry.shard for entry in dataset.entries).most_common()
+    bad, other, *_ = (number for number, entry in enumerate(dataset.entries) if entry.shard == largest)
+    entry = dataset.entries[bad]
+    shard = folder / entry.shard
+    flip(shard, entry.offset + int(share * (entry.size - 1)))
+    dataset.batch([other])
+    for read in (dataset.tensors, lambda number: dataset.batch([other, number])):
+        with pytest.raises(ArtifactError, match=f"{shard.name} is damaged: .* {entry.key}; run its stage again"):
             read(bad)
+    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged; run its stage again: `vpae latents`"):
+        dataset.first_frame(other)  # which has no hash of its own
     shard.unlink()
-    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged"):
-        dataset.tensors(bad)
+    with pytest.raises(ArtifactError, match=f"{shard.name}.*run its stage again: `vpae latents`"):
+        dataset.tensors(other)
 
 
-def test_a_shard_is_hashed_once_however_often_it_is_read(
-    finished: tuple[Workplace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_clip_is_read_without_the_rest_of_its_shard(
+    finished: tuple[Workplace, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, hashed = shutil.copytree(finished[1], tmp_path / "latents"), []
+    """A shard of 14B has a gigabyte, a clip of it 28 megabytes, and a batch has any clips."""
+    hashed: list[str] = []
     monkeypatch.setattr(manifest, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    dataset = LatentDataset(finished[1], "train")
+    dataset.batch([*range(len(dataset))])
+    assert hashed == []
     for _ in range(2):
-        dataset = LatentDataset(folder, "train")
-        for number in [*range(len(dataset)), *range(len(dataset))]:
-            dataset.batch([number])
-    assert sorted(hashed) == sorted({entry.shard for entry in dataset.entries})
+        dataset.first_frame(0)
+    assert hashed == [dataset.entries[0].shard]
 
 
 def test_a_changed_byte_in_a_shard_stops_the_training_by_name_and_is_not_taken_over(
@@ -525,7 +541,7 @@ def test_a_changed_byte_in_a_shard_stops_the_training_by_name_and_is_not_taken_o
     shard = sorted(folder.glob("train-*.tar"))[0]
     flip(shard, shard.stat().st_size // 2)
     training = load(place.source(world=True).path, ["priming.training={steps: 3, batch_size: 6}"])
-    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged; run its stage again: `vpae latents`"):
+    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged: .*; run its stage again: `vpae latents`"):
         run_stage(training, "priming", place.results)
     assert not (place.results / "own" / "priming").exists()
     encoded.clear()

@@ -275,7 +275,7 @@ def test_the_guidance_of_a_row_is_that_of_its_sampler(model):
 
 def test_the_noise_of_a_video_follows_from_seed_prompt_and_place_among_equal_ones():
     def seeds(seed: int, *captions: str) -> dict[tuple[str, int], int]:
-        entries = [Entry(f"clip-{i}", "held_out", caption, "", "", 0, 0) for i, caption in enumerate(captions)]
+        entries = [Entry(f"clip-{i}", "held_out", caption, "", "", 0, 0, "") for i, caption in enumerate(captions)]
         suite = make_suite(SimpleNamespace(entries=entries), len(entries), seed)
         return {(item["prompt"], item["index"]): item["seed"] for item in suite}
 

@@ -21,7 +21,7 @@ ENTRIES = '"entries": ['
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one clip's safetensors lie."""
+    """Where one clip's safetensors lie, and their sha256."""
 
     key: str
     split: str
@@ -30,6 +30,7 @@ class Entry:
     shard: str
     offset: int
     size: int
+    sha256: str
 
 
 FEW = pa.dictionary(pa.int32(), pa.string())  # texts that many rows share

@@ -1,20 +1,21 @@
 """Stage `latents`: every clip encoded once, in WebDataset shards.
 
 One `KEY.safetensors` per clip holds `x0` (16, F, H, W), `condition` (16, F, H, W), `image` (N, D) and `text` (L, D, up
-to the caption's end); `KEY.png` is its first frame, `KEY.json` its caption. `index.json` says where each clip's bytes
-lie, so that clips can also be read one by one, what captions are padded to, and the hashes of clips and encoders.
-`negative.safetensors` is the empty caption, for guidance.
+to the caption's end); `KEY.png` is its first frame, `KEY.json` its caption and the safetensors' sha256. `index.json`
+says where each clip's bytes lie and what they hash to, so that clips can also be read one by one, what captions are
+padded to, and the hashes of clips and encoders. `negative.safetensors` is the empty caption, for guidance.
 
-A shard whose clips and encoders are unchanged is taken over from the last run, finished or not. Whoever reads a shard
-first compares its bytes with the hash in the provenance, once in a process. The stage itself holds the clips of one
-shard at a time, however many there are.
+A shard whose clips and encoders are unchanged is taken over from the last run, finished or not. Whoever reads a clip
+compares its bytes with the index. The stage itself holds the clips of a few shards at a time, however many there are.
 """
 
+import hashlib
 import io
 import json
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
@@ -39,6 +40,8 @@ from vpae.parts import Part
 from vpae.preemption import Interruption, Request
 from vpae.progress import Progress
 
+FORMAT = 2  # of a shard
+SHARDS_AT_ONCE = 8  # that are hashed beside each other
 AGAIN = "run its stage again: `vpae latents` makes it anew"
 ENCODERS = ("vae/", "text_encoder/", "tokenizer/", "image_encoder/", "image_processor/")
 
@@ -80,7 +83,7 @@ def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part)
 def _shards(settings: Experiment, inputs: dict[str, Path]) -> Iterator[Shard]:
     """The shards that all clips are to be stored in."""
     number = count()
-    made_with = [_encoder_hash(inputs["teacher"]), settings.latents.dtype, settings.geometry.model_dump()]
+    made_with = [FORMAT, _encoder_hash(inputs["teacher"]), settings.latents.dtype, settings.geometry.model_dump()]
     for split in SPLITS:
         for members in _cut(iterate_manifest(inputs["clips"], split), settings.latents.shard_size):
             made_of = [(clip.key, clip.sha256, clip.caption) for clip in members]
@@ -104,10 +107,18 @@ def _complete(
     state.mkdir(parents=True, exist_ok=True)
     previous = _recipes(state.parents[1] / "latents")
     progress, encoded = Progress(clips, label), 0
-    with Interruption.watch() as request:
-        for shard in shards:
+    shards = iter(shards)
+
+    def kept_ones(pool: ThreadPoolExecutor) -> Iterator[tuple[Shard, bool]]:
+        while some := list(islice(shards, SHARDS_AT_ONCE)):
+            yield from zip(some, pool.map(lambda shard: is_kept(_in_state(state, shard)), some), strict=True)
+
+    with Interruption.watch() as request, ThreadPoolExecutor() as pool:
+        for shard, there in kept_ones(pool):
             path = _in_state(state, shard)
-            if is_kept(path):
+            if request.requested:
+                raise Interruption(f"{label}: {encoded} more shards are in {state}")
+            if there:
                 pass
             elif shard.recipe in previous and _is_whole(*previous[shard.recipe]):
                 with kept(path) as temporary:
@@ -199,30 +210,27 @@ def encode_shard(
             for i, clip in enumerate(batch):
                 png = io.BytesIO()
                 Image.fromarray(frames_BTHW3[i, 0]).save(png, format="PNG")
-                tar.write(
-                    {
-                        "__key__": clip.key,
-                        "safetensors": save({k: v[i].to(dtype).contiguous() for k, v in encoded.items()}),
-                        "png": png.getvalue(),
-                        "json": json.dumps({"caption": clip.caption}).encode(),
-                    }
-                )
+                stored = save({k: v[i].to(dtype).contiguous() for k, v in encoded.items()})
+                told = {"caption": clip.caption, "sha256": hashlib.sha256(stored).hexdigest()}
+                files = {"safetensors": stored, "png": png.getvalue(), "json": json.dumps(told).encode()}
+                tar.write({"__key__": clip.key, **files})
     return True
 
 
 def _entries(shard: Path, clips: list[Clip]) -> Iterator[Entry]:
     with tarfile.open(shard) as tar:
         members = {m.name: m for m in tar.getmembers()}
-    for clip in clips:
-        member = members[f"{clip.key}.safetensors"]
-        yield Entry(clip.key, clip.split, clip.caption, clip.sha256, shard.name, member.offset_data, member.size)
+        for clip in clips:
+            member, told = members[f"{clip.key}.safetensors"], json.load(tar.extractfile(members[f"{clip.key}.json"]))
+            place = shard.name, member.offset_data, member.size
+            yield Entry(clip.key, clip.split, clip.caption, clip.sha256, *place, told["sha256"])
 
 
 class LatentDataset:
     """Random access to one split of a latents folder.
 
-    A shard is hashed when the first of its clips is read. All that read raise ArtifactError, naming the shard, where it
-    is missing or its bytes have changed since its stage finished.
+    All that read raise ArtifactError, naming the shard, where it is missing or what is read of it has changed since its
+    stage finished. For a first frame, which has no hash of its own, the whole shard is hashed, once.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -249,10 +257,13 @@ class LatentDataset:
     def tensors(self, number: int) -> dict[str, Tensor]:
         """x0, condition, image and text of one clip, as stored."""
         entry = self.entries[number]
-        path = self._whole(entry.shard)
+        path = self.folder / entry.shard
         with reading(path, AGAIN), path.open("rb") as file:
             file.seek(entry.offset)
-            return load(file.read(entry.size))
+            stored = file.read(entry.size)
+        if hashlib.sha256(stored).hexdigest() != entry.sha256:
+            raise ArtifactError(f"{path} is damaged: other bytes than were encoded stand for {entry.key}; {AGAIN}")
+        return load(stored)
 
     def first_frame(self, number: int) -> Image.Image:
         """The first frame, as it went into the image encoder."""

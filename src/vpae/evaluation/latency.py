@@ -93,6 +93,7 @@ def measure(settings: Experiment, inputs: dict[str, Path], state: Path) -> dict[
                 found[name][measure] += time_runs(lambda work=work, row=row: work(row), repeats)
         del pipeline, pipelines, diffuse, everything, work  # before the next model is loaded
         seconds |= found
+        state.mkdir(parents=True, exist_ok=True)
         write_json(state / KEPT, {"device": device_name(), "rows": seconds})
     return {name: {measure: summary(runs) for measure, runs in seconds[name].items()} for name in settings.samples.rows}
 
