@@ -27,6 +27,7 @@ from test_fuzz import EXAMPLES
 from test_inputs import WRONG, cut_out, experiment, moving, write_clip, zeros
 from vpae.artifacts import file_hashes, read_provenance
 from vpae.cli import main as vpae
+from vpae.data.latents import LatentDataset
 from vpae.experiment import load
 from vpae.graph import upstream
 
@@ -166,7 +167,7 @@ def hostile(place: Path, teacher: Path, rng: random.Random, count: int) -> list[
 def flips(whole: Path, place: Path, stages: list[str], rng: random.Random) -> list[Row]:
     """Change one byte of a file of each finished stage, and use it: by its own stage, and by those that read it.
 
-    The first stage that opens the file has to name it; stages that do not open it may end, but one of all has to.
+    The first stage that reads the byte has to name the file; stages that do not may end, but one of all has to.
     """
     config, rows = load(MICRO).settings, []
     for use in ("its own stage", "the stages that read it"):
@@ -176,8 +177,12 @@ def flips(whole: Path, place: Path, stages: list[str], rng: random.Random) -> li
             shutil.copytree(whole / "results", place)
             folder = place / "micro" / stage
             name = rng.choice([n for n, _ in sorted(read_provenance(folder)["outputs"].items())])
+            start, size = 0, (folder / name).stat().st_size
+            if name.endswith(".tar"):  # of a shard, what nobody reads harms nobody: a clip that all are sampled on
+                first = LatentDataset(folder, "held_out").entries[0]
+                name, start, size = first.shard, first.offset, first.size
             data = bytearray((folder / name).read_bytes())
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            data[start + rng.randrange(size)] ^= 1 << rng.randrange(8)
             (folder / name).unlink()  # a hard link would change the other copy, too
             (folder / name).write_bytes(data)
             if use == "its own stage":

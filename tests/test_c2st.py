@@ -115,7 +115,7 @@ def test_a_classifier_learns_from_training_clips_and_is_asked_about_held_out_one
     rows = {"near": Sampler(model="teacher", steps=3, guidance_scale=2), "far": Sampler(model="teacher", steps=5)}
     settings = settings.model_copy(update={"samples": settings.samples.model_copy(update={"rows": rows})})
     drawn = {name: numbered(first, 4) for name, first in (("real", 0), ("near", 700), ("far", 800))}
-    found = latents._told_apart(drawn, numbered(100, 4), settings, {"latents": Path()})
+    found = latents._told_apart(drawn.__getitem__, numbered(100, 4), settings, {"latents": Path()})
     assert list(found) == ["real", "far"]  # six evaluations are too many
     pairs = [[number_of(x) for x in (p.real, p.generated, p.condition)] for both in asked for p in both]
     first_half, second_half, nothing = [0, 1, 2], [3, 4, 5], [0, 0, 0]

@@ -18,7 +18,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -79,7 +79,7 @@ def is_kept(path: Path) -> bool:
     """Whether a state folder has this file as it was kept; says so where its bytes have changed."""
     if not path.is_file():
         return False
-    whole = not _seal(path).is_file() or _seal(path).read_bytes() == sha256(path).encode()
+    whole = not _seal(path).is_file() or _seal(path).read_bytes() == content(path).encode()
     if not whole:
         print(f"vpae: {path} is damaged; it is made again", file=sys.stderr)
     return whole
@@ -87,6 +87,18 @@ def is_kept(path: Path) -> bool:
 
 def _seal(path: Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
+
+
+_HASHES: dict[tuple[int, int, int, int], str] = {}
+
+
+def content(path: Path) -> str:
+    """The sha256 of a file, read once in a process, whatever names it has, as long as its size and date stay."""
+    stat = path.stat()
+    state = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if state not in _HASHES:
+        _HASHES[state] = sha256(path)
+    return _HASHES[state]
 
 
 def write_json(path: Path, value: object) -> None:
@@ -103,7 +115,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """
     names = files_of(folder)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: content(folder / name), names), strict=True))
 
 
 def files_of(folder: Path) -> list[str]:
@@ -170,7 +182,11 @@ def building(
         temporary.mkdir(parents=True)
         counts: dict = {}
         start = time.monotonic()
-        yield temporary, counts
+        try:
+            yield temporary, counts
+        except BaseException:
+            _remove(temporary)  # half a result fills the disk for others
+            raise
         provenance = {
             "settings": settings,
             "inputs": inputs,
@@ -281,16 +297,16 @@ def flush_entry(path: Path) -> None:
         os.close(descriptor)
 
 
-def damaged(folder: Path, unread: tuple[str, ...] = ()) -> list[str]:
+def damaged(folder: Path, unread: Callable[[str], bool] = lambda name: False) -> list[str]:
     """The files of a finished folder that are missing, or whose content is not what its provenance says.
 
     Args:
         folder: of a stage.
-        unread: ends of the names of files that are not read.
+        unread: whether a file of this name is left out.
     """
     recorded = (read_provenance(folder) or {"outputs": {}})["outputs"]
-    names = sorted(name for name in recorded if not name.endswith(unread))
-    present = lambda name: sha256(folder / name) if (folder / name).is_file() else None  # noqa: E731
+    names = sorted(name for name in recorded if not unread(name))
+    present = lambda name: content(folder / name) if (folder / name).is_file() else None  # noqa: E731
     with ThreadPoolExecutor() as pool:
         return [n for n, found in zip(names, pool.map(present, names), strict=True) if found != recorded[n]]
 

@@ -44,7 +44,7 @@ SMALLER = {
     "samples": ("samples.batch_size=1", "samples.vae_tiles=true", "samples.vae_dtype=bfloat16"),
     "evaluation": ("samples.vae_tiles=true", "samples.batch_size=1"),
 }
-# Ends of names in clips and latents: may be terabytes, so that each is hashed when it is opened, not before the stage.
+# Ends of names in clips and latents: may be terabytes, so that each is hashed when it is read, not before the stage.
 BULK = (".tar", ".mp4")
 
 
@@ -127,9 +127,21 @@ class _Task:
             ArtifactError: naming the first such file.
         """
         for name, folder in self.folders.items():
-            if wrong := damaged(folder, unread=BULK if name in ("clips", "latents") else ()):
+            if wrong := damaged(folder, partial(_is_left_out, self.folder.name, name)):
                 again = f"run its stage again: `vpae {name}` makes it anew" if name in STAGES else "bring it once more"
                 raise ArtifactError(f"{folder / wrong[0]} is damaged; {again}")
+
+
+def _is_left_out(stage: str, name: str, file: str) -> bool:
+    """Whether a stage never opens a file of one of its inputs, or hashes it when it does: at 14B it reads 300 GB."""
+    if name in ("clips", "latents"):
+        return file.endswith(BULK)
+    if stage == "latents":
+        return file.startswith("transformer/")
+    if stage == "report":
+        return file.endswith(".safetensors") and not file.startswith(("vae/", "looks/"))
+    student = name in METHODS or name not in STAGES
+    return stage in ("samples", "evaluation") and student and not file.startswith("student/")
 
 
 def missing_students(source: Source) -> list[str]:
@@ -285,21 +297,23 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
     task = _task(source, stage, results)
     if task.is_done():
         return task.folder
+    rank = int(os.environ.get("RANK", "0"))  # of several processes of torchrun
+    if rank and (stage not in METHODS or int(os.environ.get("WORLD_SIZE", "1")) < 2):
+        raise ConfigError(
+            f"RANK = {rank} is set, as in one of several processes that train together, but {stage} runs in one "
+            "process: unset RANK"
+        )
     trains = stage in METHODS or (stage == TEACHER and source.settings.teacher.source == "train")
     with task.once() if trains else nullcontext():
-        return _run(source, stage, task, trains)
+        _run(source, stage, task, trains, rank)
+    return task.folder
 
 
-def _run(source: Source, stage: str, task: _Task, trains: bool) -> Path:
-    if rank := int(os.environ.get("RANK", "0")):  # one of several processes of torchrun: the first writes the folder
-        if stage not in METHODS or int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            raise ConfigError(
-                f"RANK = {rank} is set, as in one of several processes that train together, but {stage} runs in one "
-                "process: unset RANK"
-            )
+def _run(source: Source, stage: str, task: _Task, trains: bool, rank: int) -> None:
+    if rank:  # the first process writes the folder
         with tempfile.TemporaryDirectory() as nowhere, _with_advice(source, stage):
             task.run(source.settings, task.folders, Path(nowhere), task.state)
-        return task.folder
+        return
     task.require_whole_inputs()
     # An unfinished training may hold weeks of GPUs, which are nobody's but the user's to throw away.
     others = sorted(set(task.state.parent.glob(f"{stage}-*")) - {task.state})
@@ -309,7 +323,6 @@ def _run(source: Source, stage: str, task: _Task, trains: bool) -> Path:
     built = building(task.folder, task.settings, task.digests, spent=spent, began=task.began)
     with _with_advice(source, stage), built as (out, counts):
         counts.update(task.run(source.settings, task.folders, out, task.state) or {})
-    return task.folder
 
 
 def run_part(source: Source, stage: str, part: Part, results: Path = RESULTS) -> None:

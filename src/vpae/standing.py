@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -15,6 +17,7 @@ from vpae.graph import RESULTS, stage_folder, stage_settings, stages_of, that_ma
 from vpae.teacher.folder import decoder_inputs, external_inputs
 
 NOTED_WITHIN = 120.0  # seconds after its end Snakemake has noted the end of a job
+STATS_AT_ONCE = 16  # a file system over the network answers many questions as fast as one
 SHOWN = 3  # of many keys or files that differ: one damaged file says as much as a thousand
 FOREIGN = "not of this result: delete it, or move it out of the folder"
 _ABSENT = object()
@@ -94,8 +97,19 @@ def _newer(path: Path, folder: Path, provenance: dict) -> Path | None:
     noted = folder / ".snakemake_timestamp"
     if noted.exists() and noted.stat().st_mtime > finished + NOTED_WITHIN:
         seen = noted.stat().st_mtime
+
+    def date(path: Path) -> float:
+        with suppress(FileNotFoundError):  # a link to nowhere, or gone meanwhile
+            return path.stat().st_mtime
+        return 0.0
+
     every = chain([path], tree(path) if path.is_dir() else ())
-    return next((p for p in every if p.exists() and p.stat().st_mtime > seen), None)
+    with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
+        while some := list(islice(every, 64 * STATS_AT_ONCE)):
+            for one, when in zip(some, pool.map(date, some), strict=True):
+                if when > seen:
+                    return one
+    return None
 
 
 def require_true(source: Source, stages: Sequence[str] = (), results: Path = RESULTS) -> None:
@@ -105,7 +119,8 @@ def require_true(source: Source, stages: Sequence[str] = (), results: Path = RES
         ArtifactError: naming every such folder, what is wrong with it, and the remedy.
     """
     wanted = [stage for stage in stages_of(source.settings) if stage in stages or not stages]
-    found = [problem for stage in wanted for problem in problems(source, stage, results)]
+    stands = standing(source, results)
+    found = [problem for stage in wanted for problem in problems(source, stage, results, stands)]
     if found and all(problem.endswith(FOREIGN) for problem in found):
         raise ArtifactError("\n  ".join(["these files stand where only results belong:", *found]))
     if found:
@@ -115,8 +130,12 @@ def require_true(source: Source, stages: Sequence[str] = (), results: Path = RES
         raise ArtifactError("\n  ".join([head, *found, f"{remedy} {force}"]))
 
 
-def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[str]:
+def problems(
+    source: Source, stage: str, results: Path = RESULTS, stands: dict[str, bool] | None = None
+) -> Iterator[str]:
     """What is wrong with the result of one stage; nothing if it is complete, current and undamaged.
+
+    `stands` is what `standing` says, if that is known.
 
     A teacher that was taken from a folder is compared with that folder, if it is here. Videos are not read again: of
     them, the dates count.
@@ -128,8 +147,8 @@ def problems(source: Source, stage: str, results: Path = RESULTS) -> Iterator[st
         return
     found = list(departures(source, stage, results))
     yield from found
-    stands = found or standing(source, results).get(stage) is not False
-    if not stands and (other := _reads_elsewhere(source, stage, folder, provenance)):
+    stands = standing(source, results) if stands is None else stands
+    if not found and stands.get(stage) is False and (other := _reads_elsewhere(source, stage, folder, provenance)):
         yield f"{folder}: {other}"
     for name in upstream(source.settings, stage):
         if read_provenance(above := stage_folder(source, name, results)) is None:

@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from vbench_i2v.media import PASSING, length
-from vpae.artifacts import ArtifactError, is_kept, kept, link, reading, sha256, write_json
+from vpae.artifacts import ArtifactError, content, is_kept, kept, link, reading, sha256, write_json
 from vpae.config import Experiment
 from vpae.config.clips import Filters
 from vpae.data import corpus
 from vpae.data.corpus import Candidate
-from vpae.data.manifest import Clip, content, write_manifest
+from vpae.data.manifest import Clip, write_manifest
 from vpae.data.names import check_names, file_names
 from vpae.data.video import VideoError, probe, read_clip, write_video
 from vpae.data.world import Truth, draw_truth, render

@@ -29,12 +29,12 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from vpae.ahead import Ahead
-from vpae.artifacts import ArtifactError, digest, file_hashes, is_kept, kept, link, read_provenance, reading
+from vpae.artifacts import ArtifactError, content, digest, file_hashes, is_kept, kept, link, read_provenance, reading
 from vpae.config import Experiment
 from vpae.data.catalog import SPLITS
 from vpae.data.encoding import Encoders, pad_text
 from vpae.data.index import INDEX, Entry, read_index, write_index
-from vpae.data.manifest import Clip, content, count_clips, iterate_manifest
+from vpae.data.manifest import Clip, count_clips, iterate_manifest
 from vpae.models.wan import Condition, first_frame_mask, load_pipeline, text_tokens_for
 from vpae.parts import Part
 from vpae.preemption import Interruption, Request

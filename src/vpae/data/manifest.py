@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vpae.artifacts import ArtifactError, reading, sha256
+from vpae.artifacts import ArtifactError, content, reading
 from vpae.config import Geometry
 from vpae.data.video import read_clip
 
@@ -73,17 +72,6 @@ class Clip:
 
 
 SCHEMA = table_of(Clip, path=pa.binary(), width=pa.int32(), height=pa.int32())  # a file name need not be text
-
-
-def content(path: Path) -> str:
-    """The sha256 of a file, hashed once for all that a process reads from it while its size and date stay."""
-    stat = path.stat()
-    return _content(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(4096)
-def _content(path: Path, _size: int, _time: int) -> str:
-    return sha256(path)
 
 
 def write_manifest(folder: Path, clips: Iterable[Clip]) -> None:

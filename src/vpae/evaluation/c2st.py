@@ -74,7 +74,7 @@ def right(fit: Pairs, test: Pairs, steps: int, seed: int) -> Tensor:
     Returns:
         0, 1/2 or 1 for each clip of `test`, (N,) on the CPU.
     """
-    device = fit.real.device
+    device = "cuda" if torch.cuda.is_available() else fit.real.device
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -84,15 +84,16 @@ def right(fit: Pairs, test: Pairs, steps: int, seed: int) -> Tensor:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(step, steps)
         # Two independent draws: a pair of one clip in every batch would be found by comparing the two.
-        i, j = (torch.randint(len(fit.real), (BATCH,), generator=rng).to(device) for _ in range(2))
+        i, j = (torch.randint(len(fit.real), (BATCH,), generator=rng).to(fit.real.device) for _ in range(2))
         x, c = torch.cat([fit.real[i], fit.generated[j]]), torch.cat([fit.condition[i], fit.condition[j]])
-        real, generated = network(x, c).chunk(2)
+        real, generated = network(x.to(device), c.to(device)).chunk(2)
         loss = F.softplus(-real).mean() + F.softplus(generated).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        batches = zip(*(x.split(2 * BATCH) for x in (test.real, test.generated, test.condition)), strict=True)
+        split = (x.split(2 * BATCH) for x in (test.real, test.generated, test.condition))
+        batches = ([x.to(device) for x in batch] for batch in zip(*split, strict=True))
         found = [((network(x, c) > 0).float() + (network(y, c) < 0).float()) / 2 for x, y, c in batches]
     return torch.cat(found).cpu()
 

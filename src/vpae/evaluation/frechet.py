@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEATURES = 48  # far fewer than the videos, so that the covariance is well estimated
+AT_ONCE = 16
 _SEED = 20250828  # fixed: the metric must be the same network everywhere
 
 
@@ -30,7 +31,10 @@ class RandomFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_NCFHW: Tensor) -> Tensor:
-        """Features (N, D) of normalised latents."""
+        """Features (N, D) of normalised latents; a few videos at a time, since each takes fifty times its latents."""
+        return torch.cat([self._of(x) for x in x_NCFHW.split(AT_ONCE)])
+
+    def _of(self, x_NCFHW: Tensor) -> Tensor:
         h = F.leaky_relu(F.conv3d(x_NCFHW.float(), self.first, padding=1), 0.2)
         h = F.leaky_relu(F.conv3d(h, self.second, padding=1, stride=(1, 2, 2)), 0.2)
         h = h.flatten(2)

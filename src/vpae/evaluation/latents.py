@@ -4,7 +4,7 @@ For the row `real`, which is the reference of all others, training clips stand i
 samples of reality give is the floor.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,14 @@ JACKKNIFE_GROUPS = 20
 
 def measure(settings: Experiment, inputs: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
     """Row -> metric -> mean, low and high."""
-    rows = (REAL, *settings.samples.rows)
-    drawn = {row: load_file(inputs["samples"] / row / "latents.safetensors")["x0"].float() for row in rows}
-    reference = drawn[REAL]
-    drawn[REAL] = _clips(LatentDataset(inputs["latents"], "train"), len(reference))[0]
-    scores = {
-        row: {"frechet": _distance(x, reference, settings), "motion": _motion(x, reference, settings)}
-        for row, x in drawn.items()
-    }
+
+    def drawn(row: str) -> Tensor:  # one row is held at a time
+        return load_file(inputs["samples"] / row / "latents.safetensors")["x0"].float()
+
+    reference, scores = drawn(REAL), {}
+    for row in (REAL, *settings.samples.rows):
+        x = drawn(row) if row != REAL else _clips(LatentDataset(inputs["latents"], "train"), len(reference))[0]
+        scores[row] = {"frechet": _distance(x, reference, settings), "motion": _motion(x, reference, settings)}
     if settings.evaluation.c2st.clips:
         for row, found in _told_apart(drawn, reference, settings, inputs).items():
             scores[row]["c2st"] = found
@@ -83,7 +83,7 @@ def drawn_beside(
 
 
 def _told_apart(
-    drawn: dict[str, Tensor], reference: Tensor, settings: Experiment, inputs: dict[str, Path]
+    drawn: Callable[[str], Tensor], reference: Tensor, settings: Experiment, inputs: dict[str, Path]
 ) -> dict[str, dict[str, float]]:
     """C2ST of each row that is not too dear: 0.5 where a classifier cannot tell it from real clips."""
     config, train = settings.evaluation.c2st, LatentDataset(inputs["latents"], "train")
@@ -98,7 +98,7 @@ def _told_apart(
             fit, test = (_halves(x) for x in (real, reference))
         else:
             fit = c2st.Pairs(real, _redrawn(rows[name], train, count, settings, inputs), condition)
-            test = c2st.Pairs(reference, drawn[name], held_out)
+            test = c2st.Pairs(reference, drawn(name), held_out)
         seeds = [derived_seed(settings.seed, "c2st", "classifier", i) for i in range(config.seeds)]
         right = np.mean([c2st.right(fit, test, config.steps, seed % 2**31).numpy() for seed in seeds], axis=0)
         found[name] = of_mean(right, settings.evaluation.bootstrap, settings.seed)
