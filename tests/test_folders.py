@@ -85,6 +85,10 @@ def without_transformer(folder: Path) -> None:
     shutil.rmtree(folder / "transformer")
 
 
+def cut_off(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_text((folder / file).read_text()[:-20])
+
+
 EXPERTS = configured("model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
 NO_FRAME = configured("transformer/config.json", in_channels=16, image_dim=None)
 WRONG = {
@@ -93,6 +97,12 @@ WRONG = {
     "empty": (emptied, "no whole safetensors file"),
     "pickled": (pickled, "pickled weights.*safe_serialization=True"),
     "text encoder cut off": (half_a_text_encoder, "text_encoder/model.safetensors: cut off"),
+    "scheduler cut off": (cut_off("scheduler/scheduler_config.json"), r"scheduler_config\.json.*download it again"),
+    "tokenizer cut off": (cut_off("tokenizer/tokenizer.json"), r"tokenizer\.json.*download it again"),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer/tokenizer.json").unlink(),
+        r"neither tokenizer\.json nor spiece",
+    ),
     "other shape": (other_shape, r"blocks\.1\.attn2\.to_q\.weight is \(24, 5\)"),
     "a block is missing": (without_a_block, r"blocks\.3.*missing"),
     "FLF2V": (configured("transformer/config.json", pos_embed_seq_len=514), "FLF2V"),
@@ -187,8 +197,11 @@ def test_what_is_exported_for_another_server_is_sampled(teacher: Path, tmp_path:
     assert faults(tmp_path / "served") == []
 
 
-@pytest.mark.parametrize("file", ["transformer/config.json", "model_index.json", WEIGHTS, "vae/config.json"])
-@pytest.mark.parametrize("name", ["sample", "export"])
+DAMAGED = ("transformer/config.json", "model_index.json", WEIGHTS, "vae/config.json", "scheduler/scheduler_config.json")
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+@pytest.mark.parametrize("name", ["sample", "export", "evaluation sample"])
 def test_a_damaged_model_is_refused_by_name(name: str, file: str, teacher: Path, tmp_path: Path, capsys) -> None:
     student = tmp_path / "student"
     save_student(teacher, load_transformer(teacher, torch.float32), SHIFT, student)
@@ -199,8 +212,9 @@ def test_a_damaged_model_is_refused_by_name(name: str, file: str, teacher: Path,
     more = {
         "sample": ["--image", f"{tmp_path}/first.png", "--prompt=x", "--num-frames=5", f"--out={tmp_path}/c.mp4"],
         "export": ["--format", "wan", f"--out={tmp_path}/e"],
+        "evaluation sample": ["--suite=x.json", "--images", f"{tmp_path}/images", f"--out={tmp_path}/e"],
     }[name]
-    assert main([name, "--model", str(student), *more]) == 2
+    assert main([*name.split(), "--model", str(student), *more]) == 2
     assert file.rpartition("/")[2] in capsys.readouterr().err
     assert not list(tmp_path.glob("c.mp4")) and not list(tmp_path.glob("e"))
 

@@ -515,6 +515,8 @@ def test_jobs_that_cannot_save_in_time_or_end_in_time_are_told_of() -> None:
     assert found == {"latents": [], "samples": []}  # 32 jobs of 9.4 hours
     [long] = complaints("samples", {"host_bytes": 0.0, "gpu_hours": 400.0}, settings)
     assert long.endswith("a job takes about 12.5 hours; raise it or jobs.samples")
+    [gather] = complaints("latents", {"host_bytes": 0.0, "gpu_hours": 1.0, "result_bytes": 50e12}, settings)
+    assert "its last job takes about 13.9 hours to hash what the others made" in gather
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """`vpae export`: a student in the form another tool reads; the result appears whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from vpae.export.card import licence_of, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline, write_served_index
 from vpae.models.formats import stored_weights
 from vpae.models.wan import GEOMETRY
-from vpae.teacher.folder import faults, require_whole
+from vpae.teacher.folder import faults, read_table, require_whole
 
 FOLDERS = ("diffusers", "vllm-omni")  # the forms that are whole pipelines; the others are one file of weights
 ADAPTER = "student_lora.safetensors"  # in a stage's folder, or in the student's
@@ -174,8 +173,8 @@ def _facts(model: Path) -> dict[str, Any]:
     facts = read_facts(model)
     settings = dict(facts["settings"])
     if (model / GEOMETRY).is_file():
-        settings["geometry"] = json.loads((model / GEOMETRY).read_text())
-    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+        settings["geometry"] = read_table(model / GEOMETRY)
+    scheduler = read_table(model / "scheduler" / "scheduler_config.json")
     if not scheduler.get("stochastic_sampling"):
         raise ArtifactError(
             f"{model} is no student: its scheduler takes many steps; name e.g. results/NAME/METHOD/student"

@@ -37,9 +37,18 @@ def _of_training(name: str, stage: dict, settings: Experiment) -> Iterator[str]:
 
 
 def _of_jobs(name: str, stage: dict, settings: Experiment) -> Iterator[str]:
-    """Whether a job ends in time. The latencies that are the hours of `evaluation` are all measured in one."""
+    """Whether a job ends in time. The latencies that are the hours of `evaluation` are all measured in one.
+
+    What gathers the work of several jobs reads all of it once more.
+    """
     needs: Needs = getattr(settings.cluster, name)
     jobs = getattr(settings.jobs, name) if name != "evaluation" else 1
+    gathering = stage.get("result_bytes", 0.0) / STORED_PER_SECOND / 3600
+    if jobs > 1 and gathering > needs.minutes / 60:
+        yield (
+            f"cluster.{name}.minutes = {needs.minutes}, but its last job takes about {gathering:.1f} hours to hash "
+            "what the others made; raise it"
+        )
     if (hours := stage["gpu_hours"] / jobs) > needs.minutes / 60:
         more = f" or jobs.{name}" if name != "evaluation" else ""
         yield f"cluster.{name}.minutes = {needs.minutes}, but a job takes about {hours:.1f} hours; raise it{more}"

@@ -66,9 +66,11 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
         stages[name] = plan_of(settings, used, cluster)
         if not stages[name]["fits"]:
             stages[name]["remedies"] = _switches_around(name, settings, pipeline, tokens, cluster)
+    sizes = parameters_of(pipeline)
+    space = disk(settings, network, tokens, sizes, stages)
+    stages["latents"]["result_bytes"] = space["latents"]
     for name, stage in stages.items():
         stage["complaints"] = complaints(name, stage, settings)
-    sizes = parameters_of(pipeline)
     return {
         "experiment": source.name,
         "cluster": {
@@ -90,7 +92,7 @@ def make_plan(source: Source, cluster: Cluster) -> dict:
         "fits": all(stage["fits"] for stage in stages.values()),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages.values()),
         "stages": stages,
-        "disk_bytes": disk(settings, network, tokens, sizes, stages),
+        "disk_bytes": space,
         "missing": missing(source),
     }
 

@@ -105,7 +105,7 @@ def sample_one(
         ConfigError: all that cannot be done as asked for, a line each, or memory does not suffice.
         ArtifactError: the networks gave no numbers.
     """
-    geometry, wrong = _geometry(model)
+    geometry, wrong = geometry_of(model)
     faults = [
         *wrong,
         *_option_faults(steps, guidance_scale, negative_prompt, seed, prompt),
@@ -189,7 +189,7 @@ def _output_faults(option: str, path: Path, suffix: str) -> list[str]:
     return []
 
 
-def _geometry(model: Path) -> tuple[dict, list[str]]:
+def geometry_of(model: Path) -> tuple[dict, list[str]]:
     """What size a model was made for, if its folder says so; and what is wrong with the folder."""
     if not (model / "model_index.json").is_file():
         if not model.is_dir():

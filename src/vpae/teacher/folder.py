@@ -14,6 +14,7 @@ from vpae.graph import RESULTS, STAGES
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
 COMPONENTS = (*NETWORKS, "tokenizer", "image_processor", "scheduler")
+TOKENIZERS = ("tokenizer.json", "spiece.model")
 KNOWN = RESULTS / ".hashes.json"  # of large files, by size, date and inode
 _KNOWN_HERE: dict[str, str] = {}  # the same, of this process
 LARGE = 100_000_000
@@ -126,12 +127,22 @@ def faults(folder: Path) -> list[str]:
         ]
     for network in NETWORKS:
         try:
-            there, config = headers(folder / network), _table(folder / network / "config.json")
+            there, config = headers(folder / network), read_table(folder / network / "config.json")
             if network == "transformer":
                 with reading(folder / network / "config.json", "download it again"):
                     found += _other_than(config, there)
         except ArtifactError as error:
             found.append(str(error))
+    # Half a download may leave these small ones out, or cut off.
+    files = [folder / "scheduler" / "scheduler_config.json"]
+    files += (file for part in ("tokenizer", "image_processor") for file in sorted((folder / part).glob("*.json")))
+    for file in files:
+        try:
+            read_table(file)
+        except ArtifactError as error:
+            found.append(str(error))
+    if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS):
+        found.append(f"{folder}/tokenizer: holds neither {' nor '.join(TOKENIZERS)}; download it again")
     return [line if line.startswith(str(folder)) else f"{folder}/transformer: {line}" for line in found]
 
 
@@ -139,7 +150,7 @@ def unsupported(folder: Path) -> list[str]:
     """Why a folder's model is of another kind than this project distils, by what is there: its parts are others."""
     try:
         files = folder / "model_index.json", folder / "transformer" / "config.json"
-        kind = _unsupported(*(_table(file) if file.exists() else None for file in files))
+        kind = _unsupported(*(read_table(file) if file.exists() else None for file in files))
     except ArtifactError as error:
         return [str(error)]
     if kind:
@@ -147,7 +158,12 @@ def unsupported(folder: Path) -> list[str]:
     return []
 
 
-def _table(path: Path) -> dict:
+def read_table(path: Path) -> dict:
+    """A file of a pipeline's folder that holds a JSON object.
+
+    Raises:
+        ArtifactError: it is missing, or holds something else.
+    """
     with reading(path, "not of a pipeline in diffusers format: download it again"):
         if isinstance(found := json.loads(path.read_text()), dict):
             return found
@@ -204,7 +220,7 @@ def _other_than(config: dict, found: dict[str, tuple[int, ...]]) -> list[str]:
 
 def shift_of(folder: Path) -> float | None:
     """The timestep shift of a pipeline's scheduler, whatever its class; None if it says none."""
-    config = _table(folder / "scheduler" / "scheduler_config.json")
+    config = read_table(folder / "scheduler" / "scheduler_config.json")
     found = config.get("flow_shift", config.get("shift"))
     return found if isinstance(found, int | float) else None
 

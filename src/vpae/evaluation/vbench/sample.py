@@ -20,7 +20,7 @@ from vpae.parts import Part
 from vpae.placement import Placement, load_placed
 from vpae.preemption import Interruption
 from vpae.progress import Progress
-from vpae.sampling.single import animate
+from vpae.sampling.single import animate, geometry_of
 
 CRF = 10  # what VBench-I2V asks for
 
@@ -59,9 +59,11 @@ def sample_suite(
     }
     if wrong := [option for option, is_wrong in bad.items() if is_wrong]:
         raise VBenchError(f"{', '.join(wrong)}: steps and videos are counted from 1, and guidance is a finite number")
-    if not (model / GEOMETRY).is_file():
+    geometry, wrong = geometry_of(model)
+    if wrong:
+        raise VBenchError("\n".join(wrong))
+    if not geometry:
         raise FileNotFoundError(f"{model / GEOMETRY}: missing; give a pipeline folder that vpae has made")
-    geometry = json.loads((model / GEOMETRY).read_text())
     size = (geometry["width"], geometry["height"])
     prompts = read_suite(suite)
     folder, ratio = image_folder(images, ratio, size, model)
