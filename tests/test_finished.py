@@ -665,3 +665,51 @@ def test_a_training_does_not_meet_the_same_end_twice(
     settings["monitor"] = {"stop": False}  # which changes no run, and so not where its state stands
     assert run_stage(source, "priming") == tmp_path / "priming" and len(runs) == 4
     assert not mark.exists()
+
+
+def test_a_build_that_fails_leaves_nothing_on_a_disk_that_may_be_full(tmp_path: Path) -> None:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), building(tmp_path / "stage", {}, {}) as (out, _):
+            (out / "half").write_bytes(b"a" * 100)
+            raise error
+        assert not out.exists() and not (tmp_path / "stage").exists()
+
+
+def test_a_file_of_several_names_is_hashed_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(artifacts, "_HASHES", {})
+    monkeypatch.setattr(artifacts, "sha256", lambda path: hashed.append(path) or "a hash")
+    (tmp_path / "one").write_text("weights")
+    os.link(tmp_path / "one", tmp_path / "two")
+    for name in ("one", "two", "one"):
+        assert artifacts.content(tmp_path / name) == "a hash"
+    assert len(hashed) == 1
+    os.utime(tmp_path / "two", (1, 1))
+    artifacts.content(tmp_path / "one")
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "file", "left_out"),
+    [
+        ("latents", "teacher", "transformer/model.safetensors", True),
+        ("latents", "teacher", "vae/model.safetensors", False),
+        ("priming", "teacher", "transformer/model.safetensors", False),
+        ("priming", "latents", "train-00000.tar", True),
+        ("priming", "latents", "index.json", False),
+        ("equilibrium", "priming", "generator.safetensors", False),
+        ("samples", "priming", "generator.safetensors", True),
+        ("samples", "priming", "student/transformer/model.safetensors", False),
+        ("samples", "given", "metrics.jsonl", True),
+        ("evaluation", "samples", "real/latents.safetensors", False),
+        ("evaluation", "teacher", "text_encoder/model.safetensors", False),
+        ("report", "equilibrium", "student/transformer/model.safetensors", True),
+        ("report", "equilibrium", "looks/00000020.safetensors", False),
+        ("report", "equilibrium", "metrics.jsonl", False),
+        ("report", "samples", "real/a clip.mp4", False),
+    ],
+)
+def test_a_stage_hashes_beforehand_what_it_opens(stage: str, name: str, file: str, left_out: bool) -> None:
+    assert stages._is_left_out(stage, name, file) == left_out
