@@ -28,7 +28,8 @@ from vpae.data.manifest import Clip, read_manifest
 from vpae.data.video import VideoError, probe, read_clip, read_frames, resample_indices, resize_and_crop, write_video
 from vpae.data.world import render
 from vpae.experiment import ConfigError, Source, load
-from vpae.stages import run_stage
+from vpae.parts import Part
+from vpae.stages import run_part, run_stage
 from vpae.standing import problems, standing
 
 REAL = Path(__file__).parents[2] / "shared" / "clips"
@@ -588,6 +589,16 @@ def test_a_table_gives_paths_beside_itself_and_captions_of_any_text(suffix: str,
     folder = run_stage(experiment(tmp_path, source="table", path=str(table), train=9), "clips", tmp_path / "results")
     found = {str(Path(c.path).relative_to(tmp_path)): c.caption for c in read_manifest(folder)}
     assert found == dict(zip(names, captions, strict=True))
+
+
+def test_work_that_other_videos_make_useless_is_told_of(videos: Path, tmp_path: Path, capsys) -> None:
+    source = experiment(tmp_path, source="folder", path=str(videos), train=100, held_out=3)
+    run_part(source, "clips", Part(1, 2), tmp_path / "results")
+    assert "checked anew" not in capsys.readouterr().err
+    [begun] = tmp_path.glob("results/*/.state/clips-*")
+    write_coded(videos / "new.mp4", 6, start=60)
+    run_part(source, "clips", Part(2, 2), tmp_path / "results")
+    assert f"clips: {begun} was begun with other videos" in capsys.readouterr().err
 
 
 def test_a_video_that_a_table_names_but_is_not_there_goes_to_quarantine(videos: Path, tmp_path: Path) -> None:
