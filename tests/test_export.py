@@ -27,6 +27,7 @@ from vpae.export.keys import to_diffusers, to_original
 from vpae.export.lora import read_adapter
 from vpae.flow import schedule
 from vpae.models.adapters import TARGETS
+from vpae.models.loras import require_fit
 from vpae.models.wan import GEOMETRY
 
 SEED = 11
@@ -481,6 +482,14 @@ def test_a_peft_adapter_needs_its_configuration_beside_it(tmp_path: Path) -> Non
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 12}))
     found = read_adapter(tmp_path / "adapter_model.safetensors")
     assert torch.allclose(found[f"{MODULE}.lora_B.weight"], 3 * up)
+
+
+@pytest.mark.parametrize("read", [read_adapter, lambda folder: require_fit(folder, Path("model"))])
+@pytest.mark.parametrize(("inside", "named"), [("", "adapter_model"), ("style.safetensors", "style")])
+def test_an_adapter_s_folder_is_not_said_to_be_missing(tmp_path: Path, read, inside: str, named: str) -> None:
+    (tmp_path / (inside or "adapter_config.json")).touch()
+    with pytest.raises(ArtifactError, match=rf"is a folder; name the file in it, e\.g\. {named}\.safetensors"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

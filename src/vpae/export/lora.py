@@ -50,11 +50,11 @@ def read_adapter(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
 
     Raises:
         FileNotFoundError: no such file.
-        ArtifactError: it is damaged, no adapter of this kind, or one whose scale is unknown.
+        ArtifactError: it is a folder, damaged, no adapter of this kind, or one whose scale is unknown.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter; only a student trained as a LoRA has one")
-    header(path)  # refuses what is not whole
+    header(path)  # refuses a folder, and what is not whole
     with reading(path, "download it again"), safe_open(path, framework="pt") as file:
         alone = any(map(_scale_is_one, file.keys()))
         settings = _settings(path, file.metadata() or {}, beside=not alone)

@@ -288,8 +288,11 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the weights in one safetensors file, which has to be whole; no weight is read.
 
     Raises:
-        ArtifactError: it is missing, a Git LFS pointer, cut off, or no safetensors file.
+        ArtifactError: it is missing, a folder, a Git LFS pointer, cut off, or no safetensors file.
     """
+    if path.is_dir():
+        inside = min(path.glob("*.safetensors"), default=path / "adapter_model.safetensors")
+        raise ArtifactError(f"{path}: is a folder; name the file in it, e.g. {inside.name}")
     if not path.is_file():
         strength = ". Only a number after the last colon is a LoRA's strength" if ":" in path.name else ""
         raise ArtifactError(f"{path}: missing; download it again, or `dvc pull` what DVC versions{strength}")
