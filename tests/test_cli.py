@@ -22,6 +22,15 @@ from vpae.preemption import EXIT_CODE, Interruption
 from vpae.training.phase import Collapse
 
 MICRO = str(Path(__file__).parents[1] / "configs/micro.yaml")
+
+
+class Silent(FileNotFoundError):
+    """One whose message leaves out the path."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
 SAVED = Interruption("priming: stopped by a signal after step 3; the state is in results")
 
 
@@ -35,6 +44,9 @@ SAVED = Interruption("priming: stopped by a signal after step 3; the state is in
         (FloatingPointError("fake_loss is nan"), 2, "fake_loss is nan"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "make room"),
         (RuntimeError("I/O error: File too large (os error 27)"), 2, "make room"),
+        (FileNotFoundError("a.json: no such file"), 2, "vpae: a.json: no such file"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.json"), 2, "vpae: [Errno 2] No such file: 'a.json'"),
+        (Silent(errno.ENOENT, "No such file", "a.json"), 2, "vpae: a.json: No such file"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

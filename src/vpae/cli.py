@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except (ConfigError, ArtifactError, VBenchError, Collapse, FloatingPointError, FileNotFoundError) as error:
-        print(f"vpae: {error}", file=sys.stderr)
+        print(f"vpae: {_with_path(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vpae: interrupted; run the same command again to go on", file=sys.stderr)
@@ -71,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         place = "" if named else f" in {arguments.results} or {tempfile.gettempdir()}"
         print(f"vpae: {error}: make room{place}, run the same command again; what is finished stands", file=sys.stderr)
         return 2
+
+
+def _with_path(error: Exception) -> str:
+    """An error's message, after the path that it is about where it does not name it: not every library's does."""
+    said, path = str(error), getattr(error, "filename", None)
+    return said if path is None or str(path) in said or repr(path) in said else f"{path}: {said}"
 
 
 def _parser() -> argparse.ArgumentParser:
