@@ -281,6 +281,14 @@ def test_vllm_omni_samples_at_the_times_of_our_own_sampler(student, tmp_path, st
     assert theirs.sigmas.tolist() == pytest.approx(schedule(steps, SHIFT).tolist(), abs=5e-4)  # whole numbers of 1,000
 
 
+def test_a_folder_for_vllm_omni_leads_back_to_one_for_diffusers(student, expected, tmp_path):
+    export(student, "vllm-omni", tmp_path / "served", steps=4)
+    export(tmp_path / "served", "diffusers", tmp_path / "out")
+    ours, theirs = (json.loads((folder / "model_index.json").read_text()) for folder in (student, tmp_path / "out"))
+    assert ours == theirs
+    np.testing.assert_allclose(video(WanImageToVideoPipeline.from_pretrained(tmp_path / "out")), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("form", "steps"), [("vllm-omni", 0), ("diffusers", 4), ("wan", -1)])
 def test_steps_that_a_form_cannot_hold_are_refused(student, tmp_path, form, steps):
     with pytest.raises(ArtifactError, match=f"--steps {steps}: "):

@@ -20,12 +20,14 @@ from vpae.models.loras import require_fit
 from vpae.models.wan import TEXT_TOKENS, forget_origin, load_transformer
 
 WRITTEN_ANEW = ("transformer", CARD, FACTS, PROVENANCE)
+SERVED = "dmd2_config"  # in the index of a folder for vLLM-Omni: how it samples
 
 
 def write_pipeline(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Copy a pipeline folder, with its transformer in another number format if one is given.
 
-    Norms, modulation and the time embedding stay float32, as diffusers keeps them when it loads a model.
+    Norms, modulation and the time embedding stay float32, as diffusers keeps them when it loads a model. The index is
+    diffusers' own, also where the model was written for vLLM-Omni.
     """
     out.mkdir()
     for path in sorted(model.iterdir()):
@@ -35,6 +37,10 @@ def write_pipeline(model: Path, out: Path, dtype: torch.dtype | None) -> None:
             shutil.copytree(path, out / path.name)
         else:
             shutil.copy2(path, out / path.name)
+    index = json.loads((out / "model_index.json").read_text())
+    plain = {key: value for key, value in index.items() if key != SERVED} | {"_class_name": "WanImageToVideoPipeline"}
+    if plain != index:
+        write_json(out / "model_index.json", plain)
     if dtype in (None, stored_dtype(stored_weights(model / "transformer"))):
         shutil.copytree(model / "transformer", out / "transformer")
     else:
@@ -52,7 +58,7 @@ def write_served_index(folder: Path, steps: int) -> None:
     shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"]
     times = [round(1000 * t) for t in schedule(steps, shift)[:-1].tolist()]
     sampling = {"num_inference_steps": steps, "denoising_timesteps": times, "solver": "sde", "guidance_scale": 1.0}
-    write_json(folder / "model_index.json", {**index, "_class_name": "WanI2VDMD2Pipeline", "dmd2_config": sampling})
+    write_json(folder / "model_index.json", {**index, "_class_name": "WanI2VDMD2Pipeline", SERVED: sampling})
 
 
 def write_original(model: Path, out: Path, dtype: torch.dtype | None, facts: Mapping[str, Any]) -> None:
