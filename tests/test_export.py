@@ -368,6 +368,14 @@ def test_the_scores_of_the_evaluation_beside_the_student_come_by_themselves(teac
     assert ("0.500 ± 0.150" in text) == evaluated and ("Not measured" in text) != evaluated
 
 
+def test_a_latency_has_no_interval(tmp_path):
+    times = {"mean": 0.864, "low": 0.7, "high": 1.008}  # the median, the fastest, the slowest run
+    scores = {"rows": {"vpae-1nfe": {"motion": INTERVAL, "latency_total_s": times}}, "nfe": {"vpae-1nfe": 1}}
+    write_card(tmp_path, PROVENANCE, SETTINGS, scores)
+    _, text = front_and_text(tmp_path / "README.md")
+    assert "| vpae-1nfe | 1 | 0.500 ± 0.150 | 0.864 |" in text and "latencies are the median run's" in text
+
+
 def test_what_is_not_a_scores_file_is_refused(student, tmp_path):
     (tmp_path / "scores.json").write_text("[]")
     with pytest.raises(ArtifactError, match="rows"):

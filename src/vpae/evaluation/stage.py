@@ -11,7 +11,7 @@ from vpae.config import Experiment
 from vpae.data.catalog import read_truth
 from vpae.data.video import read_frames
 from vpae.evaluation import latency, latents, truth
-from vpae.evaluation.statistics import half_width, markdown, of_mean
+from vpae.evaluation.statistics import cell, markdown, of_mean
 from vpae.evaluation.vbench import rows as vbench
 from vpae.parts import Part
 from vpae.progress import track
@@ -77,15 +77,7 @@ def table(scores: dict[str, dict], nfe: dict[str, int]) -> str:
     """The scores as a Markdown table, with half-widths of the 95% intervals."""
     present = [metric for metric in METRICS if any(metric in metrics for metrics in scores.values())]
     rows = [
-        [row, str(nfe.get(row, "")), *(_cell(metrics.get(metric), metric) for metric in present)]
+        [row, str(nfe.get(row, "")), *(cell(metrics.get(metric), metric) for metric in present)]
         for row, metrics in scores.items()
     ]
     return markdown(["row", "NFE", *present], rows) + "\n"
-
-
-def _cell(value: dict[str, float] | None, metric: str) -> str:
-    if value is None:
-        return ""
-    if metric.startswith("latency"):
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} ± {half_width(value['mean'], value['low'], value['high']):.3f}"

@@ -1,6 +1,6 @@
 """Confidence intervals, bootstrap for means and jackknife for distances between distributions, and tables of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -43,6 +43,15 @@ def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, see
 def half_width(mean: float, low: float, high: float) -> float:
     """What stands behind ±: half of an interval; of one that is cut off at 0, its upper half."""
     return (high - low) / 2 if low > 0 else high - mean
+
+
+def cell(value: Mapping[str, float] | None, metric: str) -> str:
+    """A score in a table: with half of its 95% interval, but latencies alone, whose bounds are the extreme runs."""
+    if value is None:
+        return ""
+    if metric.startswith("latency"):
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} ± {half_width(value['mean'], value['low'], value['high']):.3f}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ from vpae.artifacts import (
     written,
 )
 from vpae.distill import METHODS
-from vpae.evaluation.statistics import half_width
+from vpae.evaluation.statistics import cell, markdown
 from vpae.models.wan import GEOMETRY
 
 CARD = "README.md"
@@ -203,22 +203,18 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(scores: Mapping[str, Any] | None) -> str:
-    """One line a row, with the half-widths of the 95% intervals; whatever was measured, in its own order."""
+    """One line a row, as the evaluation's own table has it; whatever was measured, in its own order."""
     rows = (scores or {}).get("rows", {})
     if not rows:
         return ""
     metrics = list(dict.fromkeys(metric for values in rows.values() for metric in values))
     nfe = (scores or {}).get("nfe", {})
-    lines = ["| " + " | ".join(["row", "NFE", *metrics]) + " |", "|" + "---|" * (len(metrics) + 2)]
-    for name, values in rows.items():
-        cells = [_cell(values.get(metric)) for metric in metrics]
-        lines.append("| " + " | ".join([name, str(nfe.get(name, "")), *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: Mapping[str, float] | None) -> str:
-    return (
-        "" if value is None else f"{value['mean']:.3f} ± {half_width(value['mean'], value['low'], value['high']):.3f}"
+    return markdown(
+        ["row", "NFE", *metrics],
+        (
+            [name, str(nfe.get(name, "")), *(cell(values.get(metric), metric) for metric in metrics)]
+            for name, values in rows.items()
+        ),
     )
 
 
