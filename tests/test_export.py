@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, 
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from conftest import FRAMES, HEIGHT, SHIFT, WIDTH, build_transformer, one_step_by_diffusers, picture, seeded
 from vpae.artifacts import ArtifactError, identity, write_json
 from vpae.cli import main
+from vpae.data.video import read_image_at
 from vpae.distill import METHODS
 from vpae.distill.student import save_student
 from vpae.export import command
@@ -330,6 +332,19 @@ def test_the_card_s_code_makes_the_video_in_plain_diffusers(student, tmp_path, m
     with Image.open("clip.webp") as clip:
         assert (clip.n_frames, clip.size) == (FRAMES, (WIDTH, HEIGHT))
         assert (np.asarray(clip.convert("RGB")) == np.asarray(names["frames"][0])).all()
+
+
+@pytest.mark.parametrize("size", [(48, 64), (100, 33), (33, 100), (32, 32)])  # width, height
+def test_the_card_s_code_prepares_a_picture_as_sample_does(student, tmp_path, monkeypatch, size):
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
+    picture(*reversed(size)).save("first.png", exif=exif)
+    seen = []
+    pipeline = SimpleNamespace(to=lambda _: lambda image, **_: seen.append(image) or SimpleNamespace(frames=[[image]]))
+    monkeypatch.setattr(WanImageToVideoPipeline, "from_pretrained", lambda *_, **__: pipeline)
+    run_snippet(student / "README.md")
+    assert (np.asarray(seen[0]) == np.asarray(read_image_at(Path("first.png"), HEIGHT, WIDTH))).all()
 
 
 @pytest.mark.parametrize("form", ["wan", "lora", "lora-wan"])
