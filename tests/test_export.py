@@ -306,8 +306,9 @@ def front_and_text(card: Path) -> tuple[dict, str]:
     return yaml.safe_load(front), text
 
 
-def run_snippet(card: Path, **names) -> dict:
+def run_snippet(card: Path, change=lambda code: code, **names) -> dict:
     [code] = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    code = change(code)
     exec(compile(code, str(card), "exec"), names)
     return names
 
@@ -332,6 +333,21 @@ def test_the_card_s_code_makes_the_video_in_plain_diffusers(student, tmp_path, m
     with Image.open("clip.webp") as clip:
         assert (clip.n_frames, clip.size) == (FRAMES, (WIDTH, HEIGHT))
         assert (np.asarray(clip.convert("RGB")) == np.asarray(names["frames"][0])).all()
+
+
+@pytest.mark.parametrize("call", ["torch.manual_seed(0)", ""], ids=["as the card says", "without it"])
+def test_several_steps_make_the_same_video_again_where_the_card_s_call_is_made(student, tmp_path, monkeypatch, call):
+    def in_two_steps(code: str) -> str:
+        code = code.replace("frames = pipeline(", f"pipeline.scheduler.sigma_min = 1 / 2\n{call}\nframes = pipeline(")
+        return code.replace("num_inference_steps=1", "num_inference_steps=2")
+
+    assert "call `torch.manual_seed(0)` before" in (student / "README.md").read_text()
+    export(student, "diffusers", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    picture().save("first.png")
+    with torch.random.fork_rng():
+        videos = [np.stack(run_snippet(Path("README.md"), in_two_steps)["frames"]) for _ in range(2)]
+    assert (videos[0] == videos[1]).all() == bool(call)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (100, 33), (33, 100), (32, 32)])  # width, height
