@@ -280,6 +280,9 @@ def test_vllm_omni_samples_at_the_times_of_our_own_sampler(student, tmp_path, st
     # What it does with these fields: a scheduler without a shift of its own, at just these times.
     theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, stochastic_sampling=True)
     theirs.set_timesteps(timesteps=asked["denoising_timesteps"])
+    front, text = front_and_text(tmp_path / "out" / "README.md")
+    assert ("few-step" in front["tags"], "in one network evaluation." in text) == (steps > 1, steps == 1)
+    assert ("in 4 network evaluations." in text and "holds the 4 steps and their times" in text) == (steps == 4)
     assert theirs.sigmas.tolist() == pytest.approx(schedule(steps, SHIFT).tolist(), abs=5e-4)  # whole numbers of 1,000
 
 

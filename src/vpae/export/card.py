@@ -54,6 +54,7 @@ def write_card(
     scores: Mapping[str, Any] | None = None,
     form: str = "diffusers",
     licence: Mapping[str, str] | None = None,
+    steps: int = 1,
 ) -> None:
     """Write README.md and card.json into a folder whose weights are complete.
 
@@ -64,6 +65,7 @@ def write_card(
         scores: content of the evaluation stage's scores.json.
         form: which kind of files the folder holds, one of those of `vpae export --format`.
         licence: front matter (`license`, ...); found out from folder and settings if not given.
+        steps: network evaluations of each video; more than one only where the form says so to its reader.
     """
     licence = dict(licence or licence_of(folder, settings))
     facts, settings = stated(provenance), _public(settings)
@@ -73,9 +75,10 @@ def write_card(
         {"licence": licence, "provenance": facts, "settings": settings, "scores": scores, "weights": weights},
     )
     text = _template().render(
-        front=yaml.safe_dump(_front(settings, form, licence), sort_keys=False),
+        front=yaml.safe_dump(_front(settings, form, licence, steps), sort_keys=False),
         base=base_model(settings),
         form=form,
+        steps=steps,
         paper=PAPER,
         geometry={**RELEASED, **_geometry(folder, settings)},
         known_geometry=bool(_geometry(folder, settings)),
@@ -170,14 +173,15 @@ def _template() -> jinja2.Template:
     return environment.get_template("card.md.j2")
 
 
-def _front(settings: Mapping[str, Any], form: str, licence: Mapping[str, str]) -> dict[str, Any]:
-    base, is_lora = base_model(settings), "lora" in form
+def _front(settings: Mapping[str, Any], form: str, licence: Mapping[str, str], steps: int) -> dict[str, Any]:
+    base, kind = base_model(settings), "few-step" if steps > 1 else "one-step"
+    is_lora = "lora" in form
     return {
         **licence,
         **({"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"} if base else {}),
         "pipeline_tag": "image-to-video",
         "library_name": "diffusers",
-        "tags": ["v-pae", "one-step", "distillation", "wan2.1", *(["lora"] if is_lora else [])],
+        "tags": ["v-pae", kind, "distillation", "wan2.1", *(["lora"] if is_lora else [])],
     }
 
 

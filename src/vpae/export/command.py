@@ -77,7 +77,8 @@ def export(
             if form == "wan" and file != place:
                 write_original_config(model, place / "config.json")
         if place.is_dir():
-            write_card(place, facts["provenance"], facts["settings"], facts["scores"], form, facts["licence"])
+            known = (facts[key] for key in ("provenance", "settings", "scores"))
+            write_card(place, *known, form, facts["licence"], steps)
     return out
 
 
