@@ -327,6 +327,34 @@ def test_the_card_says_where_the_student_comes_from(student):
         assert private not in text and private not in (student / "card.json").read_text()
 
 
+MERGED = ["/home/someone/style.safetensors:0.8", "motion.safetensors"]
+
+
+@pytest.mark.parametrize("source", ["hub", "folder"])
+@pytest.mark.parametrize("form", ["diffusers", "wan", "lora", "lora-wan"])
+def test_the_card_names_the_loras_that_were_merged_into_the_teacher(tmp_path, form, source):
+    settings = {**SETTINGS, "teacher": {**SETTINGS["teacher"], "source": source, "loras": MERGED}}
+    write_card(tmp_path, PROVENANCE, settings, form=form)
+    stated = json.loads((tmp_path / "card.json").read_text())["settings"]
+    assert stated["teacher"]["loras"] == ["style.safetensors:0.8", "motion.safetensors:1.0"]
+    text = " ".join(front_and_text(tmp_path / "README.md")[1].split())
+    assert "/home/someone" not in text
+    assert "merged first" in text and "`style.safetensors` at strength 0.8, `motion.safetensors` at strength 1" in text
+    if "lora" in form:
+        assert "or its name on the hub" not in text
+        assert ("as it is on the hub is not enough" in text) == (source == "hub")
+    write_card(tmp_path, PROVENANCE, stated, form=form)  # an export of an export
+    assert json.loads((tmp_path / "card.json").read_text())["settings"] == stated
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora"])
+def test_without_loras_the_hub_s_model_is_the_base(tmp_path, form):
+    write_card(tmp_path, PROVENANCE, {**SETTINGS, "teacher": {**SETTINGS["teacher"], "loras": []}}, form=form)
+    text = (tmp_path / "README.md").read_text()
+    assert "merged" not in text and "loras" not in (tmp_path / "card.json").read_text()
+    assert ("or its name on the hub" in text) == (form == "lora")
+
+
 def test_the_card_s_code_makes_the_video_in_plain_diffusers(student, tmp_path, monkeypatch):
     export(student, "diffusers", tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")

@@ -23,6 +23,7 @@ from vpae.artifacts import (
     write_json,
     written,
 )
+from vpae.config.teacher import file_and_strength
 from vpae.distill import METHODS
 from vpae.evaluation.statistics import cell, markdown
 from vpae.models.wan import GEOMETRY
@@ -77,6 +78,7 @@ def write_card(
     text = _template().render(
         front=yaml.safe_dump(_front(settings, form, licence, steps), sort_keys=False),
         base=base_model(settings),
+        loras=_merged(settings),
         form=form,
         steps=steps,
         paper=PAPER,
@@ -199,11 +201,24 @@ def _shift(settings: Mapping[str, Any]) -> float | None:
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a card needs; paths on the machine it was made on are not among them."""
+    """The settings that a card needs; paths on the machine it was made on are not among them, nor is a LoRA's folder.
+
+    Gives the same for what it has given.
+    """
     teacher = settings.get("teacher", {})
     names = ("source", "path", "revision", "shift") if teacher.get("source") == "hub" else ("source", "shift")
     kept = {name: value for name, value in settings.items() if name in TRAINED_AS}
-    return {"teacher": {name: teacher[name] for name in names if name in teacher}, **kept}
+    public = {name: teacher[name] for name in names if name in teacher}
+    if teacher.get("loras"):
+        merged = map(file_and_strength, teacher["loras"])
+        public["loras"] = [f"{file.name}:{strength}" for file, strength in merged]
+    return {"teacher": public, **kept}
+
+
+def _merged(settings: Mapping[str, Any]) -> str:
+    """The LoRAs in the teacher's transformer, of public settings, as a sentence has them; empty without any."""
+    loras = map(file_and_strength, settings.get("teacher", {}).get("loras", ()))
+    return ", ".join(f"`{file}` at strength {strength:g}" for file, strength in loras)
 
 
 def _table(scores: Mapping[str, Any] | None) -> str:
