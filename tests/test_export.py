@@ -430,6 +430,40 @@ def test_the_scores_of_the_evaluation_beside_the_student_come_by_themselves(teac
     assert ("0.500 ± 0.150" in text) == evaluated and ("Not measured" in text) != evaluated
 
 
+def test_figures_stand_with_their_conditions(teacher, tmp_path):
+    stage, samples, evaluation = (tmp_path / name for name in ("equilibrium", "samples", "evaluation"))
+    save_student(teacher, build_transformer(5), SHIFT, stage / "student")
+    for folder in (samples, evaluation):
+        folder.mkdir()
+    row = {"motion": INTERVAL, "latency_total_s": INTERVAL}
+    write_json(evaluation / "scores.json", {"rows": {"a": row}, "nfe": {"a": 1}, "videos": 256, "decoded": 64})
+    rows = {"teacher-1nfe": {"model": "teacher"}, "b": {"model": "equilibrium"}, "a": {"model": "equilibrium"}}
+    known = {"inputs": {}, "outputs": {"a": "1"}, "settings": {}}
+    write_json(stage / "provenance.json", known)
+    write_json(samples / "provenance.json", {**known, "outputs": {"b": "2"}, "settings": {"samples": {"rows": rows}}})
+    inputs = {"equilibrium": identity(stage), "samples": identity(samples)}
+    host = {"name": "private-machine", "device": "NVIDIA H200"}
+    write_json(evaluation / "provenance.json", {**known, "inputs": inputs, "host": host})
+    export(stage / "student", "diffusers", tmp_path / "out", dtype="bfloat16")
+    said = "Each row has 256 videos, 64 of them decoded for what is measured on frames. "
+    said += "Latencies were measured on NVIDIA H200. "
+    said += "This student's: b, a. It was measured before its weights became bfloat16."
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    assert "private-machine" not in (tmp_path / "out" / "card.json").read_text()
+    export(tmp_path / "out", "wan", tmp_path / "again")
+    assert said in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("beside", [None, "[]", '{"settings": {}, "inputs": {}, "outputs": {}, "host": 1}'])
+def test_scores_whose_conditions_are_not_known_are_taken_as_they_are(student, tmp_path, beside):
+    write_json(tmp_path / "scores.json", SCORES)
+    if beside:
+        (tmp_path / "provenance.json").write_text(beside)
+    export(student, "wan", tmp_path / "out", scores=tmp_path / "scores.json")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "0.500 ± 0.150" in text and "measured on" not in text and "This student's" not in text
+
+
 def test_a_latency_has_no_interval(tmp_path):
     times = {"mean": 0.864, "low": 0.7, "high": 1.008}  # the median, the fastest, the slowest run
     scores = {"rows": {"vpae-1nfe": {"motion": INTERVAL, "latency_total_s": times}}, "nfe": {"vpae-1nfe": 1}}

@@ -5,6 +5,7 @@ The stage writes what it knows (settings, inputs, licence); `vpae export` adds s
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def write_card(
         folder: where the weights are.
         provenance: `code`, `inputs` and `packages`, as `stage_provenance` or a provenance.json gives them.
         settings: resolved sections of the experiment, as plain values.
-        scores: content of the evaluation stage's scores.json.
+        scores: content of the evaluation stage's scores.json, and what `measured` adds to it.
         form: which kind of files the folder holds, one of those of `vpae export --format`.
         licence: front matter (`license`, ...); found out from folder and settings if not given.
         steps: network evaluations of each video; more than one only where the form says so to its reader.
@@ -88,6 +89,7 @@ def write_card(
         trained=yaml.safe_dump(settings, sort_keys=False) if METHODS.keys() & settings.keys() else "",
         methods=[METHODS[name].described(settings[name]) for name in settings if name in METHODS],
         table=_table(scores),
+        conditions=_conditions(scores),
         weights=weights,
         licence=licence,
         **{"code": {}, "inputs": {}, "packages": {}, **facts},
@@ -132,8 +134,34 @@ def read_scores(path: Path) -> dict[str, Any]:
         scores = json.loads(path.read_text())
         if not isinstance(scores, dict) or not isinstance(scores.get("rows"), dict):
             raise ArtifactError(f'{path} has no "rows" of scores; name a scores.json of the evaluation stage')
-        _table(scores)
+        _table(scores), _conditions(scores)
     return scores
+
+
+def measured(scores: Path, model: Path) -> dict[str, Any]:
+    """What the folder of a scores.json says of how it was measured, where it says so; empty for any other place.
+
+    Args:
+        scores: the file.
+        model: a student's pipeline folder.
+
+    Returns:
+        `device`, the machine on which latencies were measured, and `student`, the names of the student's rows.
+    """
+    found: dict[str, Any] = {}
+    with suppress(ArtifactError, AttributeError, KeyError, TypeError):  # somebody else's files may lie there
+        evaluation, stage = scores.resolve().parent, model.resolve().parent
+        if (made := read_provenance(evaluation)) is None:
+            return found
+        if device := made.get("host", {}).get("device"):
+            found["device"] = device
+        student = identity(stage)
+        names = [name for name, value in made["inputs"].items() if value == student]
+        samples = evaluation.parent / "samples"
+        if names and made["inputs"]["samples"] == identity(samples):
+            rows = read_provenance(samples)["settings"]["samples"]["rows"]
+            found["student"] = [name for name, row in rows.items() if row["model"] in names]
+    return found
 
 
 def licence_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -235,6 +263,22 @@ def _table(scores: Mapping[str, Any] | None) -> str:
             for name, values in rows.items()
         ),
     )
+
+
+def _conditions(scores: Mapping[str, Any] | None) -> str:
+    """How a table's figures came about, as far as it is known, as sentences."""
+    known, said = scores or {}, []
+    if videos := known.get("videos"):
+        decoded = min(known.get("decoded", videos), videos)
+        said.append(f"Each row has {videos} videos, {decoded} of them decoded for what is measured on frames.")
+    timed = any(metric.startswith("latency") for values in known.get("rows", {}).values() for metric in values)
+    if (device := known.get("device")) and timed:
+        said.append(f"Latencies were measured on {device}.")
+    if rows := known.get("student"):
+        said.append(f"This student's: {', '.join(rows)}.")
+    if dtype := known.get("converted"):
+        said.append(f"It was measured before its weights became {dtype}.")
+    return " ".join(said)
 
 
 def _weights(folder: Path) -> list[Path]:

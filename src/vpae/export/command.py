@@ -11,9 +11,9 @@ import torch
 
 from vpae.artifacts import ArtifactError, identity, read_provenance
 from vpae.data.names import NAME_BYTES
-from vpae.export.card import licence_of, read_facts, read_scores, write_card
+from vpae.export.card import licence_of, measured, read_facts, read_scores, write_card
 from vpae.export.files import write_lora, write_original, write_original_config, write_pipeline, write_served_index
-from vpae.models.formats import stored_weights
+from vpae.models.formats import stored_dtype, stored_weights
 from vpae.models.wan import GEOMETRY
 from vpae.teacher.folder import faults, read_table, require_whole
 
@@ -54,11 +54,13 @@ def export(
     _check(model, form, out)
     facts = _facts(model)
     if scores := scores or find_scores(model):
-        facts["scores"] = read_scores(scores)
+        facts["scores"] = read_scores(scores) | measured(scores, model)
     source = adapter or find_adapter(model) if form.startswith("lora") else model
     if source != model:
         require_whole(source)
     number_format = getattr(torch, dtype) if dtype else None
+    if facts["scores"] and number_format not in (None, stored_dtype(stored_weights(model / "transformer"))):
+        facts["scores"]["converted"] = dtype
     require_free_space(out.absolute().parent, needed_bytes(source, form, number_format))
     with appearing(out) as place:
         if form in FOLDERS:
