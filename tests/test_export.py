@@ -514,6 +514,36 @@ def test_the_licence_is_the_base_model_s_and_its_card_stays_as_it_was(tmp_path):
     assert licence_of(tmp_path, {"teacher": {"source": "train"}}) == {"license": "apache-2.0"}
 
 
+@pytest.mark.parametrize(
+    ("made", "licence"),
+    [
+        ({"settings": {"teacher": {"source": "train", "path": ""}}}, "apache-2.0"),
+        ({"settings": {"teacher": {"source": "hub", "path": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"}}}, "apache-2.0"),
+        ({"settings": {"teacher": {"source": "hub", "path": "someone/model"}}}, "other"),
+        ({"settings": {"teacher": "ours"}}, "other"),
+        ({"settings": {}}, "other"),
+        ("theirs", "other"),
+        (None, "other"),
+    ],
+)
+def test_a_teacher_that_was_trained_here_has_the_project_s_licence(tmp_path, made, licence):
+    (tmp_path / "teacher").mkdir()
+    if made:
+        known = {"inputs": {}, "outputs": {}, **made} if isinstance(made, dict) else made
+        write_json(tmp_path / "teacher" / "provenance.json", known)
+    settings = {"teacher": {"source": "folder", "path": str(tmp_path / "teacher")}}
+    write_card(tmp_path, PROVENANCE, settings)
+    front, text = front_and_text(tmp_path / "README.md")
+    assert front["license"] == licence
+    assert ("Apache-2.0." in text) == (licence == "apache-2.0")
+    assert str(tmp_path) not in (tmp_path / "card.json").read_text()
+    (tmp_path / "linked").mkdir()  # as results/EXPERIMENT/teacher is
+    write_json(tmp_path / "linked" / "provenance.json", {"inputs": {}, "outputs": {}, "settings": settings})
+    assert licence_of(Path("none"), {"teacher": {"source": "folder", "path": str(tmp_path / "linked")}}) == {
+        name: value for name, value in front.items() if name.startswith("license")
+    }
+
+
 def test_a_model_without_a_card_takes_the_provenance_beside_it(teacher, tmp_path):
     stage = tmp_path / "equilibrium"
     save_student(teacher, build_transformer(5), SHIFT, stage / "student")

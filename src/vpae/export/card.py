@@ -31,6 +31,7 @@ from vpae.models.wan import GEOMETRY
 
 CARD = "README.md"
 FACTS = "card.json"
+OWN_LICENCE = "apache-2.0"  # see LICENSE; also that of Wan2.1's weights
 PAPER = "https://arxiv.org/abs/2508.21019"
 STATED = ("code", "inputs", "packages")  # of a provenance; the rest is about the machine it was made on
 TRAINED_AS = ("seed", "geometry", *METHODS)  # of the settings
@@ -165,15 +166,26 @@ def measured(scores: Path, model: Path) -> dict[str, Any]:
 
 
 def licence_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The licence of a model's weights, as a card's front matter names it: the base model's, where it is known."""
+    """The licence of a model's weights, as a card's front matter names it: the base model's, where it is known.
+
+    What was trained here, from nothing, has this project's own.
+    """
     front = _front_matter(folder / CARD)
     stated = {key: str(front[key]) for key in ("license", "license_name", "license_link") if key in front}
     if "license" in stated:
         return stated
-    teacher = settings.get("teacher", {})
+    teacher = _origin(settings.get("teacher", {}))
     if teacher.get("source") == "train" or str(teacher.get("path", "")).startswith("Wan-AI/"):
-        return {"license": "apache-2.0"}
+        return {"license": OWN_LICENCE}
     return {"license": "other", "license_name": "that-of-the-base-model"}
+
+
+def _origin(teacher: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A teacher's settings; of a folder that a stage `teacher` made, those that it was made with."""
+    with suppress(Exception):  # somebody else's provenance, for instance
+        if teacher.get("source") == "folder" and (made := read_provenance(Path(teacher["path"]))):
+            return _origin({**made["settings"]["teacher"]})
+    return teacher
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
