@@ -159,8 +159,8 @@ def _candidates(settings: Experiment, state: Path) -> Path:
         state.mkdir(parents=True, exist_ok=True)
         if others := [str(one) for one in state.parent.glob("clips-*") if one != state]:
             print(
-                f"clips: {', '.join(others)} was begun with other videos, dates or settings: all are checked anew. Begin "
-                "when no more videos arrive",
+                f"clips: {', '.join(others)} was begun with other videos, dates or settings: all are checked anew. "
+                "Begin when no more videos arrive",
                 file=sys.stderr,
             )
         with kept(plan) as temporary:
