@@ -243,6 +243,11 @@ def test_a_key_in_other_letters_is_refused_whether_a_base_has_it_or_not(key: str
         load(write(base.parent, "alone", {key: 1}))
 
 
+def test_an_experiment_may_say_that_it_extends_none(base: Path) -> None:
+    """As `vpae config show` writes it."""
+    assert load(write(base.parent, "mine", {**BASE, "extends": ""})).bases == ()
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

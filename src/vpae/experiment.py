@@ -111,8 +111,8 @@ def _validate(path: Path, tree: dict, overrides: dict, environment: bool) -> Exp
 
 
 def _bases(path: Path, tree: dict) -> list[Path]:
-    names = tree.get("extends", [])
-    names = [names] if isinstance(names, str) else names
+    names = tree.get("extends", "")
+    names = [name for name in [names] if name] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(
             f"{path}: extends: {tree['extends']!r} is neither a name nor a list of names; write names of experiments "
