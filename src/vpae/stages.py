@@ -99,25 +99,27 @@ class _Task:
         return self.state / "dead_end.json"
 
     @contextmanager
-    def once(self) -> Iterator[None]:
-        """Do not let a cluster's retries meet the same end again: a run goes on to the bit.
+    def not_a_third_time(self) -> Iterator[None]:
+        """Let a cluster's retry meet an end a second time, since a GPU may have been at fault, but not a third.
 
         Raises:
-            ArtifactError: it was met already, with the same settings, code and device.
+            ArtifactError: it was met twice, in the same words, with the same settings, code and device.
         """
         here = digest([self.settings, code_version(), package_versions(), device_name()])
         before = json.loads(self.dead_end.read_text()) if self.dead_end.is_file() else {}
-        if before.get("with") == here:
+        if before.get("with") == here and before["times"] > 1:
             raise ArtifactError(
-                f"{before['message']}\nSo the run ended before, and so it would end again: change the settings, or "
+                f"{before['message']}\nSo the run ended twice, and so it would end again: change the settings, or "
                 f"delete {self.dead_end} to try once more from the last state"
             )
         try:
             yield
         except (Collapse, FloatingPointError) as error:
             if os.environ.get("RANK", "0") == "0":
+                found = {"message": str(error), "with": here}
+                again = found.items() <= before.items()
                 self.state.mkdir(parents=True, exist_ok=True)
-                write_json(self.dead_end, {"message": str(error), "with": here})
+                write_json(self.dead_end, {**found, "times": 1 + before["times"] if again else 1})
             raise
 
     def require_whole_inputs(self) -> None:
@@ -291,7 +293,7 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
 
     Raises:
         ArtifactError: an input is missing or damaged, or another process, perhaps one that runs a part, is at work on
-            the stage; or it is a training that ended before in a way in which it would end again.
+            the stage; or it is a training that ended twice in the same way.
         ConfigError: memory is exhausted; names the settings that take less.
     """
     task = _task(source, stage, results)
@@ -304,7 +306,7 @@ def run_stage(source: Source, stage: str, results: Path = RESULTS) -> Path:
             "process: unset RANK"
         )
     trains = stage in METHODS or (stage == TEACHER and source.settings.teacher.source == "train")
-    with task.once() if trains else nullcontext():
+    with task.not_a_third_time() if trains else nullcontext():
         _run(source, stage, task, trains, rank)
     return task.folder
 
