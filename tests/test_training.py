@@ -134,7 +134,7 @@ def test_a_run_that_dies_anywhere_resumes_bit_for_bit(name, step, call, uninterr
 @phases
 @pytest.mark.parametrize(
     ("step", "left"),  # updates of the step that are still to be made
-    [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(0, 0, marks=pytest.mark.slow), (1, 1), (1, 0), (2, 1)],
+    [(1, 1), *(pytest.param(step, left, marks=pytest.mark.slow) for step, left in ((0, 1), (0, 0), (1, 0), (2, 1)))],
 )
 def test_a_signal_ends_the_run_after_the_update_it_falls_in_with_a_state(
     name, step, left, uninterrupted, tmp_path, accelerator
