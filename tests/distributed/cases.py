@@ -64,7 +64,12 @@ CASES = {
     ),
     "equilibrium-context-lora": Case(
         "equilibrium",
-        {"student_lora": LORA, "score": equilibrium.Score(weight=1.0), "r1": PROBES},
+        {
+            "student_lora": LORA,
+            "score": equilibrium.Score(weight=1.0, fake=SMALL_STEPS),
+            "generator": SMALL_STEPS,
+            "r1": PROBES,
+        },
         {"context_parallel": 2},
     ),
     "equilibrium-context-copy": Case("equilibrium", {"backbone": "copy"}, {"context_parallel": 2}),
