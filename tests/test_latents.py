@@ -519,6 +519,23 @@ def test_a_changed_byte_of_a_clip_is_found_by_whoever_reads_it_and_by_no_other(
         dataset.tensors(other)
 
 
+def test_latents_that_were_made_before_clips_had_hashes_are_read_and_their_shards_checked(
+    finished: tuple[Workplace, Path], tmp_path: Path
+) -> None:
+    """Encoding them again would take days at 14B."""
+    folder = shutil.copytree(finished[1], tmp_path / "latents")
+    older = json.loads((folder / INDEX).read_text())
+    for entry in older["entries"]:
+        del entry["sha256"]
+    (folder / INDEX).write_text(json.dumps(older, indent=2))
+    dataset, now = LatentDataset(folder, "train"), LatentDataset(finished[1], "train")
+    assert all(torch.equal(value, now.tensors(0)[name]) for name, value in dataset.tensors(0).items())
+    shard = folder / dataset.entries[0].shard
+    flip(shard, dataset.entries[0].offset)
+    with pytest.raises(ArtifactError, match=f"{shard.name} is damaged; run its stage again: `vpae latents`"):
+        LatentDataset(folder, "train").tensors(0)
+
+
 def test_a_clip_is_read_without_the_rest_of_its_shard(
     finished: tuple[Workplace, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

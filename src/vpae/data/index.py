@@ -21,7 +21,7 @@ ENTRIES = '"entries": ['
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one clip's safetensors lie, and their sha256."""
+    """Where one clip's safetensors lie, and their sha256; empty: it was not kept yet when they were made."""
 
     key: str
     split: str
@@ -30,7 +30,7 @@ class Entry:
     shard: str
     offset: int
     size: int
-    sha256: str
+    sha256: str = ""
 
 
 FEW = pa.dictionary(pa.int32(), pa.string())  # texts that many rows share

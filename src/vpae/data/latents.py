@@ -40,7 +40,6 @@ from vpae.parts import Part
 from vpae.preemption import Interruption, Request
 from vpae.progress import Progress
 
-FORMAT = 2  # of a shard
 SHARDS_AT_ONCE = 8  # that are hashed beside each other
 AGAIN = "run its stage again: `vpae latents` makes it anew"
 ENCODERS = ("vae/", "text_encoder/", "tokenizer/", "image_encoder/", "image_processor/")
@@ -83,7 +82,7 @@ def part(settings: Experiment, inputs: dict[str, Path], state: Path, part: Part)
 def _shards(settings: Experiment, inputs: dict[str, Path]) -> Iterator[Shard]:
     """The shards that all clips are to be stored in."""
     number = count()
-    made_with = [FORMAT, _encoder_hash(inputs["teacher"]), settings.latents.dtype, settings.geometry.model_dump()]
+    made_with = [_encoder_hash(inputs["teacher"]), settings.latents.dtype, settings.geometry.model_dump()]
     for split in SPLITS:
         for members in _cut(iterate_manifest(inputs["clips"], split), settings.latents.shard_size):
             made_of = [(clip.key, clip.sha256, clip.caption) for clip in members]
@@ -223,14 +222,14 @@ def _entries(shard: Path, clips: list[Clip]) -> Iterator[Entry]:
         for clip in clips:
             member, told = members[f"{clip.key}.safetensors"], json.load(tar.extractfile(members[f"{clip.key}.json"]))
             place = shard.name, member.offset_data, member.size
-            yield Entry(clip.key, clip.split, clip.caption, clip.sha256, *place, told["sha256"])
+            yield Entry(clip.key, clip.split, clip.caption, clip.sha256, *place, told.get("sha256", ""))
 
 
 class LatentDataset:
     """Random access to one split of a latents folder.
 
     All that read raise ArtifactError, naming the shard, where it is missing or what is read of it has changed since its
-    stage finished. For a first frame, which has no hash of its own, the whole shard is hashed, once.
+    stage finished. For what has no hash of its own, as first frames, the whole shard is hashed, once.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -257,11 +256,11 @@ class LatentDataset:
     def tensors(self, number: int) -> dict[str, Tensor]:
         """x0, condition, image and text of one clip, as stored."""
         entry = self.entries[number]
-        path = self.folder / entry.shard
+        path = self.folder / entry.shard if entry.sha256 else self._whole(entry.shard)
         with reading(path, AGAIN), path.open("rb") as file:
             file.seek(entry.offset)
             stored = file.read(entry.size)
-        if hashlib.sha256(stored).hexdigest() != entry.sha256:
+        if entry.sha256 and hashlib.sha256(stored).hexdigest() != entry.sha256:
             raise ArtifactError(f"{path} is damaged: other bytes than were encoded stand for {entry.key}; {AGAIN}")
         return load(stored)
 
