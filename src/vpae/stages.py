@@ -106,7 +106,8 @@ class _Task:
             ArtifactError: it was met twice, in the same words, with the same settings, code and device.
         """
         here = digest([self.settings, code_version(), package_versions(), device_name()])
-        before = json.loads(self.dead_end.read_text()) if self.dead_end.is_file() else {}
+        with reading(self.dead_end, "delete it"):
+            before = json.loads(self.dead_end.read_text()) if self.dead_end.is_file() else {}
         if before.get("with") == here and before["times"] > 1:
             raise ArtifactError(
                 f"{before['message']}\nSo the run ended twice, and so it would end again: change the settings, or "

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from vbench_i2v.media import PASSING, length
-from vpae.artifacts import ArtifactError, content, is_kept, kept, link, reading, sha256, write_json
+from vpae.artifacts import ArtifactError, content, is_kept, kept, link, reading, write_json
 from vpae.config import Experiment
 from vpae.config.clips import Filters
 from vpae.data import corpus
@@ -115,7 +115,7 @@ def _render_one(job: tuple[str, int], settings: Experiment, out: Path) -> tuple[
         with kept(out / path) as temporary:
             write_video(temporary, render(truth, geometry.height, geometry.width), geometry.fps, world.crf)
     size = (geometry.width, geometry.height, geometry.fps)
-    return Clip(key, str(path), split, truth.caption, *size, sha256(out / path)), truth
+    return Clip(key, str(path), split, truth.caption, *size, content(out / path)), truth
 
 
 def _catalogue(settings: Experiment, out: Path, state: Path) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vpae.artifacts import device_name, write_json
+from vpae.artifacts import device_name, is_kept, kept
 from vpae.config import Evaluation, Experiment, Sampler
 from vpae.data.latents import LatentDataset
 from vpae.models.formats import formats
@@ -22,7 +22,7 @@ from vpae.sampling.stage import load_vae, small_decoder
 
 PASSES = 3  # over the rows, so that a machine that is busy for a while slows all of them
 LONG = 50  # network evaluations from which on a video is its own average
-MEASURES = ("latency_diffusion_s", "latency_total_s")
+METRICS = ("latency_diffusion_s", "latency_total_s")
 KEPT = "latencies.json"  # of the models that were timed before the stage was interrupted
 SHARED = ("vae", "text_encoder", "image_encoder")  # a student's are the teacher's own
 
@@ -53,7 +53,7 @@ def runs_of(row: Sampler, config: Evaluation) -> Runs:
 
 @torch.no_grad()
 def measure(settings: Experiment, inputs: dict[str, Path], state: Path) -> dict[str, dict]:
-    """Row -> measure -> the median run, with the fastest and slowest one as bounds.
+    """Row -> metric -> the median run, with the fastest and slowest one as bounds.
 
     What was timed on the same device before an interruption is not timed again.
     """
@@ -77,7 +77,7 @@ def measure(settings: Experiment, inputs: dict[str, Path], state: Path) -> dict[
         for pipeline in pipelines.values():
             if settings.samples.compile and compiling_pays(pipeline.transformer, device, COMPILED_FROM):
                 pipeline.transformer.compile_repeated_blocks()
-        found: dict[str, dict[str, list[float]]] = {name: {measure: [] for measure in MEASURES} for name in rows}
+        found: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in METRICS} for name in rows}
         for name, row in [*rows.items()] * PASSES:
             pipeline, runs = pipelines[row.model], runs_of(row, config)
 
@@ -87,21 +87,22 @@ def measure(settings: Experiment, inputs: dict[str, Path], state: Path) -> dict[
             def everything(row: Sampler, pipeline=pipeline) -> None:
                 animate(pipeline, picture, prompt, row.steps, row.guidance_scale, 0, geometry.frames, small)
 
-            for measure, work, repeats in zip(MEASURES, (diffuse, everything), (runs.network, runs.whole), strict=True):
+            for metric, work, repeats in zip(METRICS, (diffuse, everything), (runs.network, runs.whole), strict=True):
                 for _ in range(runs.warmup):
                     work(runs.warm)
-                found[name][measure] += time_runs(lambda work=work, row=row: work(row), repeats)
+                found[name][metric] += time_runs(lambda work=work, row=row: work(row), repeats)
         del pipeline, pipelines, diffuse, everything, work  # before the next model is loaded
         seconds |= found
         state.mkdir(parents=True, exist_ok=True)
-        write_json(state / KEPT, {"device": device_name(), "rows": seconds})
-    return {name: {measure: summary(runs) for measure, runs in seconds[name].items()} for name in settings.samples.rows}
+        with kept(state / KEPT) as temporary:
+            temporary.write_text(json.dumps({"device": device_name(), "rows": seconds}))
+    return {name: {metric: summary(runs) for metric, runs in seconds[name].items()} for name in settings.samples.rows}
 
 
 def _kept(state: Path) -> dict[str, dict[str, list[float]]]:
     path = state / KEPT
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    return kept["rows"] if kept.get("device") == device_name() else {}
+    found = json.loads(path.read_text()) if is_kept(path) else {}
+    return found["rows"] if found.get("device") == device_name() else {}
 
 
 def time_runs(work: Callable[[], object], repeats: int) -> list[float]:

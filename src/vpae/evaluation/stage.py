@@ -16,7 +16,7 @@ from vpae.evaluation.vbench import rows as vbench
 from vpae.parts import Part
 from vpae.progress import track
 
-METRICS = ("c2st", "frechet", "motion", *truth.METRICS, "latency_diffusion_s", "latency_total_s")
+METRICS = ("c2st", "frechet", "motion", *truth.METRICS, *latency.METRICS)
 
 
 def external_inputs(settings: Experiment) -> dict[str, str]:

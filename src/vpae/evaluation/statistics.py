@@ -46,7 +46,7 @@ def half_width(mean: float, low: float, high: float) -> float:
 
 
 def cell(value: Mapping[str, float] | None, metric: str) -> str:
-    """A score in a table: with half of its 95% interval, but latencies alone, whose bounds are the extreme runs."""
+    """A score in a table, with half of its 95% interval; a latency without, since its bounds are the extreme runs."""
     if value is None:
         return ""
     if metric.startswith("latency"):

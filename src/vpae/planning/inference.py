@@ -4,7 +4,6 @@ Number formats are those of `models.formats`, which every stage follows.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpae.bench.networks import random_condition, random_latents, random_transformer
 from vpae.config import Experiment
-from vpae.models.formats import LARGE, RESIZABLE
+from vpae.models.formats import LARGE, RESIZABLE, Weight, stored_dtype
 from vpae.models.small_decoder import SmallDecoder
 from vpae.models.wan import TEXT_TOKENS, decode_latents, encode_condition, encode_video, predict_x0, take_any_inputs
 from vpae.placement import DTYPES
@@ -51,15 +50,10 @@ def measure(module: nn.Module, work: Callable[[nn.Module], object]) -> Use:
         weights = meter.now
         meter.peaks.clear()
         result = work(module.eval())  # noqa: F841, a result is alive as long as its work is looked at
-        return Use(float(meter.counts["model"]), float(weights), float(meter.peak - weights), _is_float32(module))
-
-
-def _is_float32(module: nn.Module) -> bool:
-    """Of most weights: diffusers keeps norms and modulation tables in float32 whatever the rest is."""
-    sizes = Counter()
-    for parameter in module.parameters():
-        sizes[parameter.dtype] += parameter.numel()
-    return max(sizes, key=sizes.__getitem__) is torch.float32
+        # Of most weights: diffusers keeps norms and modulation tables in float32 whatever the rest is.
+        formats = stored_dtype({name: Weight(tuple(p.shape), p.dtype) for name, p in module.named_parameters()})
+        operations, peak = float(meter.counts["model"]), float(meter.peak - weights)
+        return Use(operations, float(weights), peak, formats is torch.float32)
 
 
 def uses(settings: Experiment, pipeline: Pipeline, tokens: Sequence) -> dict[str, Use]:
