@@ -688,8 +688,8 @@ def test_a_file_of_several_names_is_hashed_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
-    monkeypatch.setattr(artifacts, "_HASHES", {})
-    monkeypatch.setattr(artifacts, "sha256", lambda path: hashed.append(path) or "a hash")
+    monkeypatch.setattr("vbench_i2v.files._HASHES", {})
+    monkeypatch.setattr("vbench_i2v.files.sha256", lambda path: hashed.append(path) or "a hash")
     (tmp_path / "one").write_text("weights")
     os.link(tmp_path / "one", tmp_path / "two")
     for name in ("one", "two", "one"):

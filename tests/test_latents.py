@@ -541,8 +541,8 @@ def test_a_clip_is_read_without_the_rest_of_its_shard(
 ) -> None:
     """A shard of 14B has a gigabyte, a clip of it 28 megabytes, and a batch has any clips."""
     hashed: list[str] = []
-    monkeypatch.setattr("vpae.artifacts._HASHES", {})
-    monkeypatch.setattr("vpae.artifacts.sha256", lambda path: hashed.append(path.name) or sha256(path))
+    monkeypatch.setattr("vbench_i2v.files._HASHES", {})
+    monkeypatch.setattr("vbench_i2v.files.sha256", lambda path: hashed.append(path.name) or sha256(path))
     dataset = LatentDataset(finished[1], "train")
     dataset.batch([*range(len(dataset))])
     assert hashed == []

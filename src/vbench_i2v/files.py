@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import yaml
@@ -19,21 +18,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_HASHES: dict[tuple[int, int, int, int], str] = {}
+
+
 def content(path: Path) -> str:
-    """`sha256`, of files of gigabytes too: what did not change is not read twice in one process.
+    """`sha256`, of files of gigabytes too: read once in a process, whatever names it has, while size and date stay.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file, or only a link to one that is gone")
-    state = path.stat()
-    return _content(path, state.st_size, state.st_mtime_ns)
-
-
-@cache
-def _content(path: Path, _size: int, _changed: int) -> str:
-    return sha256(path)
+    stat = path.stat()
+    state = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if state not in _HASHES:
+        _HASHES[state] = sha256(path)
+    return _HASHES[state]
 
 
 def digest(value: object) -> str:

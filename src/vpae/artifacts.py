@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import vpae
-from vbench_i2v.files import digest, sha256, tree
+from vbench_i2v.files import content, digest, sha256, tree
 from vpae.locks import lock
 
 PROVENANCE = "provenance.json"
@@ -87,18 +87,6 @@ def is_kept(path: Path) -> bool:
 
 def _seal(path: Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
-
-
-_HASHES: dict[tuple[int, int, int, int], str] = {}
-
-
-def content(path: Path) -> str:
-    """The sha256 of a file, read once in a process, whatever names it has, as long as its size and date stay."""
-    stat = path.stat()
-    state = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-    if state not in _HASHES:
-        _HASHES[state] = sha256(path)
-    return _HASHES[state]
 
 
 def write_json(path: Path, value: object) -> None:
@@ -184,26 +172,27 @@ def building(
         start = time.monotonic()
         try:
             yield temporary, counts
+            provenance = {
+                "settings": settings,
+                "inputs": inputs,
+                "outputs": file_hashes(temporary),
+                "counts": counts,
+                "code": code_version(),
+                "packages": package_versions(),
+                "python": platform.python_version(),
+                "command": " ".join(["vpae", *sys.argv[1:]]),
+                "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
+                "began": datetime.fromtimestamp(began, UTC).isoformat(),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - start, 3),
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            flush(temporary)
+            write_json(temporary / PROVENANCE, provenance)  # last and durably: who finds it may rely on all the rest
         except BaseException:
-            _remove(temporary)  # half a result fills the disk for others
+            if not (temporary / PROVENANCE).is_file():
+                _remove(temporary)  # half a result fills the disk for others
             raise
-        provenance = {
-            "settings": settings,
-            "inputs": inputs,
-            "outputs": file_hashes(temporary),
-            "counts": counts,
-            "code": code_version(),
-            "packages": package_versions(),
-            "python": platform.python_version(),
-            "command": " ".join(["vpae", *sys.argv[1:]]),
-            "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "device": device_name()},
-            "began": datetime.fromtimestamp(began, UTC).isoformat(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - start, 3),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        flush(temporary)
-        write_json(temporary / PROVENANCE, provenance)  # last and durably: who finds it may rely on all the rest
         _remove(old)
         if folder.exists():
             folder.rename(old)
