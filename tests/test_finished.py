@@ -676,12 +676,22 @@ def test_a_training_may_meet_the_same_end_twice_and_not_a_third_time(
     assert not mark.exists()
 
 
-def test_a_build_that_fails_leaves_nothing_on_a_disk_that_may_be_full(tmp_path: Path) -> None:
+def test_a_build_that_fails_leaves_nothing_on_a_disk_that_may_be_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
         with pytest.raises(type(error)), building(tmp_path / "stage", {}, {}) as (out, _):
             (out / "half").write_bytes(b"a" * 100)
             raise error
         assert not out.exists() and not (tmp_path / "stage").exists()
+
+    def full(_folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts, "flush", full)
+    with pytest.raises(OSError, match="No space left"), building(tmp_path / "stage", {}, {}) as (out, _):
+        (out / "whole").write_bytes(b"a" * 100)
+    assert not out.exists() and not (tmp_path / "stage").exists()
 
 
 def test_a_file_of_several_names_is_hashed_once_until_it_changes(
